@@ -1,0 +1,35 @@
+# Everything runs inside .venv; `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help venv demo test lint clean
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+venv: .venv/installed ## create .venv with all that the demo and the tests need
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check 'torch>=2.11,<=2.13.0'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cpu,dev]'
+	@touch $@
+
+demo: venv ## train, export, build and compare a small model, in minutes
+	$(BIN)/python -m train.joint
+	$(BIN)/python -m dsa_export.onnx --model ckpt/
+	$(BIN)/python -m engines.build
+	$(BIN)/python bench/compare.py
+
+lint: venv ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: venv lint ## everything that needs no GPU
+	$(BIN)/pytest
+
+clean: ## remove what the commands wrote
+	rm -rf ckpt out build

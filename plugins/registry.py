@@ -1,0 +1,26 @@
+"""The list of operators, and what is the same for all of them."""
+
+from __future__ import annotations
+
+import onnx
+
+DOMAIN = "dsa"
+PLUGIN_VERSION = "1"
+ONNX_OPSET = 24
+
+# NVIDIA's ONNX parser prefers a registered plugin to the function body only if the node names version and namespace.
+PLUGIN_ATTRIBUTES = {"plugin_version": PLUGIN_VERSION, "plugin_namespace": DOMAIN}
+
+
+def function_proto(body: str) -> onnx.FunctionProto:
+    """Parses an operator's ONNX function body (the text in its op.py) into a FunctionProto of domain `dsa`."""
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {ONNX_OPSET}]>\n'
+    return onnx.parser.parse_function(header + body)
+
+
+def function_protos() -> list[onnx.FunctionProto]:
+    """The function bodies of all operators, to be appended to a model that uses them."""
+    from plugins.index_topk.op import FUNCTION_BODY as index_topk
+    from plugins.sparse_attention.op import FUNCTION_BODY as sparse_attention
+
+    return [function_proto(index_topk), function_proto(sparse_attention)]
