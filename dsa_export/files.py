@@ -1,0 +1,101 @@
+"""Output folders: written under a temporary name, renamed when complete, traced by a manifest.
+
+Stages hand over files. Each folder that a stage writes holds `manifest.json`: what it is (`kind`), the hash of what it
+came from (`source`) and the stage's own facts, so that a number in a table traces back to its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsa_export.cli import UserError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it: readers see the old content or the new."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_output(out: Path) -> None:
+    """Raises UserError if `out` exists and was not written by this toolchain: it would be replaced."""
+    if out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file()):
+        return
+    if out.exists():
+        raise UserError(f"{out} exists and was not written by this toolchain: choose another --out, or remove it")
+
+
+@contextmanager
+def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
+    """Yields `<out>.partial` to write into, and renames it to `out` at the end, replacing an earlier output of ours.
+
+    On an error the partial folder is removed, unless `keep_partial` (training resumes from it). Call check_output()
+    before the work that the error would waste.
+    """
+    check_output(out)
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.exists() and not keep_partial:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=keep_partial)
+    try:
+        yield partial
+    except BaseException:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replaced = out.with_name(out.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        os.replace(out, replaced)
+    os.replace(partial, out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """One digest over a Hugging Face folder's config.json and safetensors files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, kind: str, source: dict[str, Any], **facts: Any) -> None:
+    """Writes manifest.json: {"kind", "source": {"path", "sha256", ...}, **facts}."""
+    manifest = {"kind": kind, "source": source, **facts}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
+
+
+def read_manifest(folder: Path, kind: str, made_by: str) -> dict[str, Any]:
+    """Reads a folder's manifest. Raises UserError, naming the command that makes such a folder, if it is not one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {MANIFEST}: expected the output of `{made_by}`; run that first")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): run `{made_by}` again") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else None
+        raise UserError(f"{folder} holds {found!r}, not {kind!r}: expected the output of `{made_by}`")
+    return manifest
