@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
         partial.write_text(text)
-        os.replace(partial, path)
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -61,8 +60,8 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     replaced = out.with_name(out.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
-        os.replace(out, replaced)
-    os.replace(partial, out)
+        out.replace(replaced)
+    partial.replace(out)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -71,7 +71,7 @@ IndexTopK <k, plugin_version, plugin_namespace>
 
 def index_topk_reference(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor, k: int) -> Tensor:
     """The definition, one query at a time in fp32: slow, and obviously right."""
-    B, S, Hi, Di = index_q.shape
+    B, S = index_q.shape[:2]
     C = index_k.shape[1]
     indices = torch.full((B, S, k), -1, dtype=torch.int32)
     for b in range(B):
@@ -113,7 +113,7 @@ def index_topk(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengt
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    B, S, Hi, Di = index_q.shape
+    B, S, Hi = index_q.shape[:3]
     C = index_k.shape[1]
     if torch.onnx.is_in_onnx_export():
         return torch.onnx.ops.symbolic(

@@ -96,7 +96,7 @@ def sparse_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, indi
 def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
     """Attention of every query token over its selected rows. Shapes: see the top of this file."""
     B, Hq, S, D = q.shape
-    Hkv, C = k_cache.shape[1:3]
+    Hkv = k_cache.shape[1]
     K = indices.shape[-1]
     if Hq % Hkv:
         raise ValueError(f"query heads ({Hq}) must be a multiple of KV heads ({Hkv})")

@@ -1,0 +1,45 @@
+"""What passes between the decoder and an attention layer.
+
+Shapes: B batch, S query tokens of this call, C cache capacity, Hq/Hkv query/KV heads, D head size, Hi/Di indexer
+heads/size, K = k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dsa_export.model.cache import LayerCache
+
+
+@dataclass
+class AttentionTrace:
+    """What a training observer sees of one layer of a call without cache (C = S). Tensors are not detached."""
+
+    layer: int
+    q: Tensor  # [B, Hq, S, D], rotated
+    k: Tensor  # [B, Hkv, S, D], rotated
+    index_q: Tensor  # [B, S, Hi, Di], rotated
+    index_weights: Tensor  # [B, S, Hi], scale included
+    index_k: Tensor  # [B, S, Di], rotated
+    indices: Tensor | None  # [B, S, K] int32; None where the core attended to everything
+    lengths: Tensor  # [B] int64, valid tokens per row (rows are padded on the right)
+    scale: float  # of the main attention's scores
+
+
+Observer = Callable[[AttentionTrace], dict[str, Tensor]]
+"""Called once per layer; returns named scalars, which the model averages over the layers (auxiliary losses)."""
+
+
+@dataclass
+class Call:
+    """One call of the model, the same for all layers."""
+
+    rope: tuple[Tensor, Tensor]  # cos, sin [B, S, D/2]
+    index_rope: tuple[Tensor, Tensor]  # cos, sin [B, S, Di/2]
+    kv_lengths: Tensor  # [B] int64: past tokens + S; query t stands at position kv_lengths - S + t
+    lengths: Tensor  # [B] int64: valid tokens of this call
+    caches: list[LayerCache] | None  # None: no past, nothing is kept
+    observer: Observer | None = None

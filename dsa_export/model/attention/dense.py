@@ -1,0 +1,50 @@
+"""Dense grouped-query attention: the projections, and a core that sees the whole cache."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dsa_export.config import DSAConfig
+from dsa_export.model.attention.base import Call
+from dsa_export.model.cache import CacheEntry
+from dsa_export.model.standard_ops import dense_attention, rotary, split_heads
+
+
+class DenseAttention(nn.Module):
+    """Qwen2's attention. Other grouped-query variants override cache_layout() and attend()."""
+
+    def __init__(self, config: DSAConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scale = config.head_size**-0.5
+        query_size, kv_size = self.query_heads * config.head_size, self.kv_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    @staticmethod
+    def cache_layout(config: DSAConfig) -> list[CacheEntry]:
+        heads = config.num_key_value_heads
+        return [CacheEntry("key", heads, config.head_size), CacheEntry("value", heads, config.head_size)]
+
+    def forward(self, hidden: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+        """hidden [B, S, E] → (output [B, S, E], the observer's scalars)."""
+        q_BSE = rotary(self.q_proj(hidden), *call.rope, heads=self.query_heads)
+        q = split_heads(q_BSE, self.query_heads)
+        k = split_heads(rotary(self.k_proj(hidden), *call.rope, heads=self.kv_heads), self.kv_heads)
+        v = split_heads(self.v_proj(hidden), self.kv_heads)
+        k, v = self.store("key", k, call), self.store("value", v, call)
+        output, aux = self.attend(hidden, q_BSE, q, k, v, call)
+        return self.o_proj(output.transpose(1, 2).flatten(-2)), aux
+
+    def store(self, name: str, new: Tensor, call: Call) -> Tensor:
+        """Caches this call's rows and returns all rows; without a cache this call's rows are all there is."""
+        return new if call.caches is None else call.caches[self.layer].update(name, new)
+
+    def attend(
+        self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The core: q [B, Hq, S, D] (also as q_BSE, heads not split), k and v [B, Hkv, C, D] → [B, Hq, S, D]."""
+        return dense_attention(q, k, v, call.kv_lengths, self.scale), {}

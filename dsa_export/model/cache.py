@@ -1,0 +1,118 @@
+"""The KV cache: its layout, declared once per attention variant, and the two caches that follow it.
+
+One slot per token and row: row b's token at position p stands in slot p, whatever the batch. Rows have their own
+lengths; a call writes its S tokens, padding included, at each row's length, and padding is overwritten by what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from dsa_export.model.standard_ops import write_cache
+
+CAPACITY_STEP = 256
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One cached tensor of a layer: [batch, heads, capacity, dim]. TensorRT's cache update takes 4-D tensors only."""
+
+    name: str
+    heads: int
+    dim: int
+
+    def shape(self, batch: Any, capacity: Any) -> tuple[Any, int, Any, int]:
+        """The tensor's shape; batch and capacity may be numbers or the names of dynamic dimensions."""
+        return (batch, self.heads, capacity, self.dim)
+
+
+class LayerCache:
+    """What an attention layer sees of its cache: update() stores this call's rows and returns the cached tensor.
+
+    `used`: the slots that any row has filled after this call; the rest is not returned. None returns the capacity.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], past_lengths: Tensor, used: int | None = None):
+        self.tensors = tensors
+        self.past_lengths = past_lengths
+        self.used = used
+
+    def update(self, name: str, new: Tensor) -> Tensor:
+        self.tensors[name] = write_cache(self.tensors[name], new, self.past_lengths)
+        return self.tensors[name] if self.used is None else self.tensors[name][:, :, : self.used]
+
+
+class DSACache(Cache):
+    """The cache of `generate` and of the model's forward: grows by doubling, one length per row.
+
+    `columns` counts the columns of the caller's padded batch (what transformers calls the sequence length); `lengths`
+    [B] int64 counts the tokens of each row.
+    """
+
+    is_compileable = False
+
+    def __init__(self, layouts: Sequence[Sequence[CacheEntry]]):
+        self.layouts = layouts
+        self.layers: list[dict[str, Tensor]] = []  # type: ignore[assignment]
+        self.lengths: Tensor | None = None
+        self.columns = 0
+
+    def begin(self, batch: int, new_tokens: int, dtype: torch.dtype, device: torch.device) -> list[LayerCache]:
+        """Makes room for `new_tokens` slots in every row and returns the layers' views."""
+        if self.lengths is None:
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.layers = [
+                {e.name: torch.zeros(e.shape(batch, 0), dtype=dtype, device=device) for e in layout}
+                for layout in self.layouts
+            ]
+        if batch != len(self.lengths):
+            raise ValueError(f"the cache holds {len(self.lengths)} rows, the input {batch}")
+        used = int(self.lengths.max()) + new_tokens
+        self._reserve(used)
+        return [LayerCache(tensors, self.lengths, used) for tensors in self.layers]
+
+    def advance(self, lengths: Tensor, columns: int) -> None:
+        """Counts the tokens of a finished call: `lengths` [B] valid ones per row, `columns` of the padded batch."""
+        assert self.lengths is not None
+        self.lengths = self.lengths + lengths
+        self.columns += columns
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = self.layers[0][self.layouts[0][0].name].shape[2]
+        if tokens <= capacity:
+            return
+        grown = -(-max(tokens, 2 * capacity) // CAPACITY_STEP) * CAPACITY_STEP
+        for layout, tensors in zip(self.layouts, self.layers, strict=True):
+            for entry in layout:
+                old = tensors[entry.name]
+                new = old.new_zeros(entry.shape(old.shape[0], grown))
+                new[:, :, :capacity] = old
+                tensors[entry.name] = new
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.layers, self.lengths, self.columns = [], None, 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.lengths is None:
+            return
+        self.lengths = self.lengths[indices]
+        self.layers = [{name: t[indices] for name, t in tensors.items()} for tensors in self.layers]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.lengths is not None:
+            self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))

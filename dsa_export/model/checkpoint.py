@@ -1,0 +1,111 @@
+"""Checkpoints: a Qwen2 folder or hub name, or a folder of ours, loaded strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config
+from transformers.utils import logging
+
+from dsa_export.cli import UserError
+from dsa_export.config import DSAConfig
+from dsa_export.model.decoder import DSAForCausalLM
+
+INDEXER = ".indexer."
+"""Part of the name of every indexer parameter."""
+
+
+def load_config(name: str | Path) -> Qwen2Config:
+    """The configuration of a Qwen2 or DSA checkpoint. Raises UserError: not found, not readable, another model."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(name, Path) or Path(name).exists() or str(name).startswith((".", "/")):
+            what = f"no readable model in {name}" if Path(name).exists() else f"no such folder: {name}"
+        else:
+            what = f"no folder and no reachable hub model is named {name!r}"
+        raise UserError(f"{what} ({_first_line(error)})") from None
+    if not isinstance(config, Qwen2Config):
+        raise UserError(f"{name} is a {config.model_type!r} model: only Qwen2/Qwen2.5 checkpoints can be converted")
+    return config
+
+
+def has_indexer(config: Qwen2Config) -> bool:
+    return isinstance(config, DSAConfig)
+
+
+def load_model(
+    name: str | Path, *, attention: str = "dsa", dtype: torch.dtype = torch.float32, **options: Any
+) -> DSAForCausalLM:
+    """Loads a plain Qwen2 checkpoint (a new indexer is initialised) or a DSA checkpoint, strictly, in eval mode.
+
+    `options` are DSAConfig's indexer fields (index_heads, index_dim, index_topk, index_queries); None keeps the
+    checkpoint's or the default. Raises UserError when the checkpoint cannot be read, is of another architecture, or
+    lacks or holds tensors that it should not: only a plain checkpoint may lack tensors, and only the indexer's.
+    """
+    base = load_config(name)
+    given = {key: value for key, value in options.items() if value is not None}
+    inherited = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+    try:
+        config = DSAConfig(**{**inherited, "attention": attention, **given})
+    except ValueError as error:
+        raise UserError(f"{name}: {_first_line(error)}") from None
+    try:
+        with _quiet_transformers():
+            model, info = DSAForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot load the weights of {name}: {_first_line(error)}; the file may be truncated or "
+            "of another configuration: fetch or train it again"
+        ) from None
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    indexer = {key for key in model.state_dict() if INDEXER in key}
+    expected_missing = set() if has_indexer(base) else indexer
+    if attention == "dense":
+        unexpected = {key for key in unexpected if INDEXER not in key}
+    wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
+    if wrong:
+        raise UserError(f"{name} does not fit the model: {len(wrong)} missing or unexpected tensors, first {wrong[0]}")
+    return model.eval()
+
+
+def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:
+    """The dense model with the same parameters (shared, not copied): everything but the indexer."""
+    config = DSAConfig(**{**model.config.to_dict(), "attention": "dense"})
+    with torch.device("meta"):
+        twin = DSAForCausalLM(config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if INDEXER not in name}
+    twin.load_state_dict(state, strict=True, assign=True)
+    twin.model.rotary, twin.model.index_rotary = model.model.rotary, model.model.index_rotary
+    return twin.eval()
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises UserError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer in {name} ({_first_line(error)})") from None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No load report and no bar of transformers' own: what is missing is checked here, and an error if it matters."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,243 @@
+"""The decoder: one class for dense and sparse models, with Qwen2's parameter names.
+
+Shapes: B batch, S tokens of this call, E hidden size, V vocabulary. Inside, rows are padded on the right and each row
+has its own past length; batches padded on the left (transformers' generate) are moved at the door and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from dsa_export.config import DSAConfig
+from dsa_export.model.attention import VARIANTS, Call
+from dsa_export.model.attention.base import Observer
+from dsa_export.model.cache import CacheEntry, DSACache, LayerCache
+from dsa_export.model.feed_forward import GatedMLP
+from dsa_export.model.rope import RotaryTable
+from dsa_export.model.standard_ops import rms_norm
+
+
+@dataclass
+class DecoderOutput(ModelOutput):
+    """last_hidden_state [B, S, E]; past_key_values; aux_losses: the observer's scalars, averaged over the layers."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: DSACache | None = None
+    aux_losses: dict[str, Tensor] | None = None
+
+
+@dataclass
+class CausalLMOutput(ModelOutput):
+    """loss (scalar, if labels were given), logits [B, S, V], past_key_values, aux_losses as in DecoderOutput."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: DSACache | None = None
+    aux_losses: dict[str, Tensor] | None = None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DSAConfig, layer: int):
+        super().__init__()
+        self.self_attn = VARIANTS[config.attention](config, layer)
+        self.mlp = GatedMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+        attended, aux = self.self_attn(self.input_layernorm(hidden), call)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), aux
+
+
+class DSAPreTrainedModel(PreTrainedModel):
+    config_class = DSAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["DecoderLayer"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RotaryTable):
+            module.reset()
+
+
+class DSAModel(DSAPreTrainedModel):
+    """The backbone: embeddings, decoder layers, final norm."""
+
+    def __init__(self, config: DSAConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryTable(config, config.head_size)
+        self.index_rotary = RotaryTable(config, config.index_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def cache_layouts(self) -> list[list[CacheEntry]]:
+        """The cache layout of every layer."""
+        return [VARIANTS[self.config.attention].cache_layout(self.config)] * self.config.num_hidden_layers
+
+    def run(
+        self,
+        input_ids: Tensor,
+        past_lengths: Tensor,
+        lengths: Tensor,
+        caches: list[LayerCache] | None = None,
+        observer: Observer | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step that the exported graphs hold: input_ids [B, S], padded on the right, after past_lengths [B] tokens.
+
+        `lengths` [B] are the valid tokens of this call. Returns the hidden states [B, S, E] (after the final norm)
+        and the observer's scalars averaged over the layers.
+        """
+        S = input_ids.shape[1]
+        hidden = self.embed_tokens(input_ids)
+        positions = past_lengths[:, None] + torch.arange(S, device=input_ids.device)
+        call = Call(
+            rope=self.rotary(positions, hidden.dtype),
+            index_rope=self.index_rotary(positions, hidden.dtype),
+            kv_lengths=past_lengths + S,
+            lengths=lengths,
+            caches=caches,
+            observer=observer,
+        )
+        aux: list[dict[str, Tensor]] = []
+        for layer in self.layers:
+            hidden, layer_aux = layer(hidden, call)
+            aux.append(layer_aux)
+        mean_aux = {name: torch.stack([a[name] for a in aux]).mean() for name in aux[0]}
+        return self.norm(hidden), mean_aux
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DSACache | None = None,
+        use_cache: bool | None = False,
+        observer: Observer | None = None,
+        **kwargs: Any,
+    ) -> DecoderOutput:
+        """transformers' calling convention. attention_mask [B, past + S], 1 = token; 4-D masks are refused."""
+        B, S = input_ids.shape
+        valid = _valid_tokens(attention_mask, input_ids)
+        lengths = valid.sum(1)
+        padded = not bool(valid.all())
+        if padded:  # tokens first, padding last, order kept
+            order = (~valid).int().argsort(dim=1, stable=True)
+            input_ids = input_ids.gather(1, order)
+
+        caches = None
+        past_lengths = torch.zeros(B, dtype=torch.int64, device=input_ids.device)
+        if use_cache and past_key_values is None:
+            past_key_values = DSACache(self.cache_layouts)
+        if past_key_values is not None:
+            if not isinstance(past_key_values, DSACache):
+                raise ValueError(f"past_key_values must be a DSACache, got {type(past_key_values).__name__}")
+            caches = past_key_values.begin(B, S, self.dtype, input_ids.device)
+            past_lengths = caches[0].past_lengths
+        if position_ids is not None:
+            expected = past_lengths[:, None] + valid.cumsum(1) - 1
+            if not bool((position_ids.expand(B, S) == expected)[valid].all()):
+                raise ValueError("position_ids must count each row's tokens from 0: packed rows are not supported")
+
+        hidden, aux = self.run(input_ids, past_lengths, lengths, caches, observer)
+        if past_key_values is not None:
+            past_key_values.advance(lengths, S)
+        if padded:
+            hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
+        return DecoderOutput(hidden, past_key_values if use_cache else None, aux)
+
+
+def _valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < input_ids.shape[1]:
+        raise ValueError(f"attention_mask must be [batch, past + tokens], got {list(attention_mask.shape)}")
+    return attention_mask[:, -input_ids.shape[1] :].bool()
+
+
+class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
+    """A Qwen2.5 language model with dense or sparse attention (config.attention)."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DSAConfig):
+        super().__init__(config)
+        self.model = DSAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def sparse(self) -> bool:
+        """Whether attention goes over the selection (True) or over everything visible (False: dense teacher)."""
+        return all(getattr(layer.self_attn, "sparse", False) for layer in self.model.layers)
+
+    @sparse.setter
+    def sparse(self, value: bool) -> None:
+        for layer in self.model.layers:
+            if not hasattr(layer.self_attn, "sparse"):
+                raise ValueError(f"attention={self.config.attention!r} has no selection to switch")
+            layer.self_attn.sparse = value
+
+    def set_topk(self, topk: int) -> None:
+        """Sets k for all layers. Raises ValueError for k < 1."""
+        if topk < 1:
+            raise ValueError(f"k must be at least 1, got {topk}")
+        self.config.index_topk = topk
+        for layer in self.model.layers:
+            layer.self_attn.topk = topk
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DSACache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        observer: Observer | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """input_ids [B, S] → logits [B, S, V] (the last `logits_to_keep` positions, or those indexed; 0: all).
+
+        labels [B, S], -100 ignored, are shifted inside. `observer` sees every layer (see AttentionTrace).
+        """
+        # Training never keeps a cache; inference follows the configuration.
+        keep = (self.config.use_cache and not self.training and observer is None) if use_cache is None else use_cache
+        output = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, keep, observer
+        )  # fmt: skip
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, rows])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutput(loss, logits, output.past_key_values, output.aux_losses)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = DSACache(self.model.cache_layouts)

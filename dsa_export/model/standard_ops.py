@@ -1,0 +1,70 @@
+"""The standard operators of the graphs, each in its torch form and its ONNX form (opset 24).
+
+Shapes: B batch, S query tokens of this call, C cache capacity, H heads, Hq/Hkv query/KV heads, D head size, E = H D.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plugins.registry import ONNX_OPSET
+
+
+def _onnx(op_type: str, inputs: tuple[Tensor | None, ...], attributes: dict, like: Tensor, shape=None) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        op_type, inputs, attributes, dtype=like.dtype, shape=shape or like.shape, version=ONNX_OPSET
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNormalization over the last axis, computed in fp32, result in x's dtype."""
+    if torch.onnx.is_in_onnx_export():
+        return _onnx("RMSNormalization", (x, weight), {"axis": -1, "epsilon": eps, "stash_type": 1}, like=x)
+    x_f = x.float()
+    return weight * (x_f * torch.rsqrt(x_f.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Half-split rotary embedding of x [B, S, heads * D] with cos, sin [B, S, D/2]."""
+    if torch.onnx.is_in_onnx_export():
+        return _onnx("RotaryEmbedding", (x, cos, sin), {"num_heads": heads, "interleaved": 0}, like=x)
+    first, second = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, heads * D] → [B, heads, S, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def write_cache(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    """Writes update [B, H, S, D] into cache [B, H, C, D], row b from slot write_indices[b] on: TensorScatter.
+
+    Outside an export the cache is updated in place and returned.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _onnx("TensorScatter", (cache, update, write_indices), {"axis": -2, "mode": "linear"}, like=cache)
+    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
+    slots = write_indices[:, None] + torch.arange(update.shape[2], device=cache.device)
+    cache.transpose(1, 2)[rows, slots] = update.transpose(1, 2).to(cache.dtype)
+    return cache
+
+
+def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_lengths: Tensor, scale: float) -> Tensor:
+    """Causal grouped-query attention over the whole cache: q [B, Hq, S, D], caches [B, Hkv, C, D] → [B, Hq, S, D].
+
+    Query t of row b stands at position kv_lengths[b] - S + t and sees the slots up to its own.
+    """
+    if torch.onnx.is_in_onnx_export():
+        inputs = (q, k_cache, v_cache, None, None, None, kv_lengths)
+        return _onnx("Attention", inputs, {"is_causal": 1, "scale": scale}, like=q)
+    S, C = q.shape[2], k_cache.shape[2]
+    grouped = q.shape[1] != k_cache.shape[1]
+    if S == C:  # a call without past: row t sees slots 0..t
+        return F.scaled_dot_product_attention(q, k_cache, v_cache, is_causal=True, scale=scale, enable_gqa=grouped)
+    positions = kv_lengths[:, None] - S + torch.arange(S, device=q.device)
+    visible = torch.arange(C, device=q.device) <= positions[:, None, :, None]
+    return F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=visible, scale=scale, enable_gqa=grouped)

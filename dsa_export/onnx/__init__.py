@@ -1,0 +1,1 @@
+"""Export to ONNX: `python -m dsa_export.onnx --model ckpt/`."""

@@ -1,0 +1,162 @@
+"""python -m dsa_export.onnx: a checkpoint becomes dense and sparse ONNX graphs with one weight file, checked."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from dsa_export.cli import UserError, console, run
+from dsa_export.config import DSAConfig
+from dsa_export.files import check_output, checkpoint_hash, output_folder, sha256, write_manifest
+from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
+from dsa_export.model.checkpoint import has_indexer, load_config
+from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, export_graph, save_graphs
+from dsa_export.onnx.identical import compare_graphs
+from dsa_export.onnx.parity import check_parity, parity_text
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_PARITY_PROMPT = 2304
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsa_export.onnx",
+        description="Exports a DSA checkpoint to OUT/dense/model.onnx and OUT/sparse/model.onnx (one weight file, "
+        "hard-linked into both folders), checks both against torch, and proves that they differ only in attention.",
+    )
+    parser.add_argument("--model", default="ckpt", help="checkpoint folder or hub name (default: ckpt)")
+    parser.add_argument("--out", type=Path, default=Path("out/onnx"), help="output folder (default: out/onnx)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of weights and caches (default: fp32)")
+    parser.add_argument("--topk", type=int, metavar="K", help="keys selected per token (default: the checkpoint's)")
+    parser.add_argument(
+        "--random-indexer",
+        action="store_true",
+        help="accept a plain Qwen2.5 checkpoint and give it an untrained indexer: good for timings only, its output "
+        "is not the model's (recorded in the manifest)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    check_output(arguments.out)
+    config = load_config(arguments.model)
+    if not has_indexer(config) and not arguments.random_indexer:
+        raise UserError(
+            f"{arguments.model} is a plain Qwen2.5 checkpoint without an indexer: train one with "
+            f"`python -m train.warmup --model {arguments.model}`, or pass --random-indexer if only timings are wanted"
+        )
+    if isinstance(config, DSAConfig) and config.attention == "dense":
+        raise UserError(f"{arguments.model} was saved with attention='dense': it has no indexer to export")
+    if arguments.topk is not None and not 1 <= arguments.topk <= config.max_position_embeddings:
+        raise UserError(f"--topk must be between 1 and {config.max_position_embeddings}, got {arguments.topk}")
+    tokenizer = load_tokenizer(arguments.model)
+    torch.manual_seed(0)
+    console.print(f"Loading {arguments.model}")
+    model = load_model(arguments.model, dtype=DTYPES[arguments.dtype], index_topk=arguments.topk)
+    model.requires_grad_(False)
+
+    with output_folder(arguments.out) as out:
+        models = {"dense": dense_twin(model), "sparse": model}
+        graphs = {}
+        for variant, variant_model in models.items():
+            with console.status(f"Exporting the {variant} graph"):
+                graphs[variant] = export_graph(variant_model)
+        with console.status("Writing the weights"):
+            save_graphs(graphs, out)
+        del graphs
+        tokenizer.save_pretrained(out)
+
+        same = compare_graphs(*(ir.load(out / variant / MODEL_FILE) for variant in models))
+        console.print(f"Identical operators: {same}")
+        length = min(model.config.index_topk + 64, MAX_PARITY_PROMPT)
+        prompt = tokenizer(parity_text(), add_special_tokens=False).input_ids[:length]
+        parity = {}
+        for variant, variant_model in models.items():
+            with console.status(f"Checking the {variant} graph against torch"):
+                parity[variant] = check_parity(variant_model, out / variant, prompt, out / "parity")
+            console.print(describe(variant, parity[variant]))
+        if not all(result["passed"] for result in parity.values()):
+            raise UserError("the exported graphs do not compute what torch computes (figures above): nothing was kept")
+        write_export_manifest(out, arguments, model, models, parity, vars(same))
+    size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
+    console.print(
+        f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
+        f"(k = {model.config.index_topk}, {arguments.dtype}) with {size:.0f} MiB of shared weights"
+    )
+    if not has_indexer(config):
+        console.print("The indexer is random: time these graphs, do not use what they say")
+
+
+def describe(variant: str, result: dict[str, Any]) -> str:
+    """One line for people."""
+    text = (
+        f"Parity {variant}: largest logit error {result['max_abs_error']:.1e} (allowed {result['tolerance']:.1e}) over "
+        f"{result['prompt_tokens']} prefilled + {result['decoded_tokens']} decoded tokens, greedy tokens "
+        + ("identical" if not result["greedy_tokens_differ"] else f"differ at {result['greedy_tokens_differ']}")
+    )
+    sets = result.get("selected_sets")
+    if sets:
+        text += f"; selected sets identical in {sets['identical']} of {sets['rows']} rows"
+        text += f", {sets['ties']} tied, {sets['different']} different"
+    return text + (": ok" if result["passed"] else ": FAILED")
+
+
+def write_export_manifest(
+    out: Path,
+    arguments: argparse.Namespace,
+    model: DSAForCausalLM,
+    models: dict[str, DSAForCausalLM],
+    parity: dict[str, Any],
+    identical: dict[str, int],
+) -> None:
+    config = model.config
+    folder = Path(arguments.model)
+    eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    dtype_name = str(model.dtype).removeprefix("torch.")
+    write_manifest(
+        out,
+        "onnx",
+        {"path": str(arguments.model), "sha256": checkpoint_hash(folder) if folder.is_dir() else None},
+        random_indexer=not has_indexer(load_config(arguments.model)),
+        dtype=arguments.dtype,
+        topk=config.index_topk,
+        model={
+            "hidden_size": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "query_heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_size,
+            "index_heads": config.index_heads,
+            "index_dim": config.index_dim,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "eos_token_id": [eos] if isinstance(eos, int) else list(eos or []),
+        },
+        graphs={
+            variant: {
+                "path": f"{variant}/{MODEL_FILE}",
+                "sha256": sha256(out / variant / MODEL_FILE),
+                "cache": [
+                    {"name": entry.name, "shape": list(entry.shape("batch", "capacity")), "dtype": dtype_name}
+                    for entry in variant_model.model.cache_layouts[0]
+                ],
+            }
+            for variant, variant_model in models.items()
+        },
+        weights={
+            "file": WEIGHTS_FILE,
+            "bytes": (out / "dense" / WEIGHTS_FILE).stat().st_size,
+            "sha256": sha256(out / "dense" / WEIGHTS_FILE),
+        },
+        parity=parity,
+        identical_operators=identical,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""From a torch model to ONNX graphs, dense and sparse, that share one weight file.
+
+One graph serves prefill chunks and decoding (B batch, S tokens, C capacity are dynamic):
+
+    input_ids [B, S] int64, past_lengths [B] int64, input_lengths [B] int64, past_key_values.{i}.{name}
+    → logits [B, 1, V] float32 (at each row's last valid token), present.{i}.{name}
+
+Rows are padded on the right; past_lengths + S <= C; the sparse graph needs C >= k. Caches must hold finite numbers
+from the start (zeros); bind one buffer to past and present, and TensorScatter updates it in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from dsa_export.model.cache import CacheEntry, LayerCache
+from dsa_export.model.decoder import DSAForCausalLM
+from dsa_export.onnx import passes
+from plugins.registry import ONNX_OPSET
+
+MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+
+# Example sizes: different from each other and from 1, so that torch.export keeps them dynamic.
+EXAMPLE_B, EXAMPLE_S, EXAMPLE_C = 2, 3, 64
+
+
+class StepGraph(nn.Module):
+    """The function that is exported. `past` holds all layers' cache tensors in the order of their layouts."""
+
+    def __init__(self, model: DSAForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, past_lengths: Tensor, input_lengths: Tensor, past: list[Tensor]):
+        tensors = iter(past)
+        caches = [
+            LayerCache({entry.name: next(tensors) for entry in layout}, past_lengths)
+            for layout in self.model.model.cache_layouts
+        ]
+        hidden, _ = self.model.model.run(input_ids, past_lengths, input_lengths, caches)
+        last = (input_lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        logits = self.model.lm_head(hidden.gather(1, last)).float()
+        return logits, *(cache.tensors[name] for cache in caches for name in cache.tensors)
+
+
+def cache_names(model: DSAForCausalLM) -> list[tuple[str, CacheEntry]]:
+    """("{layer}.{entry name}", entry) for every cached tensor, in the order of the graph's inputs."""
+    return [
+        (f"{layer}.{entry.name}", entry) for layer, layout in enumerate(model.model.cache_layouts) for entry in layout
+    ]
+
+
+def export_graph(model: DSAForCausalLM) -> ir.Model:
+    """Exports one variant; the weights in it are the model's own tensors, not copies."""
+    entries = cache_names(model)
+    past = [torch.zeros(entry.shape(EXAMPLE_B, EXAMPLE_C), dtype=model.dtype) for _, entry in entries]
+    lengths = torch.full((EXAMPLE_B,), EXAMPLE_S)
+    arguments = (torch.zeros(EXAMPLE_B, EXAMPLE_S, dtype=torch.int64), torch.zeros_like(lengths), lengths, past)
+    dynamic = torch.export.Dim.DYNAMIC
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            StepGraph(model).eval(),
+            arguments,
+            dynamo=True,
+            opset_version=ONNX_OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=["input_ids", "past_lengths", "input_lengths", *(f"past_key_values.{n}" for n, _ in entries)],
+            output_names=["logits", *(f"present.{n}" for n, _ in entries)],
+            dynamic_shapes={
+                "input_ids": {0: dynamic, 1: dynamic},
+                "past_lengths": {0: dynamic},
+                "input_lengths": {0: dynamic},
+                "past": [{0: dynamic, 2: dynamic} for _ in entries],
+            },
+        )
+    assert program is not None
+    graph_shapes: dict[str, tuple[Any, ...]] = {
+        "input_ids": ("batch", "sequence"),
+        "past_lengths": ("batch",),
+        "input_lengths": ("batch",),
+        "logits": ("batch", 1, model.config.vocab_size),
+    }
+    for name, entry in entries:
+        graph_shapes[f"past_key_values.{name}"] = entry.shape("batch", "capacity")
+        graph_shapes[f"present.{name}"] = entry.shape("batch", "capacity")
+    return passes.finish(program.model, graph_shapes, weight_prefix="model.")
+
+
+def save_graphs(graphs: dict[str, ir.Model], out: Path) -> None:
+    """Writes out/<variant>/model.onnx for every graph and one model.onnx.data, hard-linked into each folder.
+
+    Runtimes refuse weights outside the model's folder, and symbolic links; a hard link is one file under two names.
+    """
+    weights: dict[str, ir.Value] = {}
+    for graph in graphs.values():
+        for name, value in graph.graph.initializers.items():
+            if value.const_value is not None and value.const_value.nbytes >= passes.EXTERNAL_BYTES:
+                weights.setdefault(name, value)
+    folders = {variant: out / variant for variant in graphs}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    first, *others = folders.values()
+    tensors = [value.const_value for value in weights.values() if value.const_value is not None]
+    external = ir.external_data.convert_tensors_to_external(tensors, first, WEIGHTS_FILE)
+    by_name = dict(zip(weights, external, strict=True))
+    for folder in others:
+        os.link(first / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    for variant, graph in graphs.items():
+        for name, value in graph.graph.initializers.items():
+            if name in by_name:
+                value.const_value = by_name[name]
+        ir.save(graph, folders[variant] / MODEL_FILE)

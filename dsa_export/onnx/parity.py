@@ -1,0 +1,169 @@
+"""Does the exported graph compute what the torch model computes?
+
+ONNX Runtime prefills real text in chunks and decodes greedily; torch then runs the whole sequence in one call without a
+cache. Logits must agree at every decoded position, the greedy tokens must be torch's, and each query's selected set
+must be torch's, save where scores tie within rounding.
+
+fp32: error at most 1e-3. fp16: at most twice the error that torch's own fp16 run has against fp32. bf16, which ONNX
+Runtime lacks on CPUs: the graph is upcast, so the bf16 weights are checked in fp32 arithmetic, error at most 1e-3.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from dsa_export.model import AttentionTrace, DSAForCausalLM
+from dsa_export.onnx import passes
+from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, cache_names
+from plugins.index_topk import index_scores
+
+DECODED_TOKENS = 32
+CHUNK = 128
+TOLERANCE = 1e-3
+TIE = 1e-5
+"""Scores closer than this fraction of the row's largest score may be selected either way."""
+
+
+def parity_text() -> str:
+    """Real text on every machine: a module of the standard library."""
+    return (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
+
+
+def check_parity(model: DSAForCausalLM, graph_folder: Path, prompt: list[int], scratch: Path) -> dict[str, Any]:
+    """Runs the check for one variant (model and graph_folder/model.onnx) and returns its figures, "passed" among them.
+
+    `scratch` is a folder for temporary graphs. Memory: the torch model and one ONNX Runtime session.
+    """
+    session = _session(model, graph_folder, scratch)
+    tokens, ort_logits, ort_indices = _run_onnx(model, session, prompt)
+    del session
+    first = len(prompt) - 1
+    wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    logits, traces = _run_torch(wide, tokens[:-1])
+    expected = logits[first:]
+    error = float((ort_logits - expected).abs().max())
+    tolerance = TOLERANCE
+    if model.dtype == torch.float16:
+        own_error = float((_run_torch(model, tokens[:-1])[0][first:] - expected).abs().max())
+        tolerance = max(TOLERANCE, 2 * own_error)
+    best = expected.topk(2).values
+    chosen = torch.tensor(tokens[len(prompt) :])
+    wrong = (chosen != expected.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * tolerance)
+    result: dict[str, Any] = {
+        "prompt_tokens": len(prompt),
+        "decoded_tokens": len(chosen),
+        "max_abs_error": error,
+        "tolerance": tolerance,
+        "greedy_tokens_differ": int(wrong.sum()),
+        "passed": error <= tolerance and not bool(wrong.any()),
+    }
+    if ort_indices:
+        sets = _compare_sets(traces, ort_indices)
+        result["selected_sets"] = sets
+        # In fp16 the scores themselves are rounded: which sets differ is reported, the logits decide.
+        result["passed"] &= sets["different"] == 0 or model.dtype == torch.float16
+    return result
+
+
+def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path) -> ort.InferenceSession:
+    """The graph with its selections as extra outputs (indices.{layer}), bf16 raised to fp32."""
+    graph = ir.load(graph_folder / MODEL_FILE)
+    for layer, node in enumerate(node for node in graph.graph if node.op_type == "IndexTopK"):
+        output = node.outputs[0]
+        output.name = f"indices.{layer}"
+        output.type = ir.TensorType(ir.DataType.INT32)
+        output.shape = ir.Shape(["batch", "sequence", model.config.index_topk])
+        graph.graph.outputs.append(output)
+    folder = graph_folder
+    external = None
+    if model.dtype == torch.bfloat16:
+        passes.upcast_bf16(graph)
+        folder = scratch
+        folder.mkdir(exist_ok=True)
+        external = WEIGHTS_FILE
+    path = folder / "parity.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        ir.save(graph, path, external_data=external)
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    finally:
+        path.unlink(missing_ok=True)
+        if folder == scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run_onnx(
+    model: DSAForCausalLM, session: ort.InferenceSession, prompt: list[int]
+) -> tuple[list[int], Tensor, list[Tensor]]:
+    """Chunked prefill and greedy decoding: all tokens, logits [decoded, V], indices [T, K] of every layer."""
+    capacity = -(-max(len(prompt) + DECODED_TOKENS, model.config.index_topk) // CHUNK) * CHUNK
+    dtype = np.float16 if model.dtype == torch.float16 else np.float32
+    binding = session.io_binding()
+    for name, entry in cache_names(model):
+        cache = ort.OrtValue.ortvalue_from_numpy(np.zeros(entry.shape(1, capacity), dtype))
+        binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
+        binding.bind_ortvalue_output(f"present.{name}", cache)
+    layers = sum(output.name.startswith("indices.") for output in session.get_outputs())
+    shaped_by_the_call = ["logits", *(f"indices.{layer}" for layer in range(layers))]
+
+    tokens, done, logits = list(prompt), 0, []
+    indices: list[list[Tensor]] = [[] for _ in range(layers)]
+    while len(tokens) < len(prompt) + DECODED_TOKENS:
+        chunk = tokens[done : done + CHUNK]
+        binding.bind_cpu_input("input_ids", np.array([chunk], np.int64))
+        binding.bind_cpu_input("past_lengths", np.array([done], np.int64))
+        binding.bind_cpu_input("input_lengths", np.array([len(chunk)], np.int64))
+        for name in shaped_by_the_call:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        outputs = dict(zip(shaped_by_the_call, binding.get_outputs()[-len(shaped_by_the_call) :], strict=True))
+        done += len(chunk)
+        for layer in range(layers):
+            indices[layer].append(torch.from_numpy(outputs[f"indices.{layer}"].numpy()[0].copy()))
+        if done == len(tokens):
+            logits.append(torch.from_numpy(outputs["logits"].numpy()[0, 0].astype(np.float32)))
+            tokens.append(int(logits[-1].argmax()))
+    return tokens, torch.stack(logits), [torch.cat(layer) for layer in indices]
+
+
+@torch.no_grad()
+def _run_torch(model: DSAForCausalLM, tokens: list[int]) -> tuple[Tensor, list[AttentionTrace]]:
+    """Logits [T, V] fp32 and the layers' traces of one whole call without cache."""
+    traces: list[AttentionTrace] = []
+
+    def observe(trace: AttentionTrace) -> dict[str, Tensor]:
+        traces.append(trace)
+        return {}
+
+    output = model(torch.tensor([tokens]), use_cache=False, observer=observe)
+    return output.logits[0].float(), traces
+
+
+def _compare_sets(traces: list[AttentionTrace], ort_indices: list[Tensor]) -> dict[str, Any]:
+    """Rows (query tokens x layers) with the same set, with ties decided otherwise, and with truly different sets."""
+    rows = identical = ties = 0
+    for trace, theirs in zip(traces, ort_indices, strict=True):
+        assert trace.indices is not None
+        ours = trace.indices[0].sort(-1).values
+        theirs = theirs.sort(-1).values
+        same = (ours == theirs).all(-1)
+        rows += len(same)
+        identical += int(same.sum())
+        for t in (~same).nonzero()[:, 0].tolist():
+            scores = index_scores(trace.index_q[:, t : t + 1], trace.index_weights[:, t : t + 1], trace.index_k)[0, 0]
+            mine, other = set(ours[t].tolist()), set(theirs[t].tolist())
+            disputed = scores[sorted((mine ^ other) - {-1})]
+            within = -1 not in mine ^ other and max(other) <= t
+            ties += within and float(disputed.max() - disputed.min()) <= TIE * float(scores[: t + 1].abs().max())
+    return {"rows": rows, "identical": identical, "ties": ties, "different": rows - identical - ties}

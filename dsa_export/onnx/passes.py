@@ -1,0 +1,157 @@
+"""Graph passes between torch's exporter and the saved file. Each states what it requires and ensures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+from onnx_ir.passes import common
+
+from plugins.registry import DOMAIN, function_protos
+
+EXTERNAL_BYTES = 1024
+"""Initializers of at least this size live in the weight file."""
+
+
+def finish(model: ir.Model, shapes: dict[str, tuple[Any, ...]], weight_prefix: str) -> ir.Model:
+    """All passes in their order. `shapes`: the final shape of every graph input and output."""
+    strip_weight_prefix(model, weight_prefix)
+    simplify(model)
+    pretranspose_weights(model)
+    name_dimensions(model, shapes)
+    name_nodes(model)
+    append_functions(model)
+    return model
+
+
+def strip_weight_prefix(model: ir.Model, prefix: str) -> None:
+    """Ensures that initializers carry the checkpoint's parameter names."""
+    for value in list(model.graph.initializers.values()):
+        assert value.name is not None
+        if value.name.startswith(prefix):
+            value.name = value.name.removeprefix(prefix)
+
+
+def simplify(model: ir.Model) -> None:
+    """Folds constants and shape arithmetic, and removes what is computed twice or not used. Weights stay as they are."""
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if node.op_type == "Transpose" else None
+
+    onnxscript.optimizer.optimize_ir(model, should_fold=should_fold)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def pretranspose_weights(model: ir.Model) -> None:
+    """Stores Linear weights as MatMul wants them, under the parameter's name.
+
+    Requires Linear as MatMul(x, Transpose(weight)). Ensures that no weight which only a Transpose reads is transposed
+    at run time. A weight that something else reads too (tied embeddings) stays single, with its Transpose.
+    """
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.const_value is None or weight.name not in model.graph.initializers:
+            continue
+        if len(weight.uses()) > 1:
+            continue
+        tensor, perm = weight.const_value, node.attributes["perm"].as_ints()
+        name = weight.name
+        transposed = ir.Value(
+            name=f"{name}.transposed",
+            type=weight.type,
+            shape=ir.Shape([tensor.shape[axis] for axis in perm]),
+            const_value=ir.LazyTensor(
+                lambda tensor=tensor, perm=perm, name=name: ir.tensor(
+                    tensor.numpy().transpose(perm).copy(), dtype=tensor.dtype, name=name
+                ),
+                dtype=tensor.dtype,
+                shape=ir.Shape([tensor.shape[axis] for axis in perm]),
+                name=name,
+            ),
+        )
+        ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
+        model.graph.remove(node, safe=True)
+        del model.graph.initializers[name]
+        transposed.name = name
+        model.graph.register_initializer(transposed)
+
+
+def name_dimensions(model: ir.Model, shapes: dict[str, tuple[Any, ...]]) -> None:
+    """Ensures readable dimension names on the graph's inputs and outputs; inner shapes are left to the runtimes."""
+    for node in model.graph:
+        for output in node.outputs:
+            output.shape = None
+            output.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        assert value.name is not None
+        value.shape = ir.Shape(shapes[value.name])
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Ensures node names that tell the module they come from: model.layers.0.self_attn.indexer/IndexTopK."""
+    seen: dict[str, int] = {}
+    for node in model.graph:
+        scope = module_of(node)
+        name = f"{scope}/{node.op_type}" if scope else node.op_type
+        count = seen[name] = seen.get(name, 0) + 1
+        node.name = name if count == 1 else f"{name}_{count}"
+        node.metadata_props.clear()
+
+
+def module_of(node: ir.Node) -> str:
+    """The dotted path of the torch module that a node was exported from, as torch's exporter recorded it."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    paths = [part.strip(" '\"[]") for part in scopes.split(",")]
+    # The last entry is the node itself, the first the exported wrapper; torch marks nodes of no module with a "_" name.
+    scope = paths[-2] if len(paths) >= 2 else ""
+    return "" if scope.startswith("_") else scope.removeprefix("model.")
+
+
+def append_functions(model: ir.Model) -> None:
+    """Ensures that the body of every operator of domain `dsa` in the graph stands in the file."""
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for proto in function_protos():
+        if proto.name in used:
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[DOMAIN] = 1
+
+
+def upcast_bf16(model: ir.Model) -> None:
+    """Ensures that nothing in the graph is bf16: weights, inputs and casts become fp32 (for runtimes without bf16)."""
+    bf16, fp32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == bf16:
+            value.const_value = ir.LazyTensor(
+                lambda tensor=tensor, name=value.name: ir.tensor(_read(tensor).astype("float32"), name=name),
+                dtype=fp32,
+                shape=ir.Shape(tensor.shape),
+                name=value.name,
+            )
+            value.type = ir.TensorType(fp32)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.dtype == bf16:
+            value.type = ir.TensorType(fp32)
+    for node in model.graph:
+        for output in node.outputs:
+            if output.dtype == bf16:
+                output.type = ir.TensorType(fp32)
+        for attribute in list(node.attributes.values()):
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.as_int() == bf16:
+                node.attributes["to"] = ir.AttrInt64("to", fp32)
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == bf16:
+                wide = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
+
+
+def _read(tensor: ir.TensorProtocol) -> np.ndarray:
+    """A tensor's values. onnx_ir itself does not read a weight file that has several hard links, as ours has."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    shape = tuple(int(size) for size in tensor.shape)
+    return np.memmap(tensor.path, tensor.dtype.numpy(), mode="r", offset=int(tensor.offset or 0), shape=shape)
