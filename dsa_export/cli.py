@@ -31,13 +31,24 @@ def run(main: Callable[[], None]) -> NoReturn:
         fail(str(error))
     except KeyboardInterrupt as interrupt:
         fail(str(interrupt) or "interrupted; nothing half-written was kept")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fail(f"disk full while writing {error.filename or 'the output'}: free some space and run the command again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    except Exception as error:
+        if is_disk_full(error):
+            fail(
+                f"disk full while writing {getattr(error, 'filename', None) or 'the output'}: free some space, try again"
+            )
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
         raise
     sys.exit(0)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error tells of a full disk: the system's own, or what numpy, safetensors and torch make of it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    short_write = isinstance(error, OSError) and error.errno is None and text.endswith("written")  # ndarray.tofile
+    return short_write or "No space left on device" in text or "PytorchStreamWriter failed writing" in text
 
 
 def fail(message: str) -> NoReturn:

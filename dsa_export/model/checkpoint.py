@@ -87,6 +87,10 @@ def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises UserError if there is none."""
+    folder = Path(name)
+    # For a folder without tokenizer files transformers makes an empty tokenizer of the model's class.
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"no tokenizer in {name}: tokenizer.json is missing")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -208,7 +208,7 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
             raise ValueError(f"k must be at least 1, got {topk}")
         self.config.index_topk = topk
         for layer in self.model.layers:
-            layer.self_attn.topk = topk
+            setattr(layer.self_attn, "topk", topk)  # noqa: B010 (torch types modules' attributes as modules)
 
     def forward(
         self,

@@ -38,8 +38,8 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"{self.shared} nodes and {self.weights} weights are the same in both graphs; they differ in "
-            f"{self.dense_core} Attention against {self.sparse_core} SparseAttention nodes, fed by {self.indexer} nodes "
-            "of the indexer, and in nothing else"
+            f"{self.dense_core} Attention against {self.sparse_core} SparseAttention nodes, fed by {self.indexer} "
+            "nodes of the indexer, and in nothing else"
         )
 
 

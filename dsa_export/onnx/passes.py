@@ -35,7 +35,7 @@ def strip_weight_prefix(model: ir.Model, prefix: str) -> None:
 
 
 def simplify(model: ir.Model) -> None:
-    """Folds constants and shape arithmetic, and removes what is computed twice or not used. Weights stay as they are."""
+    """Folds constants and shape arithmetic, removes what is computed twice or unused. Weights stay as they are."""
 
     def should_fold(node: ir.Node) -> bool | None:
         return False if node.op_type == "Transpose" else None

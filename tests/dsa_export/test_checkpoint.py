@@ -1,0 +1,109 @@
+"""Loading: strict, and one clear line for what cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from dsa_export.cli import UserError
+from dsa_export.model import load_model, load_tokenizer
+
+
+@pytest.fixture
+def damaged(dsa_folder, tmp_path):
+    """A copy of the DSA checkpoint to damage."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(dsa_folder, folder)
+    return folder
+
+
+def edit_weights(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_model(tmp_path / "nothing")
+
+
+def test_no_such_hub_model(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="no folder and no reachable hub model"):
+        load_model("nobody/no-such-model")
+
+
+def test_another_architecture(tmp_path):
+    LlamaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'llama'.*only Qwen2"):
+        load_model(tmp_path)
+
+
+def test_truncated_weights(damaged):
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cannot load the weights"):
+        load_model(damaged)
+
+
+def test_corrupt_weights(damaged):
+    (damaged / "model.safetensors").write_bytes(b"not a safetensors file at all")
+    with pytest.raises(UserError, match="cannot load the weights"):
+        load_model(damaged)
+
+
+def test_missing_base_tensor(damaged):
+    edit_weights(damaged, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.k_proj\.weight"):
+        load_model(damaged)
+
+
+def test_missing_indexer_tensor_of_a_dsa_checkpoint(damaged):
+    edit_weights(damaged, lambda tensors: tensors.pop("model.layers.0.self_attn.indexer.k_proj.weight"))
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.indexer\.k_proj\.weight"):
+        load_model(damaged)
+
+
+def test_unexpected_tensor(damaged):
+    edit_weights(damaged, lambda tensors: tensors.update({"model.extra": torch.zeros(2)}))
+    with pytest.raises(UserError, match=r"model\.extra"):
+        load_model(damaged)
+
+
+def test_weights_of_another_size(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
+    with pytest.raises(UserError):
+        load_model(damaged)
+
+
+def test_indexer_is_new_for_a_plain_checkpoint_and_kept_for_ours(qwen_folder, dsa_folder):
+    torch.manual_seed(5)
+    first = load_model(qwen_folder).model.layers[0].self_attn.indexer.k_proj.weight
+    second = load_model(qwen_folder).model.layers[0].self_attn.indexer.k_proj.weight
+    assert not torch.equal(first, second)
+    assert first.std() > 0
+    kept = [load_model(dsa_folder).model.layers[0].self_attn.indexer.k_proj.weight for _ in range(2)]
+    assert torch.equal(*kept)
+
+
+def test_our_checkpoint_as_a_dense_model(dsa_folder):
+    dense = load_model(dsa_folder, attention="dense")
+    assert not any(".indexer." in name for name in dense.state_dict())
+
+
+def test_options_that_cannot_work_name_the_option(qwen_folder):
+    with pytest.raises(UserError, match="index_topk"):
+        load_model(qwen_folder, index_topk=-3)
+
+
+def test_no_tokenizer(tmp_path, qwen_folder):
+    shutil.copy(qwen_folder / "config.json", tmp_path)
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(tmp_path)

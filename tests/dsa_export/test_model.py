@@ -1,0 +1,226 @@
+"""The torch model: equal to Qwen2 where it must be, causal, and the same however a text is cut into calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from dsa_export.config import DSAConfig
+from dsa_export.model import dense_twin, load_model
+from tests.conftest import build_qwen
+
+EXACT = {"atol": 1e-5, "rtol": 0}
+VARIANTS = ["dense", "sparse", "sparse-training"]
+
+
+def variant(model, name):
+    """The model as `name`: the dense twin, the gathering core, or the masked core that training uses."""
+    if name == "dense":
+        return dense_twin(model)
+    return model.train(name == "sparse-training")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_equals_stock_qwen2_when_k_covers_the_text(tmp_path, tokens, tied):
+    folder = build_qwen(tmp_path / "qwen", tied=tied)
+    stock = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(folder, index_topk=tokens.shape[1])
+    expected = stock(tokens).logits
+    torch.testing.assert_close(model(tokens).logits, expected, **EXACT)
+    torch.testing.assert_close(dense_twin(model)(tokens).logits, expected, **EXACT)
+    model.set_topk(8)
+    assert (model(tokens).logits - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_generates_what_stock_qwen2_generates(qwen_folder, tokens):
+    stock = Qwen2ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32).eval()
+    model = load_model(qwen_folder, index_topk=256)
+    mask = torch.ones_like(tokens)
+    mask[0, :23] = 0  # padded on the left
+    for options in ({"num_beams": 1}, {"num_beams": 3}):
+        arguments = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
+        assert torch.equal(stock.generate(tokens, **arguments), model.generate(tokens, **arguments))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_no_later_token_leaks_into_earlier_outputs(dsa_model, tokens, name):
+    model = variant(dsa_model, name)
+    before = model(tokens, use_cache=False).logits
+    for position in (1, 10, 40, 59):
+        changed = tokens.clone()
+        changed[:, position:] = (changed[:, position:] + 7) % 500 + 3
+        after = model(changed, use_cache=False).logits
+        torch.testing.assert_close(after[:, :position], before[:, :position], atol=1e-6, rtol=0)
+        assert (after[:, position] - before[:, position]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+@pytest.mark.parametrize("cuts", [[1] * 60, [1, 59], [37, 1, 22], [60]])
+@torch.no_grad()
+def test_any_cut_into_chunks_equals_one_call(dsa_model, tokens, name, cuts):
+    """Chunked prefill, step by step decoding, and a one-token prompt (which is no decode step)."""
+    model = variant(dsa_model, name)
+    whole = model(tokens, use_cache=False).logits
+    cache, parts, start = None, [], 0
+    for length in cuts:
+        output = model(tokens[:, start : start + length], past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, start + length
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other_or_padding(dsa_model, tokens, side):
+    lengths = [60, 31]
+    alone = [dsa_model(tokens[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(lengths)]
+    batch, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for row, n in enumerate(lengths):
+        place = slice(60 - n, 60) if side == "left" else slice(0, n)
+        batch[row, place], mask[row, place] = tokens[row, :n], 1
+    prompt = dsa_model(batch, attention_mask=mask, use_cache=True)
+    for row in range(2):
+        torch.testing.assert_close(prompt.logits[row][mask[row].bool()], alone[row], **EXACT)
+    # One more token per row, at each row's own position.
+    step = dsa_model(
+        tokens[:, :1],
+        attention_mask=torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1),
+        past_key_values=prompt.past_key_values,
+        use_cache=True,
+    )
+    for row, n in enumerate(lengths):
+        longer = torch.cat([tokens[row : row + 1, :n], tokens[row : row + 1, :1]], 1)
+        torch.testing.assert_close(step.logits[row, -1], dsa_model(longer, use_cache=False).logits[0, -1], **EXACT)
+
+
+@torch.no_grad()
+def test_cached_index_keys_are_rotated_once(dsa_model, tokens):
+    whole = dsa_model(tokens, use_cache=True).past_key_values
+    stepped = dsa_model(tokens[:, :40], use_cache=True).past_key_values
+    before = stepped.layers[0]["index"][:, :, :40].clone()
+    for position in range(40, 60):
+        stepped = dsa_model(tokens[:, position : position + 1], past_key_values=stepped, use_cache=True).past_key_values
+    assert torch.equal(stepped.layers[0]["index"][:, :, :40], before)
+    for ours, theirs in zip(stepped.layers, whole.layers, strict=True):
+        torch.testing.assert_close(ours["index"][:, :, :60], theirs["index"][:, :, :60], **EXACT)
+
+
+@torch.no_grad()
+def test_cache_grows_without_recomputation(dsa_model):
+    tokens = torch.randint(3, 500, (1, 300))
+    cache = dsa_model(tokens[:, :250], use_cache=True).past_key_values
+    assert cache.layers[0]["key"].shape[2] == 256
+    last = dsa_model(tokens[:, 250:], past_key_values=cache, use_cache=True)
+    assert cache.layers[0]["key"].shape[2] == 512
+    whole = dsa_model(tokens, use_cache=False).logits
+    torch.testing.assert_close(last.logits, whole[:, 250:], **EXACT)
+
+
+@torch.no_grad()
+def test_masked_core_of_training_equals_the_gathering_core(dsa_model, tokens):
+    gathered = dsa_model.eval()(tokens, use_cache=False).logits
+    masked = dsa_model.train()(tokens).logits
+    torch.testing.assert_close(masked, gathered, **EXACT)
+
+
+class RecordProducts(TorchDispatchMode):
+    """Records the operand shapes of every matrix product, and every fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.operands, self.fused = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if any(part in name for part in ("bmm", "aten.mm", "matmul")):
+            self.operands += [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]
+        if "scaled_dot_product" in name or "flash" in name:
+            self.fused.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_only_selected_rows_enter_the_products(dsa_model):
+    """D = 64 marks K and V (the indexer has 32), T = 75 marks the whole context: they never meet in a product."""
+    tokens = torch.randint(3, 500, (1, 75))
+    with RecordProducts() as sparse:
+        dsa_model(tokens, use_cache=False)
+    assert not sparse.fused
+    whole_rows = [shape for shape in sparse.operands if set(shape[-2:]) == {64, 75}]
+    assert not whole_rows
+    assert any(16 in shape and 64 in shape for shape in sparse.operands)  # the k = 16 selected rows do
+    with RecordProducts() as dense:
+        dense_twin(dsa_model)(tokens, use_cache=False)
+    assert dense.fused
+
+
+def test_indexer_is_detached_from_the_base(dsa_model, tokens):
+    """A loss on the indexer's outputs reaches the indexer only; cross-entropy reaches the base only."""
+
+    def observe(trace):
+        return {"index": trace.index_k.square().mean() + trace.index_q.square().mean() + trace.index_weights.mean()}
+
+    output = dsa_model.train()(tokens, labels=tokens, observer=observe)
+    output.aux_losses["index"].backward(retain_graph=True)
+    for name, parameter in dsa_model.named_parameters():
+        touched = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert touched == (".indexer." in name), name
+    dsa_model.zero_grad()
+    output.loss.backward()
+    for name, parameter in dsa_model.named_parameters():
+        assert ".indexer." not in name or parameter.grad is None or not parameter.grad.abs().sum(), name
+
+
+def test_observer_sees_the_dense_teacher_when_selection_is_off(dsa_model, tokens):
+    seen = []
+    dsa_model.sparse = False
+    dsa_model.train()(tokens, observer=lambda trace: seen.append(trace) or {})
+    assert [trace.layer for trace in seen] == [0, 1]
+    assert all(trace.indices is None for trace in seen)
+    dense = dense_twin(dsa_model)(tokens, use_cache=False).logits
+    torch.testing.assert_close(dsa_model(tokens).logits, dense, **EXACT)
+
+
+@torch.no_grad()
+def test_shared_index_queries(qwen_folder, tokens):
+    """The original's option: the indexer scores with the main attention's rotated queries."""
+    model = load_model(qwen_folder, index_queries="shared", index_heads=7, index_dim=64, index_topk=12)
+    traces = []
+    model(tokens, use_cache=False, observer=lambda trace: traces.append(trace) or {})
+    torch.testing.assert_close(traces[0].index_q, traces[0].q.transpose(1, 2))
+    assert not any("indexer.q_proj" in name for name in model.state_dict())
+
+
+def test_positions_that_do_not_count_the_tokens_are_refused(dsa_model, tokens):
+    with pytest.raises(ValueError, match="packed"):
+        dsa_model(tokens, position_ids=torch.arange(60) % 30)
+
+
+def test_round_trip_through_transformers(dsa_model, tokens, tmp_path):
+    dsa_model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.config.index_topk == 16
+    state = dsa_model.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "other"},
+        {"index_topk": 0},
+        {"index_dim": 33},
+        {"index_heads": 0},
+        {"index_queries": "shared", "index_heads": 3},
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8},
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(options):
+    with pytest.raises(ValueError):
+        DSAConfig(**options)

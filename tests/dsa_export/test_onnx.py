@@ -1,0 +1,282 @@
+"""The exported graphs, run as a user runs them: the contract, causality, chunks, batches, precision, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from dsa_export.cli import UserError
+from dsa_export.files import read_manifest
+from dsa_export.model import dense_twin, load_model, load_tokenizer
+from dsa_export.onnx import passes
+from dsa_export.onnx.export import export_graph
+from dsa_export.onnx.identical import compare_folder, compare_graphs
+from dsa_export.onnx.parity import check_parity
+from tests.dsa_export.conftest import Graph, export_command
+
+EXACT = {"atol": 2e-5, "rtol": 0}
+TOKENS = torch.randint(3, 500, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def test_files_and_manifest(export, dsa_folder):
+    manifest = read_manifest(export, "onnx", "test")
+    assert (manifest["topk"], manifest["dtype"], manifest["random_indexer"]) == (16, "fp32", False)
+    dense, sparse = (export / variant / "model.onnx.data" for variant in ("dense", "sparse"))
+    assert dense.stat().st_ino == sparse.stat().st_ino, "one weight file"
+    assert manifest["weights"]["bytes"] == dense.stat().st_size
+    assert [entry["name"] for entry in manifest["graphs"]["sparse"]["cache"]] == ["key", "value", "index"]
+    assert manifest["graphs"]["sparse"]["cache"][2]["shape"] == ["batch", 1, "capacity", 32]
+    assert manifest["parity"]["sparse"]["selected_sets"]["different"] == 0
+    load_tokenizer(export)
+
+
+def test_names_types_and_dynamic_dimensions(export):
+    model = onnx.load(export / "sparse" / "model.onnx", load_external_data=False)
+    shape = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in [*model.graph.input, *model.graph.output]
+    }
+    assert shape["input_ids"] == ["batch", "sequence"]
+    assert shape["past_lengths"] == shape["input_lengths"] == ["batch"]
+    assert shape["past_key_values.1.key"] == shape["present.1.value"] == ["batch", 1, "capacity", 64]
+    assert shape["present.0.index"] == ["batch", 1, "capacity", 32]
+    assert shape["logits"] == ["batch", 1, 512]
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", 24), ("dsa", 1)}
+
+
+def test_operators_name_their_plugin_and_bring_their_body(export):
+    model = onnx.load(export / "sparse" / "model.onnx", load_external_data=False)
+    nodes = [node for node in model.graph.node if node.domain == "dsa"]
+    assert sorted(node.op_type for node in nodes) == ["IndexTopK"] * 2 + ["SparseAttention"] * 2
+    for node in nodes:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["plugin_version"] == b"1" and attributes["plugin_namespace"] == b"dsa"
+    assert sorted(function.name for function in model.functions) == ["IndexTopK", "SparseAttention"]
+    dense = onnx.load(export / "dense" / "model.onnx", load_external_data=False)
+    assert not dense.functions and sum(node.op_type == "Attention" for node in dense.graph.node) == 2
+
+
+def test_weights_keep_the_checkpoints_names(export, dsa_folder):
+    names = {t.name for t in onnx.load(export / "sparse" / "model.onnx", load_external_data=False).graph.initializer}
+    assert set(load_model(dsa_folder).state_dict()) <= names
+
+
+def test_no_later_token_leaks_into_earlier_outputs(graph):
+    """Logits after a prefix do not depend on what a longer chunk holds behind it, padding included."""
+    expected = graph().step([TOKENS[:30]])
+    # The prefix as a short row beside a longer one: its padding stands where later tokens would.
+    beside = graph(2).step([TOKENS[:30], TOKENS[:60]])[:1]
+    np.testing.assert_allclose(beside, expected, **EXACT)
+    other_row = graph(2).step([TOKENS[:30], TOKENS[::-1]])[:1]
+    np.testing.assert_allclose(other_row, expected, **EXACT)
+    changed = graph().step([[*TOKENS[:29], 5]])
+    assert np.abs(changed - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("cuts", [[1] * 60, [1, 59], [37, 1, 22], [20, 20, 20]])
+def test_any_cut_into_chunks_equals_one_call(graph, cuts):
+    expected = graph().step([TOKENS])
+    chunked, start = graph(), 0
+    for length in cuts:
+        logits = chunked.step([TOKENS[start : start + length]])
+        start += length
+    np.testing.assert_allclose(logits, expected, **EXACT)
+
+
+def test_rows_of_two_lengths_equal_each_alone(graph):
+    together, first, second = graph(2), graph(), graph()
+    for a, b in (([30, 40], [0, 11]), ([40, 41], [11, 12]), ([41, 44], [12, 30])):
+        rows = [TOKENS[a[0] - 30 : a[1] - 30], TOKENS[b[0] : b[1]]]
+        expected = np.concatenate([first.step(rows[:1]), second.step(rows[1:])])
+        np.testing.assert_allclose(together.step(rows), expected, **EXACT)
+
+
+def test_equals_torch_step_by_step(graph, dsa_model, export):
+    fresh = graph()
+    model = dense_twin(dsa_model) if "index" not in str(fresh.cache.keys()) else dsa_model
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
+    for position, token in enumerate(TOKENS):
+        np.testing.assert_allclose(fresh.step([[token]])[0], expected[position], atol=1e-4, rtol=0)
+
+
+def test_sparse_equals_dense_while_k_covers_the_text(export):
+    dense, sparse = (Graph(export / variant / "model.onnx", 1) for variant in ("dense", "sparse"))
+    np.testing.assert_allclose(sparse.step([TOKENS[:10]]), dense.step([TOKENS[:10]]), **EXACT)
+    for token in TOKENS[10:16]:
+        np.testing.assert_allclose(sparse.step([[token]]), dense.step([[token]]), **EXACT)
+    assert np.abs(sparse.step([TOKENS[16:]]) - dense.step([TOKENS[16:]])).max() > 1e-3
+
+
+def test_cached_index_keys_are_written_once(export):
+    graph = Graph(export / "sparse" / "model.onnx", 1)
+    graph.step([TOKENS[:20]])
+    before = graph.cache["past_key_values.1.index"][0, 0, :20].copy()
+    for token in TOKENS[20:30]:
+        graph.step([[token]])
+    assert np.array_equal(graph.cache["past_key_values.1.index"][0, 0, :20], before)
+    whole = Graph(export / "sparse" / "model.onnx", 1)
+    whole.step([TOKENS[:30]])
+    for name in graph.cache:
+        np.testing.assert_allclose(graph.cache[name][..., :30, :], whole.cache[name][..., :30, :], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_lower_precisions_pass_their_parity(dsa_folder, tmp_path, dtype):
+    result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), "--dtype", dtype)
+    assert result.returncode == 0, result.stderr
+    manifest = read_manifest(tmp_path / "onnx", "onnx", "test")
+    assert manifest["dtype"] == dtype
+    assert manifest["graphs"]["sparse"]["cache"][0]["dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[dtype]
+    compare_folder(tmp_path / "onnx")
+
+
+# The proof of identical operators, and that it can fail.
+
+
+@pytest.fixture
+def graphs(dsa_model):
+    return {"dense": export_graph(dense_twin(dsa_model)), "sparse": export_graph(dsa_model)}
+
+
+def test_graphs_differ_in_the_core_only(export):
+    comparison = compare_folder(export)
+    assert (comparison.dense_core, comparison.sparse_core) == (2, 2)
+    assert comparison.shared > 60 and comparison.indexer > 20
+
+
+def test_the_proof_finds_every_other_difference(graphs):
+    def node(variant, op_type):
+        return next(n for n in graphs[variant].graph if n.op_type == op_type)
+
+    compare_graphs(**graphs)
+    norm = node("sparse", "RMSNormalization")
+    norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-5)
+    with pytest.raises(UserError, match="RMSNormalization differs"):
+        compare_graphs(**graphs)
+    norm.attributes["epsilon"] = node("dense", "RMSNormalization").attributes["epsilon"]
+    compare_graphs(**graphs)
+
+    gate = node("sparse", "Sigmoid")
+    gate.op_type = "Tanh"
+    with pytest.raises(UserError, match=r"Sigmoid.*Tanh"):
+        compare_graphs(**graphs)
+    gate.op_type = "Sigmoid"
+
+    weight = graphs["sparse"].graph.initializers["model.layers.1.mlp.up_proj.weight"]
+    original = weight.const_value
+    weight.const_value = ir.tensor(original.numpy() + 1, name=weight.name)
+    with pytest.raises(UserError, match="up_proj"):
+        compare_graphs(**graphs)
+    weight.const_value = original
+
+    stray = ir.node("Neg", [node("sparse", "Sigmoid").outputs[0]])
+    graphs["sparse"].graph.append(stray)
+    with pytest.raises(UserError, match="neither to both nor"):
+        compare_graphs(**graphs)
+
+
+# Parity, and that it can fail.
+
+
+def test_parity_fails_on_wrong_weights_and_on_another_selection(export, dsa_folder, tmp_path):
+    model = load_model(dsa_folder)
+    prompt = TOKENS * 2
+    assert check_parity(model, export / "sparse", prompt, tmp_path / "scratch")["passed"]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] += 0.5
+    assert not check_parity(model, export / "sparse", prompt, tmp_path / "scratch")["passed"]
+    model = load_model(dsa_folder)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.indexer.q_proj.weight.neg_()
+    result = check_parity(model, export / "sparse", prompt, tmp_path / "scratch")
+    assert result["selected_sets"]["different"] > 0 and not result["passed"]
+
+
+def test_upcast_leaves_no_bf16(dsa_folder):
+    graph = export_graph(load_model(dsa_folder, dtype=torch.bfloat16))
+    passes.upcast_bf16(graph)
+    types = [value.dtype for value in [*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()]]
+    assert ir.DataType.BFLOAT16 not in types
+
+
+# Wrong input: one line, exit code 1 or 2, nothing half-written.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "no folder"),
+        (["--model", "QWEN"], "plain Qwen2.5 checkpoint without an indexer"),
+        (["--model", "DSA", "--topk", "0"], "--topk must be between 1 and 4096"),
+        (["--model", "DSA", "--topk", "5000"], "--topk must be between 1 and 4096"),
+        (["--model", "DSA", "--out", "FOREIGN"], "was not written by this toolchain"),
+        (["--model", "DSA", "--dtype", "int3"], "invalid choice"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(arguments, message, qwen_folder, dsa_folder, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("precious")
+    places = {"QWEN": str(qwen_folder), "DSA": str(dsa_folder), "FOREIGN": str(foreign)}
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "onnx")]
+    result = export_command(*(places.get(a, a) for a in arguments), *out)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 or len(result.stderr.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign"]
+    assert (foreign / "thesis.txt").read_text() == "precious"
+
+
+def test_random_indexer_is_recorded(qwen_folder, tmp_path):
+    out = tmp_path / "onnx"
+    result = export_command("--model", str(qwen_folder), "--random-indexer", "--topk", "8", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert read_manifest(out, "onnx", "test")["random_indexer"] is True
+    assert "time these graphs" in result.stdout
+
+
+def test_failed_parity_keeps_nothing(dsa_folder, tmp_path):
+    """A checkpoint whose weights overflow: no graph of it can agree with anything."""
+    folder = tmp_path / "broken"
+    shutil.copytree(dsa_folder, folder)
+    model = load_model(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    model.save_pretrained(folder)
+    result = export_command("--model", str(folder), "--out", str(tmp_path / "onnx"))
+    assert result.returncode == 1 and "nothing was kept" in result.stderr
+    assert not (tmp_path / "onnx").exists() and not (tmp_path / "onnx.partial").exists()
+    assert json.loads((folder / "config.json").read_text())["index_topk"] == 16
+
+
+def test_full_disk_leaves_the_earlier_export(export, dsa_folder, tmp_path, monkeypatch):
+    """numpy reports a short write as an OSError without a number; the folder that was there before stays."""
+    out = tmp_path / "onnx"
+    shutil.copytree(export, out)
+
+    def full(*_):
+        raise OSError("802816 requested and 604416 written")
+
+    monkeypatch.setattr(ir.external_data, "convert_tensors_to_external", full)
+    result = export_command("--model", str(dsa_folder), "--out", str(out))
+    assert result.returncode == 1 and "disk full" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    compare_folder(export)
+    assert (out / "manifest.json").read_text() == (export / "manifest.json").read_text()
+
+
+def test_interrupt_leaves_nothing(dsa_folder, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsa_export.onnx.__main__.check_parity", interrupt)
+    result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"))
+    assert result.returncode == 1 and "interrupted" in result.stderr
+    assert not list(tmp_path.iterdir())

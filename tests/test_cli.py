@@ -1,0 +1,81 @@
+"""What the commands share: exit codes, one-line errors, output folders."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from dsa_export.cli import UserError, run
+from dsa_export.files import check_output, output_folder, read_manifest, write_atomically, write_manifest
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("no such\nmodel"), "error: no such model"),
+        (KeyboardInterrupt(), "error: interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "error: disk full while writing /data/x"),
+        (OSError("10 requested and 3 written"), "error: disk full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "error: disk full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: cannot write /root/x"),
+    ],
+)
+def test_errors_of_the_user_end_in_one_line(error, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(failing(error))
+    assert end.value.code == 1
+    text = capsys.readouterr().err
+    assert text.startswith(message) and len(text.strip().splitlines()) == 1
+
+
+def test_errors_of_ours_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run(failing(ZeroDivisionError()))
+
+
+def test_output_appears_when_complete_and_replaces_ours(tmp_path):
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with output_folder(out) as folder:
+            (folder / "data").write_text(content)
+            write_manifest(folder, "test", {})
+            assert not out.exists() or (out / "data").read_text() == "first"
+        assert (out / "data").read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_output_leaves_the_earlier_one(tmp_path):
+    out = tmp_path / "out"
+    with output_folder(out) as folder:
+        write_manifest(folder, "test", {})
+    with pytest.raises(RuntimeError), output_folder(out) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (out / "half").exists()
+
+
+def test_foreign_output_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="not written by this toolchain"):
+            check_output(out)
+    check_output(tmp_path / "new")
+
+
+def test_manifests_that_do_not_fit_name_the_command(tmp_path):
+    with pytest.raises(UserError, match="run that first"):
+        read_manifest(tmp_path, "onnx", "python -m x")
+    write_manifest(tmp_path, "engine", {"path": "x"})
+    with pytest.raises(UserError, match="'engine', not 'onnx'.*python -m x"):
+        read_manifest(tmp_path, "onnx", "python -m x")
+    write_atomically(tmp_path / "manifest.json", "{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_manifest(tmp_path, "onnx", "python -m x")
