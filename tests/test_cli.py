@@ -74,7 +74,7 @@ def test_manifests_that_do_not_fit_name_the_command(tmp_path):
     with pytest.raises(UserError, match="run that first"):
         read_manifest(tmp_path, "onnx", "python -m x")
     write_manifest(tmp_path, "engine", {"path": "x"})
-    with pytest.raises(UserError, match="'engine', not 'onnx'.*python -m x"):
+    with pytest.raises(UserError, match=r"'engine', not 'onnx'.*python -m x"):
         read_manifest(tmp_path, "onnx", "python -m x")
     write_atomically(tmp_path / "manifest.json", "{")
     with pytest.raises(UserError, match="not valid JSON"):
