@@ -33,9 +33,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         fail(str(interrupt) or "interrupted; nothing half-written was kept")
     except Exception as error:
         if is_disk_full(error):
-            fail(
-                f"disk full while writing {getattr(error, 'filename', None) or 'the output'}: free some space, try again"
-            )
+            where = getattr(error, "filename", None) or "the output"
+            fail(f"disk full while writing {where}: free some space and run the command again")
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
         raise

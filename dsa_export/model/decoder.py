@@ -113,7 +113,7 @@ class DSAModel(DSAPreTrainedModel):
         """
         S = input_ids.shape[1]
         hidden = self.embed_tokens(input_ids)
-        positions = past_lengths[:, None] + torch.arange(S, device=input_ids.device)
+        positions = past_lengths.unsqueeze(1) + torch.arange(S, device=input_ids.device)
         call = Call(
             rope=self.rotary(positions, hidden.dtype),
             index_rope=self.index_rotary(positions, hidden.dtype),

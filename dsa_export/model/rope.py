@@ -40,5 +40,5 @@ class RotaryTable(nn.Module):
         self.inv_freq = self._frequencies()[0].to(self.inv_freq.device)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = positions[..., None].float() * self.inv_freq
+        angles = positions.unsqueeze(-1).float() * self.inv_freq
         return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)

@@ -47,7 +47,7 @@ class StepGraph(nn.Module):
             for layout in self.model.model.cache_layouts
         ]
         hidden, _ = self.model.model.run(input_ids, past_lengths, input_lengths, caches)
-        last = (input_lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        last = (input_lengths - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
         logits = self.model.lm_head(hidden.gather(1, last)).float()
         return logits, *(cache.tensors[name] for cache in caches for name in cache.tensors)
 

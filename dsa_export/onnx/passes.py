@@ -35,14 +35,27 @@ def strip_weight_prefix(model: ir.Model, prefix: str) -> None:
 
 
 def simplify(model: ir.Model) -> None:
-    """Folds constants and shape arithmetic, removes what is computed twice or unused. Weights stay as they are."""
+    """Folds constants and shape arithmetic, removes what is computed twice or unused. Weights stay as they are.
+
+    onnxscript's optimize() would do the same and also try its rewrite rules, which find nothing here and double the time.
+    """
 
     def should_fold(node: ir.Node) -> bool | None:
         return False if node.op_type == "Transpose" else None
 
-    onnxscript.optimizer.optimize_ir(model, should_fold=should_fold)
-    common.CommonSubexpressionEliminationPass()(model)
-    common.RemoveUnusedNodesPass()(model)
+    common.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+    for tidy in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(size_limit=EXTERNAL_BYTES),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        tidy(model)
 
 
 def pretranspose_weights(model: ir.Model) -> None:

@@ -61,7 +61,7 @@ class SparseAttention(DenseAttention):
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[Tensor, dict[str, Tensor]]:
         index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
-        all_index_k = self.store("index", index_k[:, None], call)[:, 0]
+        all_index_k = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
         indices = None
         if self.sparse:
             with torch.no_grad():
