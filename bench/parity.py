@@ -1,0 +1,91 @@
+"""Do dense and sparse compute the same? The gate before any figure, and the agreement beside the figures.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.session import Runner, Session
+
+GREEDY_TOKENS = 8
+PROMPT_TOKENS = 64
+EPSILON = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Outcome of the gate: `problem` says what is wrong, None if nothing is."""
+
+    tokens: int
+    error: float  # largest difference of a logit
+    tolerance: float
+    problem: str | None
+
+
+def gate(runners: Mapping[str, Runner], prompt: np.ndarray) -> Gate:
+    """Compares dense and sparse where they must be equal: at most k tokens, so that everything visible is selected.
+
+    prompt: [n] int64. Both variants get the prompt and then the tokens that dense prefers; at each of them the logits
+    must agree within the rounding of the type, and in fp32 the preferred token must be the same. (Narrower types
+    round logits to equal values: a tie may then be broken either way.)
+    """
+    k, dtype = runners["sparse"].engine.topk, runners["sparse"].engine.dtype
+    steps = min(GREEDY_TOKENS, k // 2)
+    prompt = prompt[: max(1, min(PROMPT_TOKENS, k - steps))]
+    sessions = {variant: Session(runner, capacity=len(prompt) + steps) for variant, runner in runners.items()}
+    logits = {variant: session.prefill([prompt])[0] for variant, session in sessions.items()}
+    worst, tolerance = 0.0, 0.0
+    for step in range(steps + 1):
+        dense, sparse = logits["dense"], logits["sparse"]
+        position = len(prompt) + step
+        if not (np.isfinite(dense).all() and np.isfinite(sparse).all()):
+            return Gate(position, float("nan"), tolerance, f"a logit is not finite after {position} tokens")
+        tolerance = logit_tolerance(dtype, dense)
+        error = float(np.abs(dense - sparse).max())
+        worst = max(worst, error)
+        if error > tolerance:
+            problem = f"logits differ by {error:.2g} after {position} tokens, at most {tolerance:.2g} is rounding"
+            return Gate(position, worst, tolerance, problem)
+        if dense.argmax() != sparse.argmax() and dtype == "fp32":
+            return Gate(position, worst, tolerance, f"the greedy tokens differ after {position} tokens")
+        if step < steps:
+            token = [int(dense.argmax())]
+            logits = {variant: session.decode(token)[0].copy() for variant, session in sessions.items()}
+    return Gate(len(prompt) + steps, worst, tolerance, None)
+
+
+def logit_tolerance(dtype: str, logits: np.ndarray) -> float:
+    """What rounding alone may do to logits: 1e-3 in fp32, and some units in the last place of the narrower types."""
+    return max(1e-3, 16 * EPSILON[dtype] * float(np.abs(logits).max()))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike the next-token distributions are, over `tokens` teacher-forced tokens of the text (all rows)."""
+
+    top1: float  # share of tokens for which both prefer the same next token
+    kl: float  # mean KL(dense || sparse) in nats
+    tokens: int
+
+
+def agreement(sessions: Mapping[str, Session], tokens: np.ndarray) -> Agreement | None:
+    """Appends tokens [B, T] to both sessions one by one and compares the logits. None for T = 0."""
+    same, divergences = [], []
+    for step in tokens.T:
+        dense, sparse = (sessions[variant].decode(step).astype(np.float64) for variant in ("dense", "sparse"))
+        same.append(dense.argmax(-1) == sparse.argmax(-1))
+        dense, sparse = _log_softmax(dense), _log_softmax(sparse)
+        divergences.append((np.exp(dense) * (dense - sparse)).sum(-1))
+    if not same:
+        return None
+    return Agreement(float(np.mean(same)), float(np.mean(divergences)), int(np.size(same)))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

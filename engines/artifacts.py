@@ -1,0 +1,247 @@
+"""The folders that engines are made from and live in: what their manifests say, checked before anything is loaded.
+
+`Export` is what `python -m dsa_export.onnx` wrote, `Engine` what `python -m engines.build` wrote. The cache layout is
+read from here by everything that needs it: sessions, profiles and byte accounting.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsa_export.cli import UserError
+from dsa_export.files import MANIFEST, read_manifest, sha256
+
+VARIANTS = ("dense", "sparse")
+BACKENDS = ("ort", "tensorrt-rtx", "tensorrt")
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8e4m3fn": 1, "int8": 1}
+
+# The distribution whose version an engine depends on, and how many parts of the version must agree: ONNX Runtime reads
+# models of its other patch releases, plans are tied to the exact build.
+RUNTIMES = {
+    "ort": (("onnxruntime", "onnxruntime-gpu"), 2),
+    "tensorrt-rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), 4),
+    "tensorrt": (("tensorrt-cu13", "tensorrt-cu12", "tensorrt"), 4),
+}
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One cache of one layer. `shape` holds integers and the names "batch" and "capacity"."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    def concrete(self, batch: int, capacity: int) -> tuple[int, ...]:
+        sizes = {"batch": batch, "capacity": capacity}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes in one layer."""
+        return math.prod(self.concrete(1, 1)) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The facts about the model that a deployment needs."""
+
+    hidden_size: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    index_heads: int
+    index_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_id: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine was built for: rows, tokens per row (prompt and answer), tokens per prefill call."""
+
+    max_batch: int
+    max_context: int
+    prefill_chunk: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What dense and sparse graphs have in common for those who run them."""
+
+    variant: str
+    dtype: str  # fp32 | fp16 | bf16
+    topk: int
+    random_indexer: bool
+    model: Model
+    cache: tuple[CacheTensor, ...]
+
+    def cache_names(self) -> list[tuple[str, CacheTensor]]:
+        """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
+        return [(f"{layer}.{tensor.name}", tensor) for layer in range(self.model.layers) for tensor in self.cache]
+
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one more token of one row takes, over all layers."""
+        return self.model.layers * sum(tensor.bytes_per_token for tensor in self.cache)
+
+    def cache_bytes_read(self, context: int, queries: int = 1) -> int:
+        """Bytes of one row's caches that a call must read at least once: `queries` new tokens, `context` in all.
+
+        Dense attention reads every cached row; sparse attention every index key, and K and V of the selected rows.
+        """
+        gathered = {"key", "value"} if self.variant == "sparse" else set()
+        selected = min(context, queries * min(context, self.topk))
+        return self.model.layers * sum(
+            tensor.bytes_per_token * (selected if tensor.name in gathered else context) for tensor in self.cache
+        )
+
+    def workspace_bytes_per_query(self, capacity: int) -> int:
+        """Bytes that one layer of the ONNX form needs for one query token of one row: it bounds the prefill chunk."""
+        if self.variant == "dense":
+            return 2 * capacity * self.model.query_heads * 4
+        gathered_rows = 2 * self.topk * self.model.kv_heads * self.model.head_dim * 4 * 2
+        return capacity * self.model.index_heads * 4 + gathered_rows
+
+
+@dataclass(frozen=True)
+class Graph(Variant):
+    """One exported graph: `path` of the .onnx file (its weights lie beside it under `weights`) and their hashes."""
+
+    path: Path
+    sha256: str
+    weights: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Export:
+    folder: Path
+    graphs: dict[str, Graph]
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Engine(Variant):
+    """One built engine. `manifest` holds everything else that the build wrote down."""
+
+    folder: Path
+    backend: str
+    limits: Limits
+    manifest: dict[str, Any]
+
+
+def open_export(folder: Path) -> Export:
+    """Opens an export folder. Raises UserError if it is missing, or if a graph or the weights are not what it wrote."""
+    made_by = "python -m dsa_export.onnx"
+    again = f"run `{made_by}` again"
+    manifest = read_manifest(folder, "onnx", made_by)
+    try:
+        weights = manifest["weights"]
+        graphs = {
+            variant: Graph(
+                **_variant_facts(variant, manifest, graph["cache"]),
+                path=folder / graph["path"],
+                sha256=graph["sha256"],
+                weights=weights["file"],
+                weights_sha256=weights["sha256"],
+            )
+            for variant, graph in manifest["graphs"].items()
+        }
+        expected: dict[Path, tuple[int | None, str]] = {graph.path: (None, graph.sha256) for graph in graphs.values()}
+        for graph in graphs.values():
+            expected[graph.path.parent / graph.weights] = (weights["bytes"], weights["sha256"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST} lacks or misstates {error}: {again}") from None
+    check_files(expected, again)
+    return Export(folder, graphs, manifest)
+
+
+def open_engine(folder: Path, *, verify: bool = True) -> Engine:
+    """Opens an engine folder after checking that what it holds can be run here.
+
+    verify: compare the hashes of the files too, not only their sizes (reads the weights once).
+    Raises UserError, saying what to rebuild, if the folder is not an engine's, if the installed runtime is of another
+    version, or if a file was changed since the build.
+    """
+    manifest = read_manifest(folder, "engine", "python -m engines.build")
+    again = f"run `{rebuild_command(folder, manifest)}`"
+    try:
+        engine = Engine(
+            **_variant_facts(manifest["variant"], manifest, manifest["cache"]),
+            folder=folder,
+            backend=manifest["backend"],
+            limits=Limits(**manifest["limits"]),
+            manifest=manifest,
+        )
+        built_with = manifest["versions"]["runtime"]
+        files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST} lacks or misstates {error}: {again}") from None
+    installed = runtime_version(engine.backend)
+    parts = RUNTIMES[engine.backend][1]
+    if installed.split(".")[:parts] != str(built_with).split(".")[:parts]:
+        raise UserError(f"{folder} was built with {engine.backend} {built_with}, installed is {installed}: {again}")
+    check_files(files if verify else {path: (size, None) for path, (size, _) in files.items()}, again)
+    return engine
+
+
+def check_files(expected: Mapping[Path, tuple[int | None, str | None]], again: str) -> None:
+    """Raises UserError unless every path has its size and SHA-256 (None: not checked)."""
+    for path, (size, digest) in expected.items():
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {again}")
+        stat = path.stat()
+        if size is not None and stat.st_size != size:
+            raise UserError(f"{path} has {stat.st_size} bytes instead of {size} (truncated or replaced): {again}")
+        if digest and content_hash(path) != digest:
+            raise UserError(f"{path} is not the file that was written (its SHA-256 differs from the manifest): {again}")
+
+
+def runtime_version(backend: str) -> str:
+    """Version of the installed runtime of a backend. Raises UserError, naming what to install, if there is none."""
+    distributions = RUNTIMES[backend][0]
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise UserError(f"backend {backend} needs {distributions[0]}: pip install {distributions[0]}")
+
+
+def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:
+    source = manifest.get("source")
+    onnx = source.get("path") if isinstance(source, dict) else None
+    backend = f" --backend {manifest['backend']}" if manifest.get("backend") in BACKENDS[1:] else ""
+    return f"python -m engines.build --onnx {onnx or 'out/onnx'} --out {folder.parent.parent}{backend}"
+
+
+_hashes: dict[tuple[int, int, int, int], str] = {}
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file; hard links to one unchanged file are read once."""
+    stat = path.stat()
+    inode = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if inode not in _hashes:
+        _hashes[inode] = sha256(path)
+    return _hashes[inode]
+
+
+def _variant_facts(variant: str, manifest: dict[str, Any], cache: list[dict[str, Any]]) -> dict[str, Any]:
+    model = dict(manifest["model"])
+    model["eos_token_id"] = tuple(model["eos_token_id"])
+    return {
+        "variant": variant,
+        "dtype": manifest["dtype"],
+        "topk": manifest["topk"],
+        "random_indexer": manifest["random_indexer"],
+        "model": Model(**{name: model[name] for name in Model.__dataclass_fields__}),
+        "cache": tuple(CacheTensor(entry["name"], tuple(entry["shape"]), entry["dtype"]) for entry in cache),
+    }

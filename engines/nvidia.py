@@ -1,0 +1,215 @@
+"""Builds TensorRT-RTX and TensorRT engines through Polygraphy, and looks into what was built.
+
+One process builds for one product: Polygraphy chooses it at import, and our plugin library must never be loaded where
+TensorRT-RTX parses (its parser would take the plugin, which the product does not run, and abort the process).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+from dsa_export.cli import UserError, progress_bar
+from engines.artifacts import runtime_version
+from engines.profiles import Profile
+
+PLUGINS = ("IndexTopK", "SparseAttention")
+
+
+def build_plan(
+    onnx_path: Path,
+    plan_path: Path,
+    profiles: Sequence[Profile],
+    *,
+    product: str,
+    title: str,
+    compute_capabilities: Sequence[str] = (),
+    plugin_library: Path | None = None,
+    serialize_plugins: bool = False,
+    decompose_attention: bool = False,
+) -> None:
+    """Builds an engine from a graph of engines.nvidia_graph and writes the plan.
+
+    product: "tensorrt-rtx" (needs no GPU) or "tensorrt". compute_capabilities: e.g. "8.9"; none leaves them open
+    (TensorRT-RTX only). plugin_library: TensorRT only. decompose_attention: there is no fused attention in fp32, so
+    the builder may then take it apart.
+    Raises UserError if the product is not installed or refuses the graph, KeyboardInterrupt on Ctrl-C.
+    """
+    trt = _import(product)
+    from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, engine_bytes_from_network
+    from polygraphy.backend.trt import Profile as ShapeRanges
+    from polygraphy.exception import PolygraphyException
+
+    ranges = []
+    for profile in profiles:
+        ranges.append(ShapeRanges())
+        for name, (lowest, best, highest) in profile.shapes.items():
+            ranges[-1].add(name, lowest, best, highest)
+    with _collected_errors() as errors, _monitor(trt, title) as monitor:
+        try:
+            if plugin_library:
+                # The parser finds the creators of a loaded library in the global registry.
+                trt.get_plugin_registry().load_library(str(plugin_library.resolve()))
+            builder, network, parser = NetworkFromOnnxPath(str(onnx_path), strongly_typed=True)()
+            if decompose_attention:
+                _decompose_attention(trt, network)
+            config = CreateConfig(
+                profiles=ranges,
+                progress_monitor=monitor,
+                profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
+            )(builder, network)
+            _set_compute_capabilities(trt, config, compute_capabilities)
+            if plugin_library and serialize_plugins:
+                config.plugins_to_serialize = [str(plugin_library.resolve())]
+            plan = engine_bytes_from_network((builder, network, parser), config)
+        except PolygraphyException as error:
+            reason = errors[0].removeprefix("[E] ") if errors else str(error)
+            raise UserError(f"{product} {trt.__version__} could not build {onnx_path}: {reason}") from None
+    plan_path.write_bytes(memoryview(plan))
+
+
+def plugin_layers(layer_information: str) -> Counter[str]:
+    """How often each of our plugins is a layer of an engine, by the engine inspector's JSON (or trtexec's).
+
+    The function bodies' layers carry the operators' names too; only layers that the product calls plugins count.
+    """
+    layers = json.loads(layer_information)["Layers"]
+    texts = [json.dumps(layer) for layer in layers if _is_plugin(layer)]
+    return Counter({plugin: sum(plugin in text for text in texts) for plugin in PLUGINS})
+
+
+def check_plugin_layers(layer_information: str, layers: int) -> None:
+    """Raises UserError unless every one of the model's `layers` runs our plugins."""
+    found = plugin_layers(layer_information)
+    if any(found[plugin] != layers for plugin in PLUGINS):
+        counts = ", ".join(f"{found[plugin]} {plugin}" for plugin in PLUGINS)
+        raise UserError(
+            f"the engine holds {counts} plugin layers instead of {layers} each: TensorRT took the function bodies; "
+            "check that the plugin library matches this TensorRT version (make plugins)"
+        )
+
+
+def inspect(plan_path: Path, product: str, plugin_library: Path | None) -> str:
+    """The engine inspector's JSON of a built engine; needs a GPU."""
+    trt = _import(product)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    if plugin_library:
+        runtime.get_plugin_registry().load_library(str(plugin_library.resolve()))
+    engine = runtime.deserialize_cuda_engine(plan_path.read_bytes())
+    if engine is None:
+        raise UserError(f"{product} {trt.__version__} cannot load the plan that it built: {plan_path}")
+    return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _import(product: str) -> Any:
+    runtime_version(product)
+    if product == "tensorrt-rtx":
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when Polygraphy is first imported
+        import tensorrt_rtx
+
+        return tensorrt_rtx
+    os.environ.pop("POLYGRAPHY_USE_TENSORRT_RTX", None)
+    import tensorrt
+
+    return tensorrt
+
+
+def _is_plugin(layer: Any) -> bool:
+    return isinstance(layer, dict) and "plugin" in str(layer.get("LayerType", "")).lower()
+
+
+def _decompose_attention(trt: Any, network: Any) -> None:
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # as the bindings document for downcasts
+            layer.attention.decomposable = True
+
+
+def _set_compute_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> None:
+    if not capabilities:
+        return
+    known = {str(name): value for name, value in trt.ComputeCapability.__members__.items()}
+    names = [f"SM{capability.replace('.', '')}" for capability in capabilities]
+    for capability, name in zip(capabilities, names, strict=True):
+        if name not in known:
+            choices = ", ".join(f"{key[2:-1]}.{key[-1]}" for key in known if key.startswith("SM"))
+            raise UserError(f"compute capability {capability} is unknown to this TensorRT-RTX; it knows {choices}")
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        config.set_compute_capability(known[name], index)
+
+
+@contextmanager
+def _collected_errors() -> Iterator[list[str]]:
+    """Collects what TensorRT and Polygraphy report as errors instead of printing it."""
+    from polygraphy.logger import G_LOGGER
+
+    messages: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    G_LOGGER.use_python_logging_system = True
+    logger = logging.getLogger("Polygraphy")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            yield messages
+    finally:
+        logger.removeHandler(handler)
+        G_LOGGER.use_python_logging_system = False
+
+
+@contextmanager
+def _monitor(trt: Any, title: str) -> Iterator[Any]:
+    """An IProgressMonitor that shows the build's outer phases in a progress bar and stops the build on Ctrl-C.
+
+    A KeyboardInterrupt must not be raised while C++ frames stand between it and its handler: the signal is noted, the
+    next step stops the build, and then it is raised.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self, progress: Progress):
+            trt.IProgressMonitor.__init__(self)
+            self.progress = progress
+            self.tasks: dict[str, TaskID] = {}
+            self.depth: dict[str, int] = {}
+            self.interrupted = False
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.depth[phase] = self.depth.get(parent or "", -1) + 1
+            if self.depth[phase] < 2:
+                name = f"{'  ' * self.depth[phase]}{phase if parent else title}"
+                self.tasks[phase] = self.progress.add_task(name, total=steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.tasks:
+                self.progress.update(self.tasks[phase], completed=step + 1)
+            return not self.interrupted
+
+        def phase_finish(self, phase: str) -> None:
+            if phase in self.tasks:
+                self.progress.update(self.tasks.pop(phase), visible=self.depth[phase] == 0)
+
+        def interrupt(self, *_: object) -> None:
+            self.interrupted = True
+
+    with progress_bar() as progress:
+        monitor = Monitor(progress)
+        before = {number: signal.signal(number, monitor.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield monitor
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if monitor.interrupted:
+                raise KeyboardInterrupt

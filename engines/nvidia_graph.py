@@ -1,0 +1,80 @@
+"""The graph passes that make an export acceptable to NVIDIA's parsers, for TensorRT and TensorRT-RTX alike.
+
+TensorScatter becomes their cache update (IKVCacheUpdateLayer): it asks for a cache that is an input of the network, has
+four dimensions [B, N, C, D] (the export sees to both) and a capacity C that is known at build time.
+
+Attention becomes IAttention, whose `is_causal` is anchored at the upper left: query 0 would see slot 0 only, whatever
+stands before it in the cache. ONNX, given nonpad_kv_seqlen, anchors at the lower right. The mask is therefore explicit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import helper
+
+from engines.artifacts import Graph
+
+
+def fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
+    """Requires: inputs and outputs with the dimension "capacity". Ensures: it is the number `capacity` everywhere."""
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param == "capacity":
+                size.dim_value = capacity  # a oneof: this clears dim_param
+
+
+VISIBLE_SLOTS = """
+visible_slots (int64[B, S] input_ids, int64[B] kv_lengths) => (bool[B, 1, S, C] visible_slots)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    heads_axis = Constant <value_ints = [1]> ()
+    last_axis = Constant <value_ints = [-1]> ()
+    C = Constant <value_int = CAPACITY> ()
+    S_1 = Shape <start = 1, end = 2> (input_ids)
+    S = Squeeze (S_1)
+    past = Sub (kv_lengths, S_1)
+    past_column = Unsqueeze (past, last_axis)
+    steps = Range (zero, S, one)
+    positions_row = Add (past_column, steps)
+    positions = Unsqueeze (positions_row, last_axis)
+    slots = Range (zero, C, one)
+    visible = LessOrEqual (slots, positions)
+    visible_slots = Unsqueeze (visible, heads_axis)
+}
+"""
+
+
+def mask_explicitly(model: onnx.ModelProto, capacity: int) -> None:
+    """Requires: Attention nodes with is_causal and nonpad_kv_seqlen, all with the same lengths (the dense export's).
+
+    Ensures: they carry the mask slot <= position [B, 1, S, C] instead, computed once for all layers.
+    """
+    nodes = [node for node in model.graph.node if node.op_type == "Attention" and not node.domain]
+    if not nodes:
+        return
+    (kv_lengths,) = {node.input[6] for node in nodes}
+    mask = onnx.parser.parse_graph(VISIBLE_SLOTS.replace("CAPACITY", str(capacity)))
+    prefix = "visible_slots/"
+    given = {"input_ids": "input_ids", "kv_lengths": kv_lengths}
+    first = list(model.graph.node).index(nodes[0])
+    for offset, node in enumerate(mask.node):
+        node.input[:] = [given.get(name, prefix + name) for name in node.input]
+        node.output[:] = [prefix + name for name in node.output]
+        node.name = prefix + node.op_type + f"_{offset}"
+        model.graph.node.insert(first + offset, node)
+    for node in nodes:
+        node.input[:] = [*node.input[:3], prefix + mask.output[0].name]
+        kept = [attribute for attribute in node.attribute if attribute.name != "is_causal"]
+        node.ClearField("attribute")
+        node.attribute.extend([*kept, helper.make_attribute("is_causal", 0)])
+
+
+def write(graph: Graph, capacity: int, path: Path) -> None:
+    """Writes the adapted graph to `path`; its weight file must be put beside it."""
+    model = onnx.load(graph.path, load_external_data=False)
+    fix_capacity(model, capacity)
+    mask_explicitly(model, capacity)
+    onnx.save(model, path)

@@ -1,0 +1,102 @@
+"""ONNX Runtime on the CPU: a runner with bound buffers, and the build of its engine folders.
+
+Input and output of each cache are one buffer: TensorScatter then writes the new rows in place and copies nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from dsa_export.cli import UserError
+from engines.artifacts import Engine
+
+# What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
+NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
+CPU_DTYPES = ("fp32", "fp16")
+
+LOAD_ERRORS = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.InvalidArgument, state.NotImplemented)
+
+
+@dataclass
+class OrtCaches:
+    """Caches as NumPy arrays, bound to the graph's inputs and outputs."""
+
+    batch: int
+    capacity: int
+    arrays: dict[str, np.ndarray]  # "{layer}.{name}" -> [B, ..., C, ...]
+    values: dict[str, onnxruntime.OrtValue]  # the same memory
+    binding: onnxruntime.IOBinding
+    logits: np.ndarray  # [B, 1, V] float32
+
+
+class OrtRunner:
+    """Runs an engine folder of backend `ort` on the CPU with `threads` threads (default: all that may be used)."""
+
+    def __init__(self, engine: Engine, *, threads: int | None = None):
+        self.engine = engine
+        check_dtype(engine.dtype)
+        self.session = load(engine.folder / "model.onnx", threads)
+
+    def allocate(self, batch: int, capacity: int) -> OrtCaches:
+        try:
+            arrays = {
+                name: np.zeros(tensor.concrete(batch, capacity), NUMPY_DTYPES[tensor.dtype])
+                for name, tensor in self.engine.cache_names()
+            }
+        except MemoryError:
+            gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
+            raise UserError(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        logits = np.empty((batch, 1, self.engine.model.vocab_size), np.float32)
+        binding = self.session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
+        return OrtCaches(batch, capacity, arrays, values, binding, logits)
+
+    def copy(self, source: OrtCaches, target: OrtCaches, tokens: int) -> None:
+        for name, tensor in self.engine.cache_names():
+            slots = tuple(slice(tokens) if size == "capacity" else slice(None) for size in tensor.shape)
+            target.arrays[name][slots] = source.arrays[name][slots]
+
+    def randomise(self, caches: OrtCaches, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for array in caches.arrays.values():
+            array[...] = rng.standard_normal(array.shape, np.float32)
+
+    def run(
+        self, caches: OrtCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
+    ) -> np.ndarray:
+        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
+            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        inputs = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
+        for name, array in inputs.items():
+            caches.binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
+        try:
+            self.session.run_with_iobinding(caches.binding)
+        except state.RuntimeException as error:  # such as no memory for the workspace
+            raise UserError(f"ONNX Runtime failed in {self.engine.folder}: {error}") from None
+        return caches.logits[:, 0]
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in CPU_DTYPES:
+        raise UserError(f"ONNX Runtime's CPU kernels do not compute in {dtype}: export with --dtype fp32 or fp16")
+
+
+def load(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """Loads a graph for the CPU. Raises UserError if ONNX Runtime refuses it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 3  # its warnings about unused constants say nothing to a user
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except LOAD_ERRORS as error:
+        raise UserError(f"ONNX Runtime cannot load {path}: {error}") from None

@@ -1,0 +1,44 @@
+"""The shapes that an engine must serve: one profile for decoding, one for prefill chunks.
+
+Shapes: B batch (1..max_batch), S tokens per call, C cache capacity (fixed: NVIDIA's cache update needs it static).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.artifacts import Limits, Variant
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """min, opt and max shape of every input of the graph, in the order of its inputs."""
+
+    name: str
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+def profiles(variant: Variant, limits: Limits) -> list[Profile]:
+    """The decode profile (S = 1) and the prefill profile (S up to limits.prefill_chunk), tuned for one row."""
+    return [
+        _profile("decode", variant, limits, (1, 1, 1)),
+        _profile("prefill", variant, limits, (1, limits.prefill_chunk, limits.prefill_chunk)),
+    ]
+
+
+def _profile(name: str, variant: Variant, limits: Limits, tokens: tuple[int, int, int]) -> Profile:
+    batches = (1, 1, limits.max_batch)
+    by_input: list[dict[str, Shape]] = [
+        {"input_ids": (B, S), "past_lengths": (B,), "input_lengths": (B,)} for B, S in zip(batches, tokens, strict=True)
+    ]
+    for B, shapes in zip(batches, by_input, strict=True):
+        for cache, tensor in variant.cache_names():
+            shapes[f"past_key_values.{cache}"] = tensor.concrete(B, limits.max_context)
+    lowest, best, highest = by_input
+    return Profile(name, {key: (lowest[key], best[key], highest[key]) for key in lowest})
+
+
+def as_json(profile: Profile) -> dict[str, object]:
+    return {"name": profile.name, "shapes": {key: [list(s) for s in shapes] for key, shapes in profile.shapes.items()}}

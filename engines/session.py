@@ -1,0 +1,220 @@
+"""A batch of token sequences on an engine: prefill in chunks, decode, caches that grow without recomputation.
+
+    runner = open_runner(Path("out/engines/ort/sparse"))
+    session = Session(runner, batch=2)
+    logits = session.prefill([[1, 2, 3], [4, 5]])    # [B, V]: after each row's last token
+    logits = session.decode(logits.argmax(-1))       # [B, V]
+
+Shapes: B batch, S tokens of one call, C cache capacity, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsa_export.cli import UserError
+from engines.artifacts import Engine, Variant, open_engine
+
+MIN_CAPACITY = 256
+WORKSPACE_BYTES = 512 * 2**20
+"""Bound of what one layer may need for one prefill chunk; the chunk is halved until it fits."""
+
+Tokens = Sequence[int] | np.ndarray
+
+
+class Caches(Protocol):
+    """The caches of one batch at one capacity, in the backend's own memory."""
+
+    batch: int
+    capacity: int
+
+
+class Runner(Protocol):
+    """One loaded engine. A backend is a class with these members."""
+
+    engine: Engine
+
+    def allocate(self, batch: int, capacity: int) -> Any:
+        """New caches of zeros. Raises UserError if the engine was not built for this size."""
+
+    def copy(self, source: Any, target: Any, tokens: int) -> None:
+        """Copies the first `tokens` slots of every cache from one to another."""
+
+    def randomise(self, caches: Any, seed: int) -> None:
+        """Fills every cache with finite random values: to time long contexts that were not computed."""
+
+    def run(
+        self, caches: Any, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
+    ) -> np.ndarray:
+        """One call of the graph; the caches are updated in place.
+
+        input_ids [B, S], past_lengths [B], input_lengths [B], all int64; past_lengths + S <= C in every row.
+        Returns logits [B, V] float32 at each row's last valid token; valid until the next call.
+        """
+
+
+def open_runner(folder: Path, *, threads: int | None = None, verify: bool = True) -> Runner:
+    """Loads an engine folder with the runner of its backend. Raises UserError if that cannot work here."""
+    engine = open_engine(folder, verify=verify)
+    if engine.backend == "ort":
+        from engines.ort import OrtRunner
+
+        return OrtRunner(engine, threads=threads)
+    raise UserError(f"{folder}: engines of backend {engine.backend} are built but cannot be run yet; use --backend ort")
+
+
+class Session:
+    """A batch of sequences, each with its own length, on one runner.
+
+    batch: number of rows. capacity: slots to allocate at first (default: the smallest bucket); it grows as needed.
+    prefill_chunk: tokens per prefill call (default: the engine's, halved until WORKSPACE_BYTES suffices).
+    """
+
+    def __init__(self, runner: Runner, batch: int = 1, *, capacity: int = 0, prefill_chunk: int | None = None):
+        limits = runner.engine.limits
+        if not 1 <= batch <= limits.max_batch:
+            raise UserError(f"{runner.engine.folder} was built for 1 to {limits.max_batch} rows, not for {batch}")
+        self.runner = runner
+        self.engine = runner.engine
+        self.prefill_chunk = prefill_chunk
+        self.lengths = np.zeros(batch, np.int64)
+        self._last = np.zeros(batch, np.int64)  # last token of each row; stale after truncate()
+        self.caches: Caches = runner.allocate(batch, max(capacity, self.engine.topk) if capacity else self._bucket(1))
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        return self.caches.capacity
+
+    def prefill(self, tokens: Sequence[Tokens], on_chunk: Callable[[int], None] | None = None) -> np.ndarray:
+        """Appends tokens[b] (at least one) to row b. Returns logits [B, V] float32 after each row's last token.
+
+        on_chunk is called with the number of tokens of the longest row that each call took.
+        Raises UserError, before anything is computed, if a row would outgrow the engine or a token is not in V.
+        """
+        rows = [np.asarray(row, np.int64) for row in tokens]
+        self._check_rows(rows)
+        self.reserve(int((self.lengths + [len(row) for row in rows]).max()))
+        logits = np.empty((self.batch, self.engine.model.vocab_size), np.float32)
+        done = np.zeros(self.batch, np.int64)
+        sizes = np.array([len(row) for row in rows])
+        while (done < sizes).any():
+            # Padding is written behind a row's end: the call must not reach over the last slot of any row.
+            room = int(self.capacity - self.lengths.max())
+            S = int(min((sizes - done).max(), self.chunk_tokens(), max(room, 1)))
+            input_ids = np.zeros((self.batch, S), np.int64)
+            taken = np.minimum(sizes - done, S)
+            for b, row in enumerate(rows):
+                input_ids[b, : taken[b]] = row[done[b] : done[b] + taken[b]]
+            # A finished row still takes part: a dummy token lands behind its end, where nothing is visible, or, if
+            # its caches are full, its last token is written once more.
+            full = self.lengths == self.capacity
+            input_ids[full, 0] = self._last[full]
+            chunk_logits = self.runner.run(self.caches, input_ids, self.lengths - full, np.maximum(taken, 1))
+            done += taken
+            ended = np.flatnonzero(taken)
+            self._last[ended] = input_ids[ended, taken[ended] - 1]
+            self.lengths += taken
+            finished = (taken > 0) & (done == sizes)
+            logits[finished] = chunk_logits[finished]
+            if on_chunk:
+                on_chunk(S)
+        return logits
+
+    def decode(self, tokens: Tokens) -> np.ndarray:
+        """Appends one token per row, tokens [B]. Returns logits [B, V] float32; valid until the next call."""
+        step = np.asarray(tokens, np.int64).reshape(-1, 1)
+        self._check_rows(list(step))
+        self.reserve(int(self.lengths.max()) + 1)
+        logits = self.runner.run(self.caches, step, self.lengths, np.ones(self.batch, np.int64))
+        self.lengths += 1
+        self._last = step[:, 0]
+        return logits
+
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        max_new_tokens: int,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Greedy decoding after the prompts until every row met an end token or has max_new_tokens.
+
+        on_token(row, token) is called as tokens appear, end tokens included. Returns the new tokens of each row.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        logits = self.prefill(prompts)
+        while True:
+            tokens = logits.argmax(-1)
+            for b in sorted(running):
+                answers[b].append(int(tokens[b]))
+                if on_token:
+                    on_token(b, int(tokens[b]))
+                if int(tokens[b]) in self.engine.model.eos_token_id or len(answers[b]) >= max_new_tokens:
+                    running.discard(b)
+            if not running:
+                return answers
+            logits = self.decode(tokens)
+
+    def truncate(self, lengths: int | Tokens) -> None:
+        """Forgets what stands behind `lengths` (per row, or one for all); the caches stay as they are."""
+        shorter = np.broadcast_to(np.asarray(lengths, np.int64), self.lengths.shape)
+        if (shorter > self.lengths).any() or (shorter < 0).any():
+            raise ValueError(f"cannot truncate rows of {self.lengths.tolist()} tokens to {shorter.tolist()}")
+        self.lengths = shorter.copy()
+
+    def pretend(self, length: int, seed: int = 0) -> None:
+        """Fills the caches with random values and claims `length` tokens in every row: for timing, not for answers."""
+        self.reserve(length)
+        self.runner.randomise(self.caches, seed)
+        self.lengths[:] = length
+
+    def reserve(self, tokens: int, *, exact: bool = False) -> None:
+        """Makes room for `tokens` tokens per row: larger caches (a bucket, or exactly so many), copied."""
+        if tokens <= self.capacity:
+            return
+        capacity = max(tokens, self.engine.topk) if exact else self._bucket(tokens)
+        larger = self.runner.allocate(self.batch, capacity)
+        self.runner.copy(self.caches, larger, int(self.lengths.max()))
+        self.caches = larger
+
+    def chunk_tokens(self) -> int:
+        """Tokens per row of one prefill call at the present capacity."""
+        if self.prefill_chunk:
+            return self.prefill_chunk
+        return chunk_tokens(self.engine, self.engine.limits.prefill_chunk, self.batch, self.capacity)
+
+    def _bucket(self, tokens: int) -> int:
+        """The smallest capacity that holds `tokens`: a power of two, or all that the engine was built for."""
+        limit = self.engine.limits.max_context
+        needed = max(tokens, self.engine.topk, MIN_CAPACITY)
+        return min(1 << (needed - 1).bit_length(), max(limit, self.engine.topk))
+
+    def _check_rows(self, rows: list[np.ndarray]) -> None:
+        if len(rows) != self.batch or any(row.ndim != 1 or not len(row) for row in rows):
+            raise ValueError(f"expected {self.batch} rows of at least one token")
+        limit = self.engine.limits.max_context
+        for b, row in enumerate(rows):
+            if self.lengths[b] + len(row) > limit:
+                raise UserError(
+                    f"row {b}: {self.lengths[b] + len(row)} tokens do not fit into {limit} "
+                    f"(the capacity that {self.engine.folder} was built for): shorten the prompt or rebuild with a "
+                    f"larger --max-context (the model knows {self.engine.model.max_position_embeddings} positions)"
+                )
+            if row.min() < 0 or row.max() >= self.engine.model.vocab_size:
+                raise UserError(f"row {b}: token ids must lie in 0..{self.engine.model.vocab_size - 1}")
+
+
+def chunk_tokens(variant: Variant, largest: int, batch: int, capacity: int) -> int:
+    """The largest halving of `largest` tokens per row whose workspace in one layer stays below WORKSPACE_BYTES."""
+    chunk = largest
+    while chunk > 1 and chunk * batch * variant.workspace_bytes_per_query(capacity) > WORKSPACE_BYTES:
+        chunk //= 2
+    return chunk

@@ -1,0 +1,137 @@
+"""What a manifest promises is checked before anything is loaded; the message says what to run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsa_export.cli import UserError
+from dsa_export.files import MANIFEST
+from engines import artifacts
+from engines.artifacts import open_engine, open_export
+from engines.session import open_runner
+from tests.engines import toy
+from tests.engines.commands import copy_tree
+
+
+@pytest.fixture
+def engine_folder(engines: Path, tmp_path: Path) -> Path:
+    return copy_tree(engines / "ort" / "sparse", tmp_path / "engines" / "ort" / "sparse")
+
+
+def edit(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+
+
+def refusal(folder: Path, **options: bool) -> str:
+    with pytest.raises(UserError) as error:
+        open_engine(folder, **options)
+    return str(error.value)
+
+
+def test_another_version_of_the_runtime(engine_folder: Path):
+    edit(engine_folder, versions={"runtime": "1.2.3"})
+    message = refusal(engine_folder)
+    assert "was built with ort 1.2.3, installed is 1." in message
+    assert "python -m engines.build --onnx " in message and f"--out {engine_folder.parent.parent}" in message
+
+
+def test_another_patch_release_of_onnx_runtime_is_accepted(engine_folder: Path):
+    major, minor, *_ = artifacts.runtime_version("ort").split(".")
+    edit(engine_folder, versions={"runtime": f"{major}.{minor}.999"})
+    assert open_engine(engine_folder).variant == "sparse"
+
+
+def test_a_plan_needs_the_exact_version(engine_folder: Path):
+    installed = artifacts.runtime_version("tensorrt-rtx")
+    edit(engine_folder, backend="tensorrt-rtx", versions={"runtime": installed[:-1] + "x"})
+    assert "--backend tensorrt-rtx" in refusal(engine_folder)
+
+
+def test_an_edited_graph(engine_folder: Path):
+    path = engine_folder / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    assert "model.onnx is not the file that was written" in refusal(engine_folder)
+
+
+def test_truncated_weights_are_noticed_without_reading_them(engine_folder: Path):
+    path = engine_folder / "model.onnx.data"
+    os.truncate(path, path.stat().st_size - 1)
+    assert "truncated or replaced" in refusal(engine_folder, verify=False)
+
+
+def test_missing_weights(engine_folder: Path):
+    (engine_folder / "model.onnx.data").unlink()
+    assert "model.onnx.data is missing: run `python -m engines.build" in refusal(engine_folder)
+
+
+@pytest.mark.parametrize("field", ["limits", "cache", "backend", "versions", "files", "model", "topk"])
+def test_a_manifest_without_a_field(engine_folder: Path, field: str):
+    manifest = json.loads((engine_folder / MANIFEST).read_text())
+    del manifest[field]
+    (engine_folder / MANIFEST).write_text(json.dumps(manifest))
+    assert f"lacks or misstates '{field}'" in refusal(engine_folder)
+
+
+def test_a_folder_that_is_no_engine(export: Path, tmp_path: Path):
+    assert "expected the output of `python -m engines.build`" in refusal(export)
+    assert "run that first" in refusal(tmp_path)
+
+
+def test_a_backend_without_a_runner(engine_folder: Path):
+    edit(engine_folder, backend="tensorrt-rtx", versions={"runtime": artifacts.runtime_version("tensorrt-rtx")})
+    with pytest.raises(UserError, match="cannot be run yet; use --backend ort"):
+        open_runner(engine_folder)
+
+
+def test_a_changed_export(export: Path, tmp_path: Path):
+    damaged = copy_tree(export, tmp_path / "onnx")
+    with (damaged / "dense" / "model.onnx.data").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff\xff")
+    with pytest.raises(UserError, match=r"model.onnx.data is not the file that was written .*dsa_export.onnx"):
+        open_export(damaged)
+
+
+def test_hard_linked_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = toy.write_export(tmp_path / "onnx", seed=3)
+    hashed: list[Path] = []
+    monkeypatch.setattr(artifacts, "sha256", lambda path: (hashed.append(path), toy.sha256(path))[1])
+    open_export(folder)
+    assert [path.name for path in hashed].count("model.onnx.data") == 1
+
+
+def test_bytes_are_counted_from_the_layout(runners):
+    dense, sparse = runners["dense"].engine, runners["sparse"].engine
+    row, index_row = toy.HKV * toy.D * 4, toy.DI * 4
+    assert dense.cache_bytes_per_token() == toy.LAYERS * 2 * row
+    assert sparse.cache_bytes_per_token() == toy.LAYERS * (2 * row + index_row)
+    assert dense.cache_bytes_read(1000) == toy.LAYERS * 1000 * 2 * row
+    assert sparse.cache_bytes_read(1000) == toy.LAYERS * (1000 * index_row + 16 * 2 * row)
+    assert sparse.cache_bytes_read(10) == toy.LAYERS * 10 * (index_row + 2 * row)
+    assert sparse.cache_bytes_read(1000, queries=4) == toy.LAYERS * (1000 * index_row + 64 * 2 * row)
+    assert sparse.cache_bytes_read(1000, queries=128) == toy.LAYERS * 1000 * (index_row + 2 * row)
+    weights = toy.E * (toy.V + toy.LAYERS * (toy.HQ * toy.D * 2 + 2 * toy.HKV * toy.D)) + toy.LAYERS * toy.E
+    assert dense.manifest["step_weight_bytes"] == 4 * weights
+    indexer = toy.LAYERS * (toy.E * (toy.HI * toy.DI + toy.DI + toy.HI) + toy.DI)
+    assert sparse.manifest["step_weight_bytes"] == 4 * (weights + indexer)
+
+
+def test_half_precision_runs_on_the_cpu(tmp_path: Path, runners):
+    from engines import build
+    from engines.session import Session
+
+    export = toy.write_export(tmp_path / "onnx", dtype="fp16")
+    build.build("ort", build.parse_arguments(["--onnx", str(export), "--out", str(tmp_path / "engines")]))
+    prompt = np.arange(16)
+    for variant, runner in runners.items():
+        half = Session(open_runner(tmp_path / "engines" / "ort" / variant)).prefill([prompt])
+        full = Session(runner).prefill([prompt])
+        assert np.abs(half - full).max() < 0.1

@@ -1,0 +1,211 @@
+"""python -m engines.build: what it writes, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from dsa_export.files import MANIFEST
+from engines import build, ort
+from engines.artifacts import open_engine, open_export
+from tests.engines import toy
+from tests.engines.commands import copy_tree, one_line, run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() or ".partial" in path.name]
+
+
+def test_ort_engines_are_self_contained_and_cost_no_space(export: Path, engines: Path):
+    for variant in ("dense", "sparse"):
+        engine = open_engine(engines / "ort" / variant)
+        graph = open_export(export).graphs[variant]
+        assert engine.manifest["source"]["sha256"] == graph.sha256
+        assert (engine.folder / "model.onnx.data").samefile(export / variant / "model.onnx.data")
+        assert engine.manifest["versions"]["runtime"].startswith("1.")
+        assert engine.manifest["cpu"]
+        assert engine.limits.max_context == toy.MAX_POSITIONS
+
+
+def test_weights_are_copied_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "other file system")))
+    (tmp_path / "a").write_bytes(b"weights")
+    build.link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"weights"
+
+
+def test_a_second_build_replaces_the_first(export: Path, tmp_path: Path, capsys):
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "sparse"]
+    assert run_command(build.main, options, capsys)[0] == 0
+    assert run_command(build.main, [*options, "--max-context", "100"], capsys)[0] == 0
+    assert open_engine(tmp_path / "engines/ort/sparse").limits.max_context == 100
+    assert sorted(path.name for path in (tmp_path / "engines/ort").iterdir()) == ["sparse"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_both_graphs_build_in_tensorrt_rtx_without_a_gpu(tmp_path: Path, dtype: str, capsys):
+    export = toy.write_export(tmp_path / "onnx", dtype=dtype)
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--backend", "tensorrt-rtx"]
+    options += ["--max-context", "512", "--max-batch", "2", "--prefill-chunk", "32"]
+    code, _, error = run_command(build.main, options, capsys)
+    assert (code, error) == (0, "")
+    for variant in ("dense", "sparse"):
+        engine = open_engine(tmp_path / "engines" / "tensorrt-rtx" / variant)
+        assert {path.name for path in engine.folder.iterdir()} == {"engine.plan", MANIFEST}
+        decode, prefill = engine.manifest["profiles"]
+        assert decode["shapes"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
+        assert prefill["shapes"]["input_ids"] == [[1, 1], [1, 32], [2, 32]]
+        assert decode["shapes"]["past_key_values.1.key"] == [[1, 2, 512, 16], [1, 2, 512, 16], [2, 2, 512, 16]]
+        assert ("past_key_values.0.index" in decode["shapes"]) == (variant == "sparse")
+
+
+def test_tensorrt_rtx_builds_for_named_gpus(export: Path, tmp_path: Path, capsys):
+    options = ["--onnx", str(export), "--out", str(tmp_path), "--backend", "tensorrt-rtx", "--variant", "sparse"]
+    options += ["--max-context", "64"]
+    assert run_command(build.main, [*options, "--compute-capability", "8.9", "12.0"], capsys)[0] == 0
+    assert open_engine(tmp_path / "tensorrt-rtx/sparse").manifest["compute_capability"] == ["8.9", "12.0"]
+    code, _, error = run_command(build.main, [*options, "--compute-capability", "5.0"], capsys)
+    assert code == 1
+    assert "compute capability 5.0 is unknown" in one_line(error)
+
+
+def test_several_backends_in_one_command(export: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "engines.build", "--onnx", str(export), "--out", str(tmp_path / "engines")]
+    command += ["--backend", "ort", "tensorrt-rtx", "--max-context", "64", "--variant", "dense"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    for backend in ("ort", "tensorrt-rtx"):
+        assert open_engine(tmp_path / "engines" / backend / "dense").backend == backend
+
+
+def damage_nothing(folder: Path) -> None:
+    pass
+
+
+def damage_graph(folder: Path) -> None:
+    model = onnx.load(folder / "sparse" / "model.onnx", load_external_data=False)
+    model.producer_name = "an editor"
+    onnx.save(model, folder / "sparse" / "model.onnx")
+
+
+def damage_weights(folder: Path) -> None:
+    os.truncate(folder / "dense" / "model.onnx.data", 1000)
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def break_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (damage_graph, [], "sparse/model.onnx is not the file that was written"),
+        (damage_weights, [], "model.onnx.data has 1000 bytes instead of"),
+        (remove_manifest, [], "run that first"),
+        (break_manifest, [], "is not valid JSON"),
+        (damage_nothing, ["--max-context", "8"], "k = 16 exceeds the capacity of 8 tokens"),
+        (damage_nothing, ["--max-context", "99999"], "--max-context 99999 exceeds the model's 4096 positions"),
+        (damage_nothing, ["--backend", "tensorrt"], "backend tensorrt needs an NVIDIA GPU and trtexec on the PATH"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path, capsys, damage, options, message):
+    damaged = copy_tree(export, tmp_path / "onnx")
+    damage(damaged)
+    out = tmp_path / "engines"
+    code, _, error = run_command(build.main, ["--onnx", str(damaged), "--out", str(out), *options], capsys)
+    assert code == 1
+    assert message in one_line(error)
+    assert not leftovers(out)
+
+
+def test_bf16_is_refused_on_the_cpu(tmp_path: Path, capsys):
+    export = toy.write_export(tmp_path / "onnx", dtype="bf16")
+    code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(tmp_path / "engines")], capsys)
+    assert code == 1
+    assert "do not compute in bf16: export with --dtype fp32 or fp16" in one_line(error)
+
+
+def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys):
+    foreign = tmp_path / "ort" / "dense" / "thesis.txt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("years of work")
+    code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(tmp_path)], capsys)
+    assert code == 1
+    assert "was not written by this toolchain" in one_line(error)
+    assert foreign.read_text() == "years of work"
+    code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(foreign)], capsys)
+    assert code == 1
+    assert "is a file" in one_line(error)
+
+
+@pytest.mark.parametrize("options", [["--backend", "abacus"], ["--max-batch", "0"], ["--compute-capability", "8"]])
+def test_wrong_arguments_exit_with_2(options: list[str], capsys):
+    assert run_command(build.main, options, capsys)[0] == 2
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "engines"))
+
+    monkeypatch.setattr(build, "link_or_copy", full)
+    code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(tmp_path / "engines")], capsys)
+    assert code == 1
+    assert "disk full" in one_line(error)
+    assert not leftovers(tmp_path / "engines")
+
+
+def test_a_graph_that_the_runtime_refuses_is_one_line(tmp_path: Path, capsys):
+    """The hashes are right, but the graph is not: an unknown operator."""
+    export = toy.write_export(tmp_path / "onnx")
+    path = export / "sparse" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "IndexTopK").op_type = "IndexTopQ"
+    onnx.save(model, path)
+    manifest = json.loads((export / MANIFEST).read_text())
+    manifest["graphs"]["sparse"]["sha256"] = toy.sha256(path)
+    (export / MANIFEST).write_text(json.dumps(manifest))
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "sparse"]
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1
+    assert "ONNX Runtime cannot load" in one_line(error)
+    assert not leftovers(tmp_path / "engines")
+
+
+def test_interrupting_a_build_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path):
+    """SIGINT while TensorRT-RTX builds: the monitor stops it."""
+    script = (
+        "import os, signal, sys, threading\n"
+        "from engines import build, nvidia_graph\n"
+        "from dsa_export.cli import run\n"
+        "write = nvidia_graph.write\n"
+        "def interrupted(*arguments):\n"
+        "    write(*arguments)\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "nvidia_graph.write = interrupted\n"
+        "run(build.main)\n"
+    )
+    out = tmp_path / "engines"
+    options = ["--onnx", str(export), "--out", str(out), "--backend", "tensorrt-rtx", "--variant", "sparse"]
+    done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert one_line(done.stderr) == "error: interrupted; nothing half-written was kept"
+    assert not leftovers(out)
+
+
+def test_a_refused_load_names_the_file(tmp_path: Path):
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ort.UserError, match=r"ONNX Runtime cannot load .*model\.onnx"):
+        ort.load(tmp_path / "model.onnx")

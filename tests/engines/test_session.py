@@ -1,0 +1,194 @@
+"""Sessions on ONNX Runtime: whatever way the tokens come in, the logits are the same.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsa_export.cli import UserError
+from engines import session as session_module
+from engines.ort import OrtRunner
+from engines.session import Runner, Session, chunk_tokens
+from tests.engines import toy
+
+TOLERANCE = 1e-4  # fp32 logits of up to 30; sums of another order
+
+
+def tokens(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, toy.END_OF_TEXT, length)
+
+
+def whole_prefill(runner: Runner, prompt: np.ndarray) -> np.ndarray:
+    return Session(runner, capacity=1024, prefill_chunk=1024).prefill([prompt])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+def test_chunked_prefill_equals_whole_prefill(runner: Runner, chunk: int):
+    prompt = tokens(200)
+    chunked = Session(runner, capacity=1024, prefill_chunk=chunk).prefill([prompt])
+    np.testing.assert_allclose(chunked, whole_prefill(runner, prompt), atol=TOLERANCE)
+
+
+def test_decoding_equals_prefill(runner: Runner):
+    prompt = tokens(60)
+    session = Session(runner)
+    session.prefill([prompt[:20]])
+    for length in range(21, 61):
+        logits = session.decode([prompt[length - 1]])
+        np.testing.assert_allclose(logits, whole_prefill(runner, prompt[:length]), atol=TOLERANCE)
+
+
+def test_a_later_token_does_not_change_an_earlier_result(runner: Runner):
+    prompt = tokens(80)
+    session = Session(runner)
+    session.prefill([prompt[:49]])
+    before = session.decode([prompt[49]]).copy()
+    session.prefill([prompt[50:]])  # the slots behind position 50 now hold something
+    session.truncate(49)
+    np.testing.assert_array_equal(session.decode([prompt[49]]), before)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), chunk=st.sampled_from([3, 16, 128]))
+def test_rows_of_a_batch_equal_each_alone(runner: Runner, lengths: list[int], chunk: int):
+    prompts = [tokens(length, seed) for seed, length in enumerate(lengths)]
+    follow_ups = tokens(len(prompts), seed=99)
+    batch = Session(runner, len(prompts), prefill_chunk=chunk)
+    prefilled = batch.prefill(prompts)
+    assert batch.lengths.tolist() == lengths
+    decoded = batch.decode(follow_ups)
+    for b, prompt in enumerate(prompts):
+        alone = Session(runner)
+        np.testing.assert_allclose(prefilled[b], alone.prefill([prompt])[0], atol=TOLERANCE)
+        np.testing.assert_allclose(decoded[b], alone.decode(follow_ups[b : b + 1])[0], atol=TOLERANCE)
+
+
+def test_rows_that_end_where_the_caches_end(runner: Runner):
+    """Row 0 fills its caches to the last slot while row 1 still has more to come."""
+    session = Session(runner, 2, capacity=64, prefill_chunk=16)
+    first, second = tokens(64), tokens(64, seed=1)
+    session.prefill([first[:62], second[:1]])
+    logits = session.prefill([first[62:], second[1:]])
+    assert session.capacity == 64
+    for b, prompt in enumerate((first, second)):
+        np.testing.assert_allclose(logits[b], whole_prefill(runner, prompt)[0], atol=TOLERANCE)
+
+
+def test_growing_keeps_the_results_and_grows_in_buckets(runner: Runner):
+    prompt = tokens(1100)
+    growing = Session(runner)
+    capacities = [growing.capacity]
+    for start in range(0, 1100, 100):
+        logits = growing.prefill([prompt[start : start + 100]])
+        capacities.append(growing.capacity)
+    assert sorted(set(capacities)) == [256, 512, 1024, 2048]
+    roomy = Session(runner, capacity=2048).prefill([prompt])
+    np.testing.assert_allclose(logits, roomy, atol=TOLERANCE)
+
+
+def test_growing_recomputes_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    session = Session(runner)
+    session.prefill([tokens(250)])
+    calls = []
+    original = OrtRunner.run
+    monkeypatch.setattr(
+        OrtRunner, "run", lambda *arguments: (calls.append(arguments[2].shape), original(*arguments))[1]
+    )
+    session.prefill([tokens(10)])
+    assert session.capacity == 512
+    assert calls == [(1, 10)]
+
+
+def test_caches_are_updated_in_place(runner: Runner):
+    session = Session(runner)
+    caches = session.caches
+    pointers = {name: value.data_ptr() for name, value in caches.values.items()}
+    assert pointers == {name: array.ctypes.data for name, array in caches.arrays.items()}
+    session.prefill([tokens(5)])
+    session.decode([1])
+    assert session.caches is caches
+    outputs = caches.binding.get_outputs()
+    assert {value.data_ptr() for value in outputs} >= set(pointers.values())
+    for name, array in caches.arrays.items():
+        assert np.abs(array[:, :, :6]).sum(axis=(0, 1, 3)).all(), f"{name}: a written slot is empty"
+        assert not array[:, :, 6:].any(), f"{name}: a slot behind the sequence was written"
+
+
+def test_truncating_forgets(runner: Runner):
+    prompt = tokens(40)
+    session = Session(runner)
+    session.prefill([tokens(300, seed=5)])
+    session.truncate(0)
+    np.testing.assert_allclose(session.prefill([prompt]), whole_prefill(runner, prompt), atol=TOLERANCE)
+    with pytest.raises(ValueError, match="cannot truncate"):
+        session.truncate(41)
+
+
+def test_greedy_generation_stops_at_the_end_token_and_streams(runner: Runner):
+    prompts = [tokens(12), tokens(30, seed=1)]
+    expected = []
+    for prompt in prompts:
+        answer: list[int] = []
+        while len(answer) < 6:
+            answer.append(int(whole_prefill(runner, np.array([*prompt, *answer])).argmax()))
+            if answer[-1] == toy.END_OF_TEXT:
+                break
+        expected.append(answer)
+    streamed: list[list[int]] = [[], []]
+    answers = Session(runner, 2).generate(prompts, 6, lambda row, token: streamed[row].append(token))
+    assert answers == expected == streamed
+
+
+def test_an_end_token_ends_its_row_only(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    session = Session(runner, 2)
+
+    def next_tokens(*_: object) -> np.ndarray:
+        logits = np.zeros((2, toy.V), np.float32)
+        logits[0, toy.END_OF_TEXT] = 1
+        logits[1, 7] = 1
+        return logits
+
+    monkeypatch.setattr(session, "prefill", next_tokens)
+    monkeypatch.setattr(session, "decode", next_tokens)
+    assert session.generate([[1], [2]], 3) == [[toy.END_OF_TEXT], [7, 7, 7]]
+
+
+def test_a_prompt_beyond_the_capacity_is_refused_before_anything_is_computed(runner: Runner):
+    session = Session(runner)
+    with pytest.raises(UserError, match=r"row 0: 4097 tokens do not fit into 4096 .*--max-context"):
+        session.prefill([tokens(toy.MAX_POSITIONS + 1)])
+    assert session.lengths.tolist() == [0]
+    session.pretend(toy.MAX_POSITIONS)
+    with pytest.raises(UserError, match="do not fit"):
+        session.decode([1])
+
+
+@pytest.mark.parametrize("token", [-1, toy.V])
+def test_a_token_outside_the_vocabulary_is_refused(runner: Runner, token: int):
+    with pytest.raises(UserError, match=r"token ids must lie in 0\.\.256"):
+        Session(runner).prefill([[1, token]])
+
+
+def test_too_many_rows_are_refused(runner: Runner):
+    with pytest.raises(UserError, match="built for 1 to 8 rows, not for 9"):
+        Session(runner, 9)
+
+
+def test_a_call_beyond_the_caches_never_reaches_the_runtime(runner: Runner):
+    caches = runner.allocate(1, 32)
+    with pytest.raises(ValueError, match="exceed 32 slots"):
+        runner.run(caches, np.zeros((1, 3), np.int64), np.array([30]), np.array([3]))
+
+
+def test_the_prefill_chunk_is_halved_until_its_workspace_fits(runners: dict[str, Runner], monkeypatch):
+    sparse = runners["sparse"].engine
+    monkeypatch.setattr(session_module, "WORKSPACE_BYTES", 2**20)
+    chunk = chunk_tokens(sparse, 128, batch=2, capacity=4096)
+    need = 2 * sparse.workspace_bytes_per_query(4096)
+    assert chunk * need <= 2**20 < 2 * chunk * need
+    assert chunk_tokens(sparse, 64, batch=1, capacity=16) == 64

@@ -1,0 +1,199 @@
+"""trtexec: the command lines against a recording, and the build around a stand-in binary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from dsa_export.cli import UserError
+from engines import build, nvidia
+from engines.artifacts import open_engine
+from engines.trtexec import parse_version
+from tests.engines import toy
+from tests.engines.commands import one_line, run_command
+
+RECORDED = Path(__file__).parent / "trtexec_commands.txt"
+
+
+def printed_commands(export: Path, out: Path, capsys, *options: str) -> str:
+    arguments = ["--onnx", str(export), "--out", str(out), "--print-trtexec", "--max-context", "1024", *options]
+    code, output, error = run_command(build.main, arguments, capsys)
+    assert (code, error) == (0, "")
+    return output.replace(str(out), "OUT")
+
+
+def test_commands_match_the_recording(tmp_path: Path, capsys):
+    """After a wanted change: look at the difference, then write the new text into the file."""
+    export = toy.write_export(tmp_path / "onnx", dtype="fp16")
+    output = printed_commands(export, tmp_path / "engines", capsys, "--max-batch", "2", "--serialize-plugins")
+    assert output == RECORDED.read_text()
+
+
+def commands_of(output: str, version: str) -> list[list[str]]:
+    block = output.split(f"# TensorRT {version}")[1].split("\n\n")[0]
+    lines = block.split("\n", 1)[1].replace(" \\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line]
+
+
+def test_the_versions_differ_where_they_must(export: Path, tmp_path: Path, capsys):
+    output = printed_commands(export, tmp_path / "engines", capsys, "--variant", "sparse")
+    old, new = commands_of(output, "10.16"), commands_of(output, "11.x")
+    assert set(old[0]) - set(new[0]) == {"--stronglyTyped"}
+    assert set(old[1]) - set(new[1]) == {"--useCudaGraph", "--useSpinWait", "--noDataTransfers"}
+    for command in (*old, *new):
+        assert not {"--fp16", "--bf16", "--best"} & set(command)
+        assert "--dynamicPlugins=build/plugins/libdsa_plugins.so" in command
+    assert "--decomposableAttentions=*" in new[0]  # fp32 has no fused attention kernel
+
+
+def test_every_input_has_shapes_in_both_profiles(export: Path, tmp_path: Path, capsys):
+    for variant in ("dense", "sparse"):
+        output = printed_commands(export, tmp_path / "engines", capsys, "--variant", variant)
+        folder = tmp_path / "engines" / "trtexec" / variant
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        inputs = {value.name for value in model.graph.input}
+        for command in (commands_of(output, "10.16")[0], commands_of(output, "11.x")[0]):
+            ranges = [word for word in command if "Shapes=" in word]
+            assert [word.split("=")[0] for word in ranges] == 2 * ["--minShapes", "--optShapes", "--maxShapes"]
+            for shapes in ranges:
+                assert {item.split(":")[0] for item in shapes.split("=")[1].split(",")} == inputs
+        for value in (*model.graph.input, *model.graph.output):
+            names = [size.dim_param for size in value.type.tensor_type.shape.dim]
+            assert "capacity" not in names, f"{value.name}: NVIDIA's cache update needs a static capacity"
+
+
+def test_the_written_inputs_fit_the_timed_shapes(export: Path, tmp_path: Path, capsys):
+    output = printed_commands(export, tmp_path / "engines", capsys, "--variant", "sparse", "--prefill-chunk", "32")
+    for command, tokens in zip(commands_of(output, "11.x")[1:], (1, 32), strict=True):
+        spec = next(word for word in command if word.startswith("--loadInputs="))
+        files = dict(item.split(":") for item in spec.split("=")[1].split(","))
+        values = {
+            name: np.fromfile(path.replace("OUT", str(tmp_path / "engines")), np.int64) for name, path in files.items()
+        }
+        assert values["input_ids"].size == tokens
+        assert values["past_lengths"].tolist() == [1024 - tokens]
+        assert values["input_lengths"].tolist() == [tokens]
+
+
+@pytest.mark.parametrize(
+    ("banner", "version"),
+    [
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v101601] # trtexec --help", "10.16.1"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v110400] [b42]", "11.4.0"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v8403] # trtexec", None),
+        ("command not found", None),
+    ],
+)
+def test_version_of_the_banner(banner: str, version: str | None):
+    assert parse_version(banner) == version
+
+
+def layer_information(plugins: int) -> str:
+    """What TensorRT's engine inspector says of a two-layer model, shortened; the bodies' layers have the names too."""
+    layers = [
+        {"Name": "IndexTopK_body/TopK", "LayerType": "TopK"},
+        {"Name": "SparseAttention_body", "LayerType": "kgen"},
+    ]
+    for number in range(plugins):
+        for plugin in ("IndexTopK", "SparseAttention"):
+            layers.append({"Name": f"{plugin}_{number}", "LayerType": "PluginV3", "PluginType": plugin})
+    return json.dumps({"Layers": layers, "Bindings": ["input_ids"]})
+
+
+def test_function_bodies_are_not_taken_for_plugins():
+    nvidia.check_plugin_layers(layer_information(2), layers=2)
+    for plugins in (0, 1):
+        with pytest.raises(UserError, match=f"holds {plugins} IndexTopK, {plugins} SparseAttention plugin layers"):
+            nvidia.check_plugin_layers(layer_information(plugins), layers=2)
+
+
+@pytest.fixture
+def trtexec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for trtexec that records its arguments, and one for nvidia-smi; returns how to configure it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def stand_in(*, version: str = "110400", layers: str = layer_information(toy.LAYERS), code: int = 0) -> Path:
+        (folder / "layers.json").write_text(layers)
+        script = f"""#!/bin/sh
+echo "&&&& RUNNING TensorRT.trtexec [TensorRT v{version}] # $0"
+[ "$1" = --help ] && exit 0
+printf '%s\\n' "$@" > {folder}/arguments
+for word in "$@"; do case "$word" in
+  --saveEngine=*) echo plan > "${{word#*=}}";;
+  --exportLayerInfo=*) cp {folder}/layers.json "${{word#*=}}";;
+esac; done
+[ {code} = 0 ] || echo "[11/22/2026-05:00:00] [E] Error[9]: Out of memory"
+exit {code}
+"""
+        for name, text in (("trtexec", script), ("nvidia-smi", "#!/bin/sh\necho 9.0\n")):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        return folder / "arguments"
+
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return stand_in
+
+
+@pytest.fixture
+def options(export: Path, tmp_path: Path) -> list[str]:
+    library = tmp_path / "libdsa_plugins.so"
+    library.write_bytes(b"plugins")
+    arguments = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--backend", "tensorrt"]
+    return [*arguments, "--plugin-library", str(library), "--max-context", "256"]
+
+
+@pytest.mark.parametrize(("version", "flag"), [("101600", True), ("110400", False)])
+def test_building_with_trtexec(trtexec, options, tmp_path: Path, capsys, version: str, flag: bool):
+    arguments = trtexec(version=version)
+    code, _, error = run_command(build.main, options, capsys)
+    assert (code, error) == (0, "")
+    assert ("--stronglyTyped" in arguments.read_text().split()) == flag
+    engine = json.loads((tmp_path / "engines/tensorrt/sparse/manifest.json").read_text())
+    assert engine["plugin"]["sha256"] == toy.sha256(tmp_path / "libdsa_plugins.so")
+    assert engine["compute_capability"] == ["9.0"]
+    assert engine["versions"]["runtime"] == ("10.16.0" if flag else "11.4.0")
+    assert json.loads((tmp_path / "engines/tensorrt/dense/manifest.json").read_text())["plugin"] is None
+
+
+def test_an_engine_without_the_plugins_is_refused(trtexec, options, tmp_path: Path, capsys):
+    trtexec(layers=layer_information(0))
+    code, _, error = run_command(build.main, [*options, "--variant", "sparse"], capsys)
+    assert code == 1
+    assert "TensorRT took the function bodies" in one_line(error)
+    assert not (tmp_path / "engines/tensorrt/sparse").exists()
+
+
+def test_a_failing_trtexec_is_one_line(trtexec, options, capsys):
+    trtexec(code=3)
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1
+    assert "trtexec failed with exit code 3: [11/22/2026-05:00:00] [E] Error[9]: Out of memory" in one_line(error)
+
+
+def test_another_trtexec_is_refused(trtexec, options, capsys):
+    trtexec(version="8403")
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1
+    assert "is not a trtexec of TensorRT 10.16 or 11.x" in one_line(error)
+
+
+def test_a_missing_plugin_library_is_one_line(trtexec, options, tmp_path: Path, capsys):
+    trtexec()
+    (tmp_path / "libdsa_plugins.so").unlink()
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1
+    assert "is missing: run `make plugins`" in one_line(error)
+
+
+def test_a_tensorrt_engine_is_only_opened_with_its_version(trtexec, options, tmp_path: Path, capsys):
+    trtexec()
+    assert run_command(build.main, options, capsys)[0] == 0
+    with pytest.raises(UserError, match=r"tensorrt"):
+        open_engine(tmp_path / "engines" / "tensorrt" / "dense")
