@@ -4,7 +4,7 @@ Shapes: B batch, S query tokens, C cache capacity, Hi indexer heads, Di indexer 
 A row is one query token of one sequence. Rows are worked through in tiles, so that the scores of a tile stay in the
 L2 cache; the workspace holds, for the R rows of a tile:
 
-    keys      [R, C']          the scores as 32-bit keys of the same order (C' = C rounded up to BLOCK_C)
+    keys      [R, C']          the scores as 32-bit keys of the same order (C' = C rounded up to ROW_ALIGNMENT)
     counts    [R, P, BINS]     histogram of the keys' highest 11 bits, one per split of the row
     list      [R, LIST]        ascending indices of the tokens at or above the threshold's bin
     state     [R, 4]           threshold bin, number of tokens above it, number of tokens at or above it
@@ -21,14 +21,19 @@ Rows with at most K visible tokens skip the first three and get 0, 1, 2, ...
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_C = tl.constexpr(128)  # tokens that a program scores at a time
+from plugins.variant import AOT_DTYPES, COMMON_OPTIONS, Variant
+
+ROW_ALIGNMENT = tl.constexpr(128)  # C' is a multiple of it
 DECODE_COLUMNS = 16  # (head, query) pairs that a program scores at a time, S <= DECODE_QUERIES
 PREFILL_COLUMNS = 128
 DECODE_QUERIES = 8
@@ -55,7 +60,7 @@ class Plan:
     batch_tile: int  # sequences per tile
     query_tile: int  # query tokens per tile
     block_s: int  # query tokens per scoring program
-    blocks: int  # blocks of BLOCK_C tokens per scoring program
+    blocks: int  # blocks of block_c tokens per scoring program
     splits: int  # selection programs per row
     listed: int  # entries of a row's list
     workspace: int  # bytes
@@ -67,7 +72,7 @@ def padded_heads(heads: int) -> int:
 
 def row_entries(C: int, k: int) -> tuple[int, int]:
     """Entries of a row's keys and of its list."""
-    return triton.cdiv(C, BLOCK_C.value) * BLOCK_C.value, max(2 * SELECT_BLOCK.value, 4 * k)
+    return triton.cdiv(C, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value, max(2 * SELECT_BLOCK.value, 4 * k)
 
 
 def workspace_bytes(rows: int, C: int, k: int) -> int:
@@ -80,7 +85,12 @@ def largest_workspace(B: int, S: int, C: int, k: int, budget: int = DEFAULT_WORK
     return min(workspace_bytes(B * S, C, k), max(budget, workspace_bytes(1, C, k)))
 
 
-def plan(B: int, S: int, C: int, Hi: int, k: int, budget: int = DEFAULT_WORKSPACE) -> Plan:
+def block_c(Di: int) -> int:
+    """Tokens that a program scores at a time: 16 KB of keys for either head size."""
+    return 128 * 64 // max(Di, 64)
+
+
+def plan(B: int, S: int, C: int, Hi: int, Di: int, k: int, budget: int = DEFAULT_WORKSPACE) -> Plan:
     """Cuts the rows into tiles whose workspace fits into `budget` bytes, or into tiles of one row."""
     columns = DECODE_COLUMNS if S <= DECODE_QUERIES else PREFILL_COLUMNS
     block_s = columns // padded_heads(Hi)
@@ -91,7 +101,7 @@ def plan(B: int, S: int, C: int, Hi: int, k: int, budget: int = DEFAULT_WORKSPAC
     if query_tile < S and query_tile > block_s:
         query_tile = query_tile // block_s * block_s
     batch_tile = min(B, rows // query_tile)
-    work = batch_tile * triton.cdiv(query_tile, block_s) * (capacity // BLOCK_C.value)
+    work = batch_tile * triton.cdiv(query_tile, block_s) * (capacity // block_c(Di))
     blocks = min(max(work // SCORE_PROGRAMS, 1), MAX_BLOCKS)
     rows = batch_tile * query_tile
     splits = min(max(SELECT_PROGRAMS // rows, 1), MAX_SPLITS, triton.cdiv(C, SELECT_BLOCK.value))
@@ -116,6 +126,7 @@ def score_kernel(
     HI_PADDED: tl.constexpr,
     DI: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -147,7 +158,7 @@ def score_kernel(
         q_ND = q_ND.to(tl.float32)
     q_DN = tl.trans(q_ND)
 
-    row_keys = tl.cdiv(C, BLOCK_C) * BLOCK_C
+    row_keys = tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
     outputs = tl.arange(0, BLOCK_S)
     local_rows = (batch_local * query_tile + query_local + outputs).to(tl.int64)
     keys_S = keys + local_rows * row_keys
@@ -193,7 +204,7 @@ def histogram_kernel(
     share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
     start = split * share
     stop = tl.minimum(start + share, visible)
-    keys += row * tl.cdiv(C, BLOCK_C) * BLOCK_C
+    keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
     bins = tl.zeros((BINS,), tl.int32)
     for block in range(start, stop, SELECT_BLOCK):
@@ -233,7 +244,7 @@ def filter_kernel(
     share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
     start = split * share
     stop = tl.minimum(start + share, visible)
-    keys += row * tl.cdiv(C, BLOCK_C) * BLOCK_C
+    keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
     listed += row * LIST
 
     bin_ids = tl.arange(0, BINS)
@@ -307,7 +318,7 @@ def finish_kernel(
             tl.store(indices + slots, tl.where(slots < visible, slots, -1), mask=slots < K)
         return
 
-    keys += row * tl.cdiv(C, BLOCK_C) * BLOCK_C
+    keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
     listed += row * LIST
     high = tl.load(state + row * 4)
     above = tl.load(state + row * 4 + 1)
@@ -381,26 +392,28 @@ def index_topk(
     """Launches the kernels; arguments and result as `plugins.index_topk.op.index_topk`, already validated."""
     B, S, Hi, Di = index_q.shape
     C = index_k.shape[1]
-    cut = plan(B, S, C, Hi, k, budget)
+    cut = plan(B, S, C, Hi, Di, k, budget)
     rows = cut.batch_tile * cut.query_tile
     capacity, _ = row_entries(C, k)
     memory = torch.empty(cut.workspace // 4, dtype=torch.int32, device=index_q.device)
     sizes = [rows * capacity, rows * cut.listed, rows * 4, rows * cut.splits * BINS.value]
     keys, listed, state, counts = memory[: sum(sizes)].split(sizes)
     indices = torch.empty(B, S, k, dtype=torch.int32, device=index_q.device)
-    precision = "ieee" if index_q.dtype == torch.float32 else "tf32"
+    dtype = "fp32" if index_q.dtype == torch.float32 else "16 bits"
+    precision = "ieee" if dtype == "fp32" else "tf32"
     for batch in range(0, B, cut.batch_tile):
         for query in range(0, S, cut.query_tile):
             tile = min(cut.query_tile, S - query)
             tile_rows = min(cut.batch_tile, B - batch) * tile
             where = (batch, query, tile, S, C)
             if C > k:
-                ranges = triton.cdiv(capacity, cut.blocks * BLOCK_C.value)
+                ranges = triton.cdiv(capacity, cut.blocks * block_c(Di))
                 query_blocks = triton.cdiv(tile, cut.block_s) * min(cut.batch_tile, B - batch)
                 score_kernel[(ranges, query_blocks)](
                     index_q, index_weights, index_k, kv_lengths, keys, *where, Hi, k, cut.blocks,
-                    HI_PADDED=padded_heads(Hi), DI=Di, BLOCK_S=cut.block_s, PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
-                    **score_options(index_q.dtype, S),
+                    HI_PADDED=padded_heads(Hi), DI=Di, BLOCK_S=cut.block_s, BLOCK_C=block_c(Di),
+                    PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
+                    **score_options(dtype, S <= DECODE_QUERIES),
                 )  # fmt: skip
                 histogram_kernel[(cut.splits, tile_rows)](
                     kv_lengths, keys, counts, *where, k, cut.splits, **SELECT_OPTIONS
@@ -414,10 +427,51 @@ def index_topk(
     return indices
 
 
-SELECT_OPTIONS = {"num_warps": 16, "num_stages": 1}
+SELECT_OPTIONS = {"num_warps": 16, "num_stages": 1, **COMMON_OPTIONS}
 
 
-def score_options(dtype: torch.dtype, S: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"num_warps": 4, "num_stages": 1}
-    return {"num_warps": 4, "num_stages": 4} if S <= DECODE_QUERIES else {"num_warps": 8, "num_stages": 3}
+def score_options(dtype: str, decode: bool) -> dict[str, Any]:
+    if dtype == "fp32":
+        return {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
+    stages = {"num_warps": 4, "num_stages": 4} if decode else {"num_warps": 8, "num_stages": 3}
+    return {**stages, **COMMON_OPTIONS}
+
+
+def variants() -> Iterator[Variant]:
+    """What the plugin library holds."""
+    for dtype, Di, heads, decode in product(AOT_DTYPES, HEAD_SIZES, HEADS_PADDED, (True, False)):
+        columns = DECODE_COLUMNS if decode else PREFILL_COLUMNS
+        tensor = f"*{dtype}"
+        yield Variant(
+            name=f"index_topk_score_{dtype}_{Di}_{heads}_{'decode' if decode else 'prefill'}",
+            kernel=score_kernel,
+            pointers={"index_q": tensor, "index_weights": tensor, "index_k": tensor, "kv_lengths": "*i64", "keys": "*i32"},
+            constants={
+                "HI_PADDED": heads, "DI": Di, "BLOCK_S": columns // heads, "BLOCK_C": block_c(Di),
+                "PRECISION": "tf32", "WIDEN": False,
+            },
+            options=score_options(dtype, decode),
+        )  # fmt: skip
+    pointers = {"kv_lengths": "*i64"} | dict.fromkeys(("keys", "counts", "listed", "state", "indices"), "*i32")
+    for name, kernel in (("histogram", histogram_kernel), ("filter", filter_kernel), ("finish", finish_kernel)):
+        yield Variant(f"index_topk_{name}", kernel, pointers, options=SELECT_OPTIONS)
+
+
+def constants() -> dict[str, int]:
+    """The numbers that the C++ shell shares with `plan`."""
+    return {
+        "ROW_ALIGNMENT": ROW_ALIGNMENT.value,
+        "DECODE_COLUMNS": DECODE_COLUMNS,
+        "PREFILL_COLUMNS": PREFILL_COLUMNS,
+        "DECODE_QUERIES": DECODE_QUERIES,
+        "SELECT_BLOCK": SELECT_BLOCK.value,
+        "BINS": BINS.value,
+        "MAX_SPLITS": MAX_SPLITS,
+        "SCORE_PROGRAMS": SCORE_PROGRAMS,
+        "SELECT_PROGRAMS": SELECT_PROGRAMS,
+        "MAX_BLOCKS": MAX_BLOCKS,
+        "DEFAULT_WORKSPACE": DEFAULT_WORKSPACE,
+        "MAX_HEADS": MAX_HEADS,
+        "MAX_K": MAX_K,
+        "MAX_CAPACITY": MAX_CAPACITY,
+    }

@@ -13,10 +13,16 @@ The workspace holds, for P > 1, each part's weighted sum [B * S, Hq, P, D], maxi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from plugins.variant import AOT_DTYPES, COMMON_OPTIONS, Variant
 
 GROUP_PADDED = tl.constexpr(16)
 MAX_SPLITS = tl.constexpr(32)
@@ -172,20 +178,58 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     parts = B * S * Hq * splits if splits > 1 else 0
     sums = torch.empty(parts * D, dtype=torch.float32, device=q.device)
     statistics = torch.empty(2 * parts, dtype=torch.float32, device=q.device)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    dtype = "fp32" if q.dtype == torch.float32 else "16 bits"
+    precision = "ieee" if dtype == "fp32" else "tf32"
     attend_kernel[(B * S * Hkv * splits,)](
         q, k_cache, v_cache, indices, output, sums, statistics,
         scale, B * S, S, C, Hkv, Hq // Hkv, K, share, splits,
         D=D, BLOCK_K=block_k(D), PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
-        **attend_options(q.dtype),
+        **attend_options(dtype),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(B * S * Hq,)](sums, statistics, output, B * S, S, Hq, splits, D=D, **COMBINE_OPTIONS)
     return output
 
 
-COMBINE_OPTIONS = {"num_warps": 4, "num_stages": 1}
+COMBINE_OPTIONS = {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
 
 
-def attend_options(dtype: torch.dtype) -> dict[str, int]:
-    return {"num_warps": 4, "num_stages": 1 if dtype == torch.float32 else 3}
+def attend_options(dtype: str) -> dict[str, Any]:
+    # The loop loads indices, then the rows they name: Triton shares the stages between the two, five give K and V two.
+    return {"num_warps": 4, "num_stages": 1 if dtype == "fp32" else 5, **COMMON_OPTIONS}
+
+
+def variants() -> Iterator[Variant]:
+    """What the plugin library holds."""
+    for dtype, D in product(AOT_DTYPES, HEAD_SIZES):
+        tensor = f"*{dtype}"
+        yield Variant(
+            name=f"sparse_attention_attend_{dtype}_{D}",
+            kernel=attend_kernel,
+            pointers={
+                "q": tensor, "k_cache": tensor, "v_cache": tensor, "indices": "*i32", "output": tensor,
+                "sums": "*fp32", "statistics": "*fp32", "scale": "fp32",
+            },
+            constants={"D": D, "BLOCK_K": block_k(D), "PRECISION": "tf32", "WIDEN": False},
+            options=attend_options(dtype),
+        )  # fmt: skip
+        yield Variant(
+            name=f"sparse_attention_combine_{dtype}_{D}",
+            kernel=combine_kernel,
+            pointers={"sums": "*fp32", "statistics": "*fp32", "output": tensor},
+            constants={"D": D},
+            options=COMBINE_OPTIONS,
+        )
+
+
+def constants() -> dict[str, int]:
+    """The numbers that the C++ shell shares with `plan`."""
+    return {
+        "MAX_SPLITS": MAX_SPLITS.value,
+        "ATTEND_PROGRAMS": ATTEND_PROGRAMS,
+        "BLOCK_K_TIMES_D": block_k(64) * 64,
+        "MAX_GROUP": MAX_GROUP,
+        "MAX_K": MAX_K,
+        "MAX_CAPACITY": MAX_CAPACITY,
+        "MAX_TOKENS": MAX_TOKENS,
+    }
