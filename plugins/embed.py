@@ -14,11 +14,11 @@ from pathlib import Path
 
 from plugins.compile import Image, compile_all
 from plugins.headers import HeadersNotFound, tensorrt_headers
+from plugins.load import LIBRARY
 
 HERE = Path(__file__).parent
 SOURCES = ("native/driver.cpp", "native/library.cpp", "index_topk/plugin.cpp", "sparse_attention/plugin.cpp")
 BUILD = Path("build/plugins")
-LIBRARY = "libdsa_plugins.so"
 
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
              "-Wno-deprecated-declarations", "-Wno-unused-parameter")  # fmt: skip
