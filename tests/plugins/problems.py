@@ -133,7 +133,10 @@ def attention_problem(
 
 
 def assert_attention(output: Tensor, problem: Attention) -> None:
-    """Finite, 0 for tokens without an index, and at most twice as far from fp32 as plain torch in the same dtype."""
+    """Finite, 0 for tokens without an index, and at most twice as far from fp32 as plain torch in the same dtype.
+
+    Beside that only what rounding the output alone may cost: plain torch is lucky on a handful of numbers.
+    """
     q, k_cache, v_cache, indices = (t.cpu() for t in problem.arguments()[:4])
     exact = sparse_attention_torch(q.float(), k_cache.float(), v_cache.float(), indices, problem.scale)
     plain = sparse_attention_torch(q, k_cache, v_cache, indices, problem.scale).float()
@@ -143,6 +146,7 @@ def assert_attention(output: Tensor, problem: Attention) -> None:
     C = k_cache.shape[2]
     empty = ~((indices >= 0) & (indices < C)).any(-1)
     assert not got.transpose(1, 2)[empty].any()
-    budget = 2 * (plain - exact).norm() + 1e-6 * exact.norm()
+    rounding = torch.finfo(output.dtype).eps / 2
+    budget = 2 * (plain - exact).norm() + rounding * exact.norm() + 1e-6 * exact.norm()
     assert (got - exact).norm() <= budget, ((got - exact).norm(), budget)
-    assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + 4e-6
+    assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding * exact.abs().max() + 4e-6
