@@ -153,9 +153,9 @@ public:
         return guarded(kName, -1, [&] {
             require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
             kernelType(in[kQ].desc.type);
-            require(in[kQ].desc.dims.nbDims == 4 && in[kQ].desc.dims.d[2] > 0 && in[kQ].desc.dims.d[3] > 0,
-                "Hi and Di must be fixed in the network, index_q is " + text(in[kQ].desc.dims));
             shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max);
+            require(in[kQ].desc.dims.d[2] > 0 && in[kQ].desc.dims.d[3] > 0,
+                "Hi and Di must be fixed in the network, index_q is " + text(in[kQ].desc.dims));
             return 0;
         });
     }

@@ -113,11 +113,11 @@ public:
         return guarded(kName, -1, [&] {
             require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
             kernelType(in[kQ].desc.type);
+            shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max);
             Dims const& q = in[kQ].desc.dims;
             Dims const& keys = in[kKeys].desc.dims;
-            require(q.nbDims == 4 && keys.nbDims == 4 && q.d[1] > 0 && q.d[3] > 0 && keys.d[1] > 0,
+            require(q.d[1] > 0 && q.d[3] > 0 && keys.d[1] > 0,
                 "Hq, Hkv and D must be fixed in the network, q is " + text(q) + ", k_cache " + text(keys));
-            shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max);
             return 0;
         });
     }
