@@ -35,7 +35,8 @@ def image_source(images: list[Image]) -> str:
     """C++ source of the table `kImages`, with the machine code included by the assembler."""
     code, rows = [], []
     for number, image in enumerate(images):
-        code.append(f'".balign 64\\n.local dsa_image_{number}\\ndsa_image_{number}:\\n.incbin \\"{image.path.resolve()}\\"\\n"')
+        symbol = f"dsa_image_{number}"
+        code.append(f'".balign 64\\n.local {symbol}\\n{symbol}:\\n.incbin \\"{image.path.resolve()}\\"\\n"')
         rows.append(
             f'    {{"{image.name}", "{image.entry}", {image.arch}, {str(image.is_ptx).lower()}, dsa_image_{number}, '
             f"{image.warps}, {image.shared}}},"
@@ -71,13 +72,19 @@ def build(folder: Path = BUILD, jobs: int | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     headers = tensorrt_headers(folder.parent)
     images = compile_all(folder / "kernels", jobs)
-    (folder / "images.cpp").write_text(image_source(images))
-    (folder / "constants.h").write_text(constants_header())
-    (folder / "exports.map").write_text(EXPORTS)
+    _update(folder / "images.cpp", image_source(images))
+    _update(folder / "constants.h", constants_header())
+    _update(folder / "exports.map", EXPORTS)
 
     # -isystem: warnings in NVIDIA's headers are not ours. The own cuda_runtime_api.h comes first.
     flags = [*CXX_FLAGS, f"-I{HERE / 'native'}", f"-I{folder}", "-isystem", str(headers)]
+    _update(folder / "flags.txt", " ".join(flags))
     sources = [*(HERE / source for source in SOURCES), folder / "images.cpp"]
+    library = folder / LIBRARY
+    generated = ("images.cpp", "constants.h", "exports.map", "flags.txt")
+    parts = [*HERE.rglob("*.cpp"), *HERE.rglob("*.h"), *(folder / name for name in generated)]
+    if library.exists() and library.stat().st_mtime > max(part.stat().st_mtime for part in parts):
+        return library
     objects = [folder / f"{source.parent.name}.{source.stem}.o" for source in sources]
     compiler = os.environ.get("CXX", "g++")
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
@@ -86,7 +93,13 @@ def build(folder: Path = BUILD, jobs: int | None = None) -> Path:
     partial = folder / f".{LIBRARY}"
     _run([compiler, *map(str, objects), *LINK_FLAGS, f"-Wl,--version-script={folder / 'exports.map'}", "-ldl",
           "-o", str(partial)])  # fmt: skip
-    return partial.replace(folder / LIBRARY)
+    return partial.replace(library)
+
+
+def _update(path: Path, text: str) -> None:
+    """Writes `text` unless it is there already, so that an unchanged file stays older than the library."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def _run(command: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 # Redistributes NVIDIA's headers of TensorRT 10.14, whose plugin interfaces 10.16 to 11.x keep.
 HEADER_WHEEL = "kernel-lens==2.0.1"
 HEADER_FOLDER = "kernel_lens/include/tensorrt/"
-SYSTEM = ("/usr/include", "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/local/tensorrt/include")
+SYSTEM = ("/usr/include", "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
 
 
 class HeadersNotFound(Exception):

@@ -28,7 +28,7 @@ def find_library(path: Path | None = None) -> Path:
 def load_library(registry: Any, path: Path | None = None) -> Path:
     """Loads the library into `registry` (tensorrt.get_plugin_registry()) and returns its path.
 
-    Loading it twice is harmless. Raises LibraryNotLoaded if it is missing or its operators are not in the registry then.
+    Loading it twice is harmless. Raises LibraryNotLoaded if it is missing, or does not register its operators.
     """
     library = find_library(path)
     if missing_plugins(registry):

@@ -406,7 +406,7 @@ def index_topk(
             tile = min(cut.query_tile, S - query)
             tile_rows = min(cut.batch_tile, B - batch) * tile
             where = (batch, query, tile, S, C)
-            if C > k:
+            if k < C:
                 ranges = triton.cdiv(capacity, cut.blocks * block_c(Di))
                 query_blocks = triton.cdiv(tile, cut.block_s) * min(cut.batch_tile, B - batch)
                 score_kernel[(ranges, query_blocks)](
@@ -445,7 +445,9 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             name=f"index_topk_score_{dtype}_{Di}_{heads}_{'decode' if decode else 'prefill'}",
             kernel=score_kernel,
-            pointers={"index_q": tensor, "index_weights": tensor, "index_k": tensor, "kv_lengths": "*i64", "keys": "*i32"},
+            pointers={
+                "index_q": tensor, "index_weights": tensor, "index_k": tensor, "kv_lengths": "*i64", "keys": "*i32",
+            },
             constants={
                 "HI_PADDED": heads, "DI": Di, "BLOCK_S": columns // heads, "BLOCK_C": block_c(Di),
                 "PRECISION": "tf32", "WIDEN": False,

@@ -133,7 +133,8 @@ def check(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: T
     tensors = {"index_weights": index_weights, "index_k": index_k, "kv_lengths": kv_lengths}
     found = f"index_q {tuple(index_q.shape)}" + "".join(f", {name} {tuple(t.shape)}" for name, t in tensors.items())
     if (index_q.ndim, index_weights.ndim, index_k.ndim, kv_lengths.ndim) != (4, 3, 3, 1):
-        raise ValueError(f"need index_q [B, S, Hi, Di], index_weights [B, S, Hi], index_k [B, C, Di], kv_lengths [B]; got {found}")
+        need = "index_q [B, S, Hi, Di], index_weights [B, S, Hi], index_k [B, C, Di], kv_lengths [B]"
+        raise ValueError(f"need {need}; got {found}")
     B, S, Hi, Di = index_q.shape
     if index_weights.shape != (B, S, Hi) or index_k.shape[::2] != (B, Di) or len(kv_lengths) != B:
         raise ValueError(f"B, S, Hi, Di differ between the arguments: {found}")
@@ -157,7 +158,8 @@ def check_cuda(index_q: Tensor, C: int, k: int) -> None:
     if index_q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"index_topk on a GPU needs fp32, fp16 or bf16, got {index_q.dtype}")
     if Di not in kernel.HEAD_SIZES:
-        raise ValueError(f"index_topk on a GPU needs an indexer head size of {' or '.join(map(str, kernel.HEAD_SIZES))}, got {Di}")
+        sizes = " or ".join(map(str, kernel.HEAD_SIZES))
+        raise ValueError(f"index_topk on a GPU needs an indexer head size of {sizes}, got {Di}")
     if Hi > kernel.MAX_HEADS:
         raise ValueError(f"index_topk on a GPU takes at most {kernel.MAX_HEADS} indexer heads, got {Hi}")
     if k > kernel.MAX_K:
@@ -176,8 +178,8 @@ def _(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tenso
     from plugins.index_topk import kernel
 
     check_cuda(index_q, index_k.shape[1], k)
-    tensors = (t.contiguous() for t in (index_q, index_weights, index_k, kv_lengths))
-    return kernel.index_topk(*tensors, k)
+    q, weights, keys, lengths = (t.contiguous() for t in (index_q, index_weights, index_k, kv_lengths))
+    return kernel.index_topk(q, weights, keys, lengths, k)
 
 
 @_index_topk.register_fake

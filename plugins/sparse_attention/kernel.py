@@ -1,14 +1,15 @@
 """dsa::SparseAttention on a GPU: attend over the selected rows, then combine. One source for the interpreter, torch
 and the plugin.
 
-Shapes: B batch, S query tokens, C cache capacity, Hq/Hkv query/KV heads, G = Hq / Hkv group, D head size, K = k, P splits.
-See op.py.
+Shapes: B batch, S query tokens, C cache capacity, Hq/Hkv query/KV heads (group G = Hq / Hkv), D head size, K = k,
+P splits. See op.py.
 
-    attend    program (token, KV head, split of K): gathers its part of the selected K and V rows once, for all query heads
-              of the group (padded to 16, the least a tensor core multiplies), online softmax in fp32
+    attend    program (token, KV head, split of K): gathers its part of the selected K and V rows once, for all query
+              heads of the group (padded to 16, the least a tensor core multiplies), online softmax in fp32
     combine   P > 1 only: program (token, query head) adds the partial results
 
-The workspace holds, for P > 1, each part's weighted sum [B * S, Hq, P, D], maximum and denominator [2, B * S, Hq, P], fp32.
+The workspace holds, for P > 1, each part's weighted sum [B * S, Hq, P, D], maximum and denominator
+[2, B * S, Hq, P], all fp32.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def attend_kernel(
 
     if P == 1:
         result = sum_GD / tl.where(denominator_G == 0.0, 1.0, denominator_G)[:, None]
-        tl.store(output + q_rows[:, None] * D + dims[None, :], result.to(output.dtype.element_ty), mask=is_head[:, None])
+        result = result.to(output.dtype.element_ty)
+        tl.store(output + q_rows[:, None] * D + dims[None, :], result, mask=is_head[:, None])
     else:
         parts = (token * HKV * GROUP + heads) * P + split
         tl.store(sums + parts[:, None] * D + dims[None, :], sum_GD, mask=is_head[:, None])

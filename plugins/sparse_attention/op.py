@@ -130,7 +130,8 @@ def check(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor) -> None:
         raise ValueError(f"B, S, Hkv, C, D differ between the arguments: {found}")
     if not q.is_floating_point() or not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(
-            f"q, k_cache and v_cache must have one floating-point dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+            "q, k_cache and v_cache must have one floating-point dtype, got "
+            f"{q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
         )
     if indices.dtype != torch.int32:
         raise ValueError(f"indices must be int32, got {indices.dtype}")
@@ -148,11 +149,14 @@ def check_cuda(q: Tensor, k_cache: Tensor, indices: Tensor) -> None:
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"sparse_attention on a GPU needs fp32, fp16 or bf16, got {q.dtype}")
     if D not in kernel.HEAD_SIZES:
-        raise ValueError(f"sparse_attention on a GPU needs a head size of {' or '.join(map(str, kernel.HEAD_SIZES))}, got {D}")
+        sizes = " or ".join(map(str, kernel.HEAD_SIZES))
+        raise ValueError(f"sparse_attention on a GPU needs a head size of {sizes}, got {D}")
     if Hq // Hkv > kernel.MAX_GROUP:
-        raise ValueError(f"sparse_attention on a GPU takes at most {kernel.MAX_GROUP} query heads per KV head, got {Hq // Hkv}")
+        limit = f"at most {kernel.MAX_GROUP} query heads per KV head"
+        raise ValueError(f"sparse_attention on a GPU takes {limit}, got {Hq // Hkv}")
     if not 1 <= indices.shape[-1] <= kernel.MAX_K:
-        raise ValueError(f"sparse_attention on a GPU takes 1 to {kernel.MAX_K} indices per token, got {indices.shape[-1]}")
+        limit = f"1 to {kernel.MAX_K} indices per token"
+        raise ValueError(f"sparse_attention on a GPU takes {limit}, got {indices.shape[-1]}")
     if C > kernel.MAX_CAPACITY:
         raise ValueError(f"sparse_attention on a GPU takes a capacity up to {kernel.MAX_CAPACITY}, got {C}")
     if B * S > kernel.MAX_TOKENS:
@@ -169,8 +173,8 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float
     from plugins.sparse_attention import kernel
 
     check_cuda(q, k_cache, indices)
-    tensors = (t.contiguous() for t in (q, k_cache, v_cache, indices))
-    return kernel.sparse_attention(*tensors, scale)
+    q, k_cache, v_cache, indices = (t.contiguous() for t in (q, k_cache, v_cache, indices))
+    return kernel.sparse_attention(q, k_cache, v_cache, indices, scale)
 
 
 @_sparse_attention.register_fake
@@ -190,9 +194,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None,
     k_gradient, v_gradient = (torch.zeros_like(cache, dtype=torch.float32) for cache in (k_cache, v_cache))
     for tile in _tiles(q, k_cache, indices.shape[-1]):
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (q[:, :, tile], k_cache, v_cache)]
-            output = _attend(*leaves, indices[:, tile], ctx.scale)
-        q_part, k_part, v_part = torch.autograd.grad(output, leaves, gradient[:, :, tile])
+            q_leaf, k_leaf, v_leaf = (t.detach().requires_grad_() for t in (q[:, :, tile], k_cache, v_cache))
+            output = _attend(q_leaf, k_leaf, v_leaf, indices[:, tile], ctx.scale)
+        q_part, k_part, v_part = torch.autograd.grad(output, (q_leaf, k_leaf, v_leaf), gradient[:, :, tile])
         q_gradient[:, :, tile] = q_part
         k_gradient += k_part
         v_gradient += v_part

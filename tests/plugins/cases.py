@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "int32", torch.int64: "int64"}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
 
 
 def write_case(folder: Path, plugin: str, attribute: tuple[str, float], inputs: list[Tensor], output: Tensor) -> Path:

@@ -27,7 +27,9 @@ def host(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from plugins.headers import tensorrt_headers
 
     program = tmp_path_factory.mktemp("host") / "host"
-    compile_cpp("host.cpp", program, "-I", str(ROOT / "plugins/native"), "-isystem", str(tensorrt_headers(ROOT / "build")))
+    compile_cpp(
+        "host.cpp", program, "-I", str(ROOT / "plugins/native"), "-isystem", str(tensorrt_headers(ROOT / "build"))
+    )
     return program
 
 

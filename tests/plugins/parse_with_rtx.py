@@ -1,7 +1,7 @@
 """Parses one operator's node with TensorRT-RTX: parse_with_rtx.py OPERATOR [LIBRARY]. Run in a process of its own.
 
-With the plugin library its parser takes the plugin, and then aborts the process (it supports no user plugins). Without it,
-the function body is built into an engine.
+With the plugin library its parser takes the plugin, and then aborts the process (it supports no user plugins). Without
+the library, the function body is built into an engine.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def main(operator: str, library: str | None = None) -> None:
         profile.set_shape(name, *[SHAPES[name]] * 3)
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
-    print(f"ENGINE {engine.nbytes if engine else 0} bytes, plugin layers "
-          f"{sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))}")  # fmt: skip
+    plugins = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
+    print(f"ENGINE {engine.nbytes if engine else 0} bytes, plugin layers {plugins}")
 
 
 if __name__ == "__main__":

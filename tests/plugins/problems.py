@@ -54,13 +54,12 @@ def exact_selection(problem: TopK) -> list[list[set[int]]]:
     q, weights, keys = (t.float().cpu() for t in (problem.index_q, problem.index_weights, problem.index_k))
     scores = index_scores(q, weights, keys)
     B, S = scores.shape[:2]
-    return [
-        [
-            set(torch.argsort(scores[b, t, : problem.visible(b, t)], descending=True, stable=True)[: problem.k].tolist())
-            for t in range(S)
-        ]
-        for b in range(B)
-    ]
+
+    def best(b: int, t: int) -> set[int]:
+        visible = scores[b, t, : problem.visible(b, t)]
+        return set(visible.argsort(descending=True, stable=True)[: problem.k].tolist())
+
+    return [[best(b, t) for t in range(S)] for b in range(B)]
 
 
 def assert_selection(indices: Tensor, problem: TopK) -> None:
@@ -114,7 +113,7 @@ def attention_problem(
     B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int, dtype: torch.dtype, seed: int,
     poison: bool = True, device: str = "cpu",
 ) -> Attention:  # fmt: skip
-    """Indices with -1, out-of-range values and duplicates; the first token has none at all, the last one a short row."""
+    """Indices with -1, out-of-range values and duplicates; the first token has none, the last one a short row."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(B, Hkv * group, S, D, generator=generator).to(dtype)
     k_cache, v_cache = (torch.randn(B, Hkv, C, D, generator=generator).to(dtype) for _ in range(2))

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="the interpreter is part of triton")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "tests/plugins/test_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/plugins/test_kernels.py"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

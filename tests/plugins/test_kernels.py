@@ -7,6 +7,7 @@ test_interpreter.py.
 from __future__ import annotations
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from plugins.index_topk import index_topk as operator_index_topk
 from plugins.index_topk import index_topk_reference
 from plugins.sparse_attention import sparse_attention as operator_sparse_attention
 from tests.plugins.problems import (
+    TopK,
     assert_attention,
     assert_selection,
     attention_problem,
@@ -30,8 +32,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU; test_interpreter.py runs these tests in Triton's interpreter", allow_module_level=True)
 
-from plugins.index_topk import kernel as topk_kernel
-from plugins.sparse_attention import kernel as attention_kernel
+from plugins.index_topk import kernel as topk_kernel  # noqa: E402
+from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -90,7 +92,8 @@ def test_selection_is_exact_where_arithmetic_is(data: st.DataObject) -> None:
     Hi = data.draw(st.integers(1, 16), "Hi")
     k = data.draw(st.integers(1, C + 4), "k")
     dtype = data.draw(st.sampled_from([HALF, BFLOAT, FLOAT]), "dtype")
-    problem = topk_problem(lengths, S, C, Hi, 64, k, dtype, ties=True, seed=data.draw(st.integers(0, 999)), device=DEVICE)
+    seed = data.draw(st.integers(0, 999), "seed")
+    problem = topk_problem(lengths, S, C, Hi, 64, k, dtype, ties=True, seed=seed, device=DEVICE)
     indices = select(problem).cpu()
     assert_selection(indices, problem)
     assert sets(indices) == exact_selection(problem)
@@ -186,7 +189,8 @@ def test_attention_of_enough_tokens_to_fill_a_gpu(dtype: torch.dtype, monkeypatc
 @given(st.data())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_attention_over_random_shapes(data: st.DataObject) -> None:
-    shape = [data.draw(st.integers(1, most), name) for most, name in zip((2, 3, 80, 2, 8), "B S C Hkv G".split(), strict=True)]
+    most = {"B": 2, "S": 3, "C": 80, "Hkv": 2, "group": 8}
+    shape = [data.draw(st.integers(1, size), name) for name, size in most.items()]
     D = data.draw(st.sampled_from([64, 128]), "D")
     K = data.draw(st.integers(1, 150), "K")
     dtype = data.draw(st.sampled_from([HALF, BFLOAT, FLOAT]), "dtype")
@@ -226,16 +230,16 @@ def test_torch_operators_run_the_kernels_and_repeat_bitwise() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="no GPU: minutes in the interpreter")
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
-@pytest.mark.parametrize(("B", "S", "C", "k"), [(64, 1, 40000, 2048), (8, 4, 131072, 512), (1, 1024, 20000, 4096), (1, 1, 2**20, 2048)])
+@pytest.mark.parametrize(
+    ("B", "S", "C", "k"), [(64, 1, 40000, 2048), (8, 4, 131072, 512), (1, 1024, 20000, 4096), (1, 1, 2**20, 2048)]
+)
 def test_deployment_shapes(B: int, S: int, C: int, k: int, dtype: torch.dtype) -> None:
     lengths = [max(C - 997 * b, S) for b in range(B)]
     problem = topk_problem(lengths, S, C, 4, 64, k, dtype, ties=False, seed=10, device=DEVICE)
     checked = topk_problem(lengths, S, C, 4, 64, k, dtype, ties=False, seed=10)
     indices = select(problem).cpu()
-    rows = {0, B - 1}, {0, S - 1}
-    for b in rows[0]:
-        for t in rows[1]:
-            part = topk_problem([checked.visible(b, t)], 1, C, 4, 64, k, dtype, ties=False, seed=0)
-            part.index_q, part.index_weights = checked.index_q[b : b + 1, t : t + 1], checked.index_weights[b : b + 1, t : t + 1]
-            part.index_k = checked.index_k[b : b + 1]
-            assert_selection(indices[b : b + 1, t : t + 1], part)
+    for b, t in product({0, B - 1}, {0, S - 1}):  # the corners: the reference takes its time
+        one = slice(b, b + 1), slice(t, t + 1)
+        visible = torch.tensor([checked.visible(b, t)])
+        part = TopK(checked.index_q[one], checked.index_weights[one], checked.index_k[b : b + 1], visible, k)
+        assert_selection(indices[one], part)

@@ -3,6 +3,7 @@ launches it makes, recorded by a fake driver and compared with those of the torc
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ from tests.plugins.conftest import ROOT, compile_cpp
 
 triton = pytest.importorskip("triton", reason="the kernels are compiled by triton")
 
-from plugins import headers
-from plugins.compile import ARCHITECTURES, PTX_FROM, Image, all_variants, compile_all
-from plugins.index_topk import kernel as topk_kernel
-from plugins.sparse_attention import kernel as attention_kernel
+from plugins import headers  # noqa: E402
+from plugins.compile import ARCHITECTURES, PTX_FROM, Image, all_variants, compile_all  # noqa: E402
+from plugins.index_topk import kernel as topk_kernel  # noqa: E402
+from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KB that a block may use
 
@@ -67,7 +68,7 @@ def test_missing_library_is_one_line(tmp_path: Path) -> None:
 
 def test_headers_come_from_the_folder_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
-    with pytest.raises(headers.HeadersNotFound, match="holds no NvInferRuntime.h"):
+    with pytest.raises(headers.HeadersNotFound, match=r"holds no NvInferRuntime\.h"):
         headers.tensorrt_headers(tmp_path)
     (tmp_path / "NvInferRuntime.h").touch()
     assert headers.tensorrt_headers(tmp_path) == tmp_path
@@ -85,10 +86,16 @@ def lean(library: Path) -> Any:
 
 
 def fields_of(tensorrt: Any, attributes: dict[str, Any]) -> Any:
-    kinds = {"i": tensorrt.PluginFieldType.INT64, "f": tensorrt.PluginFieldType.FLOAT32, "u": tensorrt.PluginFieldType.CHAR}
-    arrays = {n: np.frombuffer(v.encode(), np.uint8) if isinstance(v, str) else np.array([v]) for n, v in attributes.items()}
-    arrays = {n: a.astype(np.float32) if a.dtype.kind == "f" else a for n, a in arrays.items()}
-    return tensorrt.PluginFieldCollection([tensorrt.PluginField(n, a, kinds[a.dtype.kind]) for n, a in arrays.items()])
+    kinds = tensorrt.PluginFieldType
+
+    def field(name: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return tensorrt.PluginField(name, np.frombuffer(value.encode(), np.uint8), kinds.CHAR)
+        is_float = isinstance(value, float)
+        array = np.array([value], np.float32 if is_float else np.int64)
+        return tensorrt.PluginField(name, array, kinds.FLOAT32 if is_float else kinds.INT64)
+
+    return tensorrt.PluginFieldCollection([field(name, value) for name, value in attributes.items()])
 
 
 @pytest.mark.parametrize(
@@ -147,17 +154,21 @@ def topk_case(folder: Path, B: int, S: int, C: int, Hi: int, Di: int, k: int, dt
     return write_case(folder, "IndexTopK", ("k", k), inputs, meta(B, S, k, dtype=torch.int32))
 
 
-def attention_case(folder: Path, B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int, dtype: torch.dtype) -> Path:
-    q, cache = meta(B, Hkv * group, S, D, dtype=dtype), meta(B, Hkv, C, D, dtype=dtype)
+def attention_case(folder: Path, B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int) -> Path:
+    q, cache = meta(B, Hkv * group, S, D), meta(B, Hkv, C, D)
     inputs = [q, cache, cache, meta(B, S, K, dtype=torch.int32)]
     return write_case(folder, "SparseAttention", ("scale", 0.125), inputs, torch.empty_like(q))
 
 
-@pytest.mark.parametrize("B, S, C, k", [(1, 1, 100, 4096), (32, 1, 131072, 2048), (64, 1024, 2**20, 4096), (3, 7, 5000, 9)])
-def test_workspace_is_the_documented_formula(host: Path, library: Path, tmp_path: Path, B: int, S: int, C: int, k: int) -> None:
+@pytest.mark.parametrize(
+    "B, S, C, k", [(1, 1, 100, 4096), (32, 1, 131072, 2048), (64, 1024, 2**20, 4096), (3, 7, 5000, 9)]
+)
+def test_workspace_is_the_documented_formula(
+    host: Path, library: Path, tmp_path: Path, B: int, S: int, C: int, k: int
+) -> None:
     case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
     assert int(run_host(host, "workspace", library, case)) == topk_kernel.largest_workspace(B, S, C, k)
-    case = attention_case(tmp_path, B, S, C, 2, 7, 64, k, torch.float16)
+    case = attention_case(tmp_path, B, S, C, 2, 7, 64, k)
     assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 14, 2, 64, k)
 
 
@@ -184,7 +195,8 @@ class Recorder:
         def launch(*arguments: Any, num_warps: int, **options: Any) -> None:
             pointers = [a for a in arguments if isinstance(a, torch.Tensor)]
             numbers = [a for a in arguments if not isinstance(a, torch.Tensor)]
-            self.launches.append([self.fn.__name__, *grid, *[1] * (2 - len(grid)), num_warps * 32, len(pointers), numbers])
+            x, y = (*grid, 1)[:2]
+            self.launches.append([self.fn.__name__, x, y, num_warps * 32, len(pointers), numbers])
 
         return launch
 
@@ -229,7 +241,10 @@ def test_topk_launches_are_those_of_torch(
 
 
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90", "120"])
-@pytest.mark.parametrize("B, S, C, Hkv, group, D, K", [(1, 1, 5000, 2, 7, 64, 2048), (3, 5, 90, 4, 8, 128, 100), (200, 3, 90, 1, 1, 64, 9)])
+@pytest.mark.parametrize(
+    "B, S, C, Hkv, group, D, K",
+    [(1, 1, 5000, 2, 7, 64, 2048), (3, 5, 90, 4, 8, 128, 100), (200, 3, 90, 1, 1, 64, 9)],
+)
 def test_attention_launches_are_those_of_torch(
     host: Path, library: Path, fake_driver: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int, arch: str,
@@ -239,7 +254,7 @@ def test_attention_launches_are_those_of_torch(
     attention_kernel.sparse_attention(q, cache, cache, torch.zeros(B, S, K, dtype=torch.int32), 0.125)
     bits = int(np.float32(0.125).view(np.int32))
     expected = [[*launch[:-1], [bits if n == 0.125 else n for n in launch[-1]]] for launch in launches]
-    case = attention_case(tmp_path, B, S, C, Hkv, group, D, K, torch.float16)
+    case = attention_case(tmp_path, B, S, C, Hkv, group, D, K)
     output = run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH=arch)
     assert as_recorded(output) == expected
 
@@ -259,7 +274,7 @@ def test_workspace_pointers_stay_inside_the_workspace(
 
 
 def test_old_gpu_is_refused(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
-    case = attention_case(tmp_path, 1, 1, 90, 2, 7, 64, 9, torch.float16)
+    case = attention_case(tmp_path, 1, 1, 90, 2, 7, 64, 9)
     with pytest.raises(AssertionError, match=r"no kernel .* for compute capability 7.5 \(8.0 or newer is needed\)"):
         run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH="75")
 
@@ -271,10 +286,9 @@ def test_contexts_on_several_threads(host: Path, library: Path, fake_driver: dic
 
 
 def test_module_says_what_is_missing(tmp_path: Path) -> None:
-    """`python -m plugins.embed` without a compiler: one line, exit 1."""
-    result = subprocess.run(
-        [sys.executable, "-m", "plugins.embed", "--out", str(tmp_path / "plugins"), "--jobs", "1"],
-        cwd=ROOT, capture_output=True, text=True, env={"TENSORRT_INCLUDE_DIR": str(tmp_path / "nothing"), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    """`python -m plugins.embed` without headers: one line, exit 1."""
+    command = [sys.executable, "-m", "plugins.embed", "--out", str(tmp_path / "plugins"), "--jobs", "1"]
+    environment = {**os.environ, "TENSORRT_INCLUDE_DIR": str(tmp_path / "nothing")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 1
     assert result.stderr.startswith("error: TENSORRT_INCLUDE_DIR=") and result.stderr.count("\n") == 1

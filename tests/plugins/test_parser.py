@@ -1,4 +1,4 @@
-"""NVIDIA's ONNX parser on the exported node: the plugin where the library is loaded, the function body where it is not."""
+"""NVIDIA's ONNX parser on the exported node: with the library loaded the plugin, without it the function body."""
 
 from __future__ import annotations
 

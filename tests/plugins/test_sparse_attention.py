@@ -40,7 +40,8 @@ def test_onnx_body_is_the_definition(problem: Attention) -> None:
 def test_onnx_body_in_fp16() -> None:
     problem = attention_problem(2, 3, 90, 2, 7, 64, 40, torch.float16, seed=1)
     *tensors, scale = problem.arguments()
-    assert_attention(torch.from_numpy(bodies.run("SparseAttention", [t.numpy() for t in tensors], scale=scale)), problem)
+    output = bodies.run("SparseAttention", [t.numpy() for t in tensors], scale=scale)
+    assert_attention(torch.from_numpy(output), problem)
 
 
 @pytest.mark.parametrize("tile_bytes", [op.GATHER_BYTES, 1])
