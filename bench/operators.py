@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from dsa_export.cli import UserError, console, run
 from plugins.index_topk import index_scores, index_topk
-from plugins.index_topk.kernel import largest_workspace as topk_workspace
 from plugins.sparse_attention import sparse_attention
-from plugins.sparse_attention.kernel import largest_workspace as attention_workspace
 from plugins.sparse_attention.op import sparse_attention_torch
 
 HQ, HKV, D, HI, DI = 14, 2, 64, 8, 64
@@ -69,6 +68,12 @@ class Case:
 
 def select(t: dict[str, Tensor], k: int) -> Tensor:
     return index_topk(t["index_q"], t["index_weights"], t["index_k"], t["lengths"], k)
+
+
+def select_within(t: dict[str, Tensor], k: int, budget: int) -> Tensor:
+    from plugins.index_topk import kernel
+
+    return kernel.index_topk(t["index_q"], t["index_weights"], t["index_k"], t["lengths"], k, budget)
 
 
 def attend(t: dict[str, Tensor], indices: Tensor) -> Tensor:
@@ -215,6 +220,9 @@ def timings(case: Case) -> Iterator[tuple[str, str, Call]]:
     yield "index_topk", "index_topk", lambda t: select(t, k)
     yield "sparse_attention", "sparse_attention", lambda t: attend(t, t["indices"])
     yield "both operators", "both", lambda t: attend(t, select(t, k))
+    if case.S > 1:  # what a larger or smaller tile of scores would change
+        for mebibytes in (16, 64, 128):
+            yield f"index_topk, {mebibytes} MiB", "index_topk", partial(select_within, k=k, budget=mebibytes * 2**20)
     yield "dense flash", "dense", dense(SDPBackend.FLASH_ATTENTION)
     if case.S == 1:
         yield "dense cuDNN", "dense", dense(SDPBackend.CUDNN_ATTENTION)
@@ -241,6 +249,9 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
+    from plugins.index_topk.kernel import largest_workspace as topk_workspace
+    from plugins.sparse_attention.kernel import largest_workspace as attention_workspace
+
     shape = {"case": case.name, "B": case.B, "S": case.S, "C": case.C, "k": case.k}
     shape |= {"dtype": "bf16", "gpu": machine.name}
     case.fill()

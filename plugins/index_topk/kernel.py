@@ -41,6 +41,7 @@ SELECT_BLOCK = tl.constexpr(4096)  # keys that the selection reads at a time
 BINS = tl.constexpr(2048)
 ZERO_BIN = tl.constexpr(1024)  # the highest 11 bits of the key of 0.0; holds nothing else, see `score_kernel`
 MAX_SPLITS = 32
+SPLITS_READ = tl.constexpr(8)
 SCORE_PROGRAMS = 512  # enough to fill the largest GPU while every program still pipelines several blocks
 SELECT_PROGRAMS = 264
 MAX_BLOCKS = 16
@@ -178,7 +179,7 @@ def score_kernel(
         bits = scores.to(tl.int32, bitcast=True)
         # Unsigned order of the key = order of the number: flip the sign bit, of negative numbers all bits.
         key = bits ^ ((bits >> 31) | -2147483648)
-        tl.store(keys_S[None, :] + tokens[:, None], key, mask=row_exists[None, :] & (tokens >= 0)[:, None])
+        tl.store(keys_S[None, :] + tokens[:, None], key, mask=row_exists[None, :])
 
 
 @triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "P"])
@@ -204,13 +205,14 @@ def histogram_kernel(
     share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
     start = split * share
     stop = tl.minimum(start + share, visible)
+    readable = tl.cdiv(stop, ROW_ALIGNMENT) * ROW_ALIGNMENT  # a mask of whole vectors: 16-byte loads
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
     bins = tl.zeros((BINS,), tl.int32)
     for block in range(start, stop, SELECT_BLOCK):
         tokens = block + tl.arange(0, SELECT_BLOCK)
         here = tokens < stop
-        key = tl.load(keys + tokens, mask=here, other=0)
+        key = tl.load(keys + tokens, mask=tokens < readable, other=0)
         bins += tl.histogram((key >> 21) & (BINS - 1), BINS, mask=here)
     tl.store(counts + (row * P + split) * BINS + tl.arange(0, BINS), bins)
 
@@ -244,16 +246,19 @@ def filter_kernel(
     share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
     start = split * share
     stop = tl.minimum(start + share, visible)
+    readable = tl.cdiv(stop, ROW_ALIGNMENT) * ROW_ALIGNMENT  # a mask of whole vectors: 16-byte loads
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
     listed += row * LIST
 
     bin_ids = tl.arange(0, BINS)
     total = tl.zeros((BINS,), tl.int32)
     before = tl.zeros((BINS,), tl.int32)
-    for other in range(0, P):
-        bins = tl.load(counts + (row * P + other) * BINS + bin_ids)
-        total += bins
-        before += tl.where(other < split, bins, 0)
+    for first in range(0, P, SPLITS_READ):  # several rows in flight: one at a time, this loop would be all latency
+        others = first + tl.arange(0, SPLITS_READ)
+        cells = (row * P + others)[:, None] * BINS + bin_ids[None, :]
+        bins = tl.load(counts + cells, mask=(others < P)[:, None], other=0)
+        total += tl.sum(bins, 0)
+        before += tl.sum(tl.where((others < split)[:, None], bins, 0), 0)
     at_or_above = visible - tl.cumsum(total, 0) + total
     threshold = tl.sum((at_or_above >= K).to(tl.int32), 0) - 1
     above = tl.sum(tl.where(bin_ids > threshold, total, 0), 0)
@@ -270,7 +275,7 @@ def filter_kernel(
     for block in range(start, stop, SELECT_BLOCK):
         tokens = block + tl.arange(0, SELECT_BLOCK)
         here = tokens < stop
-        key = tl.load(keys + tokens, mask=here, other=0)
+        key = tl.load(keys + tokens, mask=tokens < readable, other=0)
         digit = (key >> 21) & (BINS - 1)
         is_above = here & (digit > threshold)
         is_tied = here & (digit == threshold)
@@ -392,13 +397,15 @@ def index_topk(
     """Launches the kernels; arguments and result as `plugins.index_topk.op.index_topk`, already validated."""
     B, S, Hi, Di = index_q.shape
     C = index_k.shape[1]
+    indices = torch.empty(B, S, k, dtype=torch.int32, device=index_q.device)
+    if indices.numel() == 0:
+        return indices
     cut = plan(B, S, C, Hi, Di, k, budget)
     rows = cut.batch_tile * cut.query_tile
     capacity, _ = row_entries(C, k)
     memory = torch.empty(cut.workspace // 4, dtype=torch.int32, device=index_q.device)
     sizes = [rows * capacity, rows * cut.listed, rows * 4, rows * cut.splits * BINS.value]
     keys, listed, state, counts = memory[: sum(sizes)].split(sizes)
-    indices = torch.empty(B, S, k, dtype=torch.int32, device=index_q.device)
     dtype = "fp32" if index_q.dtype == torch.float32 else "16 bits"
     precision = "ieee" if dtype == "fp32" else "tf32"
     for batch in range(0, B, cut.batch_tile):

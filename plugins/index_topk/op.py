@@ -179,7 +179,8 @@ def _(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tenso
 
     check_cuda(index_q, index_k.shape[1], k)
     q, weights, keys, lengths = (t.contiguous() for t in (index_q, index_weights, index_k, kv_lengths))
-    return kernel.index_topk(q, weights, keys, lengths, k)
+    with torch.cuda.device_of(q):
+        return kernel.index_topk(q, weights, keys, lengths, k)
 
 
 @_index_topk.register_fake

@@ -175,8 +175,10 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     B, Hq, S, D = q.shape
     Hkv, C = k_cache.shape[1:3]
     K = indices.shape[-1]
-    share, splits = plan(B, S, Hkv, D, K)
     output = torch.empty_like(q)
+    if output.numel() == 0:
+        return output
+    share, splits = plan(B, S, Hkv, D, K)
     parts = B * S * Hq * splits if splits > 1 else 0
     sums = torch.empty(parts * D, dtype=torch.float32, device=q.device)
     statistics = torch.empty(2 * parts, dtype=torch.float32, device=q.device)

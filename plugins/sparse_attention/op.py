@@ -174,7 +174,8 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float
 
     check_cuda(q, k_cache, indices)
     q, k_cache, v_cache, indices = (t.contiguous() for t in (q, k_cache, v_cache, indices))
-    return kernel.sparse_attention(q, k_cache, v_cache, indices, scale)
+    with torch.cuda.device_of(q):
+        return kernel.sparse_attention(q, k_cache, v_cache, indices, scale)
 
 
 @_sparse_attention.register_fake

@@ -122,6 +122,18 @@ def test_all_scores_equal(score: float, others: int) -> None:
     assert indices[0, 0].tolist() == sorted(indices[0, 0].tolist())
 
 
+@pytest.mark.parametrize(("B", "S", "C"), [(0, 1, 9), (2, 0, 9), (2, 3, 0)])
+def test_empty_shapes(B: int, S: int, C: int) -> None:
+    problem = topk_problem([0] * B, S, C, 4, 64, 5, HALF, ties=False, seed=1, device=DEVICE)
+    *tensors, k = problem.arguments()
+    assert topk_kernel.index_topk(*tensors, k).tolist() == [[[-1] * 5] * S] * B
+    shapes = (B, 4, S, 64), (B, 2, C, 64), (B, 2, C, 64)
+    q, k_cache, v_cache = (torch.ones(shape, dtype=HALF, device=DEVICE) for shape in shapes)
+    indices = torch.full((B, S, 3), 1, dtype=torch.int32, device=DEVICE)
+    output = attention_kernel.sparse_attention(q, k_cache, v_cache, indices, 1.0)
+    assert output.shape == q.shape and (C > 0 or not output.any())
+
+
 def test_negative_zero_and_denormals_count_as_zero() -> None:
     problem = topk_problem([600], 1, 600, 4, 64, 8, FLOAT, ties=True, seed=4, device=DEVICE)
     problem.index_q.zero_()
