@@ -99,6 +99,11 @@ public:
             return false;
         }
         DataType const type = inOut[pos].desc.type;
+        if (pos == kQ && type == DataType::kFLOAT)
+        {
+            // TensorRT itself only says that no format fits.
+            log(ILogger::Severity::kWARNING, std::string("dsa::") + kName + ": q must be fp16 or bf16, not fp32");
+        }
         switch (pos)
         {
         case kQ: return isHalfOrBfloat(type);

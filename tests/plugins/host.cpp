@@ -370,6 +370,8 @@ void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, 
             expect(!b->supportsFormatCombination(pos, all.data(), 4, 1), "no int8 at " + std::to_string(pos));
         }
     }
+    expect(gLogged.find("must be fp16 or bf16, not fp32") != std::string::npos, "a word on fp32");
+    gLogged.clear();
     auto const all = dynamic(good);
     expect(!b->supportsFormatCombination(5, all.data(), 4, 1) && !b->supportsFormatCombination(0, all.data(), 3, 1), "count");
 

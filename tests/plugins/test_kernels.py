@@ -40,8 +40,9 @@ HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_poisoned():
+def uninitialised_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch):
     """torch.empty gives NaN and the largest integers, so that a result that reads what nobody wrote is wrong."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch wants beside it on a GPU
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
