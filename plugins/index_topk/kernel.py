@@ -86,6 +86,14 @@ def largest_workspace(B: int, S: int, C: int, k: int, budget: int = DEFAULT_WORK
     return min(workspace_bytes(B * S, C, k), max(budget, workspace_bytes(1, C, k)))
 
 
+def _even_tile(count: int, most: int, step: int = 1) -> int:
+    """Cuts `count` into the fewest tiles of at most `most`, about equally large, multiples of `step` if possible."""
+    stepped = most > step
+    most = most // step * step if stepped else most
+    tile = triton.cdiv(count, triton.cdiv(count, most))
+    return min(count, triton.cdiv(tile, step) * step) if stepped else tile
+
+
 def block_c(Di: int) -> int:
     """Tokens that a program scores at a time: 16 KB of keys for either head size."""
     return 128 * 64 // max(Di, 64)
@@ -98,10 +106,8 @@ def plan(B: int, S: int, C: int, Hi: int, Di: int, k: int, budget: int = DEFAULT
     capacity, listed = row_entries(C, k)
     fixed = workspace_bytes(0, C, k)
     rows = max(1, (budget - fixed) // (workspace_bytes(1, C, k) - fixed))
-    query_tile = min(S, rows)
-    if query_tile < S and query_tile > block_s:
-        query_tile = query_tile // block_s * block_s
-    batch_tile = min(B, rows // query_tile)
+    query_tile = _even_tile(S, rows, step=block_s)
+    batch_tile = _even_tile(B, rows // query_tile)
     work = batch_tile * triton.cdiv(query_tile, block_s) * (capacity // block_c(Di))
     blocks = min(max(work // SCORE_PROGRAMS, 1), MAX_BLOCKS)
     rows = batch_tile * query_tile

@@ -68,6 +68,14 @@ int64_t workspaceBytes(int64_t rows, int64_t C, int64_t k)
     return 4 * (rows * (capacity + listed + size::BINS + 4) + size::SELECT_PROGRAMS * size::BINS);
 }
 
+int64_t evenTile(int64_t count, int64_t most, int64_t step)
+{
+    bool const stepped = most > step;
+    most = stepped ? most / step * step : most;
+    int64_t const tile = ceilDiv(count, ceilDiv(count, most));
+    return stepped ? std::min(count, ceilDiv(tile, step) * step) : tile;
+}
+
 Plan planOf(Shape const& shape, int64_t k)
 {
     Plan plan{};
@@ -79,12 +87,8 @@ Plan planOf(Shape const& shape, int64_t k)
     int64_t const fixed = workspaceBytes(0, shape.C, k);
     int64_t const fitting = (size::DEFAULT_WORKSPACE - fixed) / (workspaceBytes(1, shape.C, k) - fixed);
     int64_t const most = std::max<int64_t>(1, fitting);
-    plan.queryTile = std::min(shape.S, most);
-    if (plan.queryTile < shape.S && plan.queryTile > plan.blockS)
-    {
-        plan.queryTile = plan.queryTile / plan.blockS * plan.blockS;
-    }
-    plan.batchTile = std::min(shape.B, most / plan.queryTile);
+    plan.queryTile = evenTile(shape.S, most, plan.blockS);
+    plan.batchTile = evenTile(shape.B, most / plan.queryTile, 1);
     int64_t const rows = plan.batchTile * plan.queryTile;
     int64_t const work = plan.batchTile * ceilDiv(plan.queryTile, plan.blockS) * (plan.capacity / plan.blockC);
     plan.blocks = std::min<int64_t>(std::max<int64_t>(work / size::SCORE_PROGRAMS, 1), size::MAX_BLOCKS);

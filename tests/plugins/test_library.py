@@ -225,6 +225,8 @@ def as_recorded(text: str) -> list[list[Any]]:
         (32, 1, 8192, 4, 128, 512),
         (1, 100, 40000, 16, 64, 64),  # several tiles
         (70, 8, 9000, 7, 64, 64),  # tiles of whole sequences
+        (1, 90, 2**20, 7, 128, 64),  # tiles smaller than a scoring program's queries
+        (3, 40, 200000, 7, 64, 64),
         (1, 3, 100, 4, 64, 128),  # capacity below k: nothing to score
     ],
 )
