@@ -202,10 +202,10 @@ def measure_machine() -> Machine:
 
 def floors(case: Case) -> dict[str, tuple[float, float]]:
     """Bytes and floating-point operations that each part cannot do without."""
-    B, S, C, k = case.B, case.S, case.C, case.k
+    B, S, C, k = case.B, case.S, case.C, min(case.k, case.C)
     visible = C - S / 2
     index = 2 * B * (C * DI + S * HI * (DI + 1)) + 4 * B * S * k, 2 * B * S * visible * HI * DI
-    if k >= C:  # everything is selected: the scores are skipped
+    if k == C:  # everything is selected: the scores are skipped
         index = 4 * B * S * k, 0
     # In a prefill chunk many tokens select the same rows: no more than the whole cache has to travel.
     rows = min(S * k, C)
