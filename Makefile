@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo plugins test lint clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,9 @@ demo: venv ## train, export, build and compare a small model, in minutes
 	$(BIN)/python -m dsa_export.onnx --model ckpt/
 	$(BIN)/python -m engines.build
 	$(BIN)/python bench/compare.py
+
+plugins: venv ## build/plugins/libdsa_plugins.so: the operators as TensorRT plugins; needs g++, no GPU
+	$(BIN)/python -m plugins.embed
 
 lint: venv ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

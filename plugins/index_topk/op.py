@@ -108,13 +108,13 @@ def topk_lowest_index_first(scores: Tensor, k: int) -> Tensor:
 def index_topk(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor, k: int) -> Tensor:
     """Selects, for every query token, the k visible keys of highest index score. Shapes: see the top of this file.
 
-    In torch, k may exceed C (the row is padded with -1); the exported graph needs C >= k.
-    Raises ValueError for k < 1.
+    In torch, k may exceed C (the row is padded with -1); the exported graph needs C >= k. CUDA tensors go to the GPU
+    kernels, which have narrower limits (`check_cuda`); there is no slower path to fall back to.
+    Raises ValueError for k < 1 and for arguments that do not fit the shape table or the kernels.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    B, S, Hi = index_q.shape[:3]
-    C = index_k.shape[1]
+    B, S = index_q.shape[:2]
     if torch.onnx.is_in_onnx_export():
         return torch.onnx.ops.symbolic(
             "dsa::IndexTopK",
@@ -124,8 +124,76 @@ def index_topk(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengt
             shape=(B, S, k),
             version=1,
         )
+    check(index_q, index_weights, index_k, kv_lengths)
+    return torch.ops.dsa.index_topk(index_q, index_weights, index_k, kv_lengths, k)
+
+
+def check(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor) -> None:
+    """Raises ValueError unless the arguments fit the table at the top of this file."""
+    tensors = {"index_weights": index_weights, "index_k": index_k, "kv_lengths": kv_lengths}
+    found = f"index_q {tuple(index_q.shape)}" + "".join(f", {name} {tuple(t.shape)}" for name, t in tensors.items())
+    if (index_q.ndim, index_weights.ndim, index_k.ndim, kv_lengths.ndim) != (4, 3, 3, 1):
+        need = "index_q [B, S, Hi, Di], index_weights [B, S, Hi], index_k [B, C, Di], kv_lengths [B]"
+        raise ValueError(f"need {need}; got {found}")
+    B, S, Hi, Di = index_q.shape
+    if index_weights.shape != (B, S, Hi) or index_k.shape[::2] != (B, Di) or len(kv_lengths) != B:
+        raise ValueError(f"B, S, Hi, Di differ between the arguments: {found}")
+    if not index_q.is_floating_point() or not index_q.dtype == index_weights.dtype == index_k.dtype:
+        raise ValueError(
+            "index_q, index_weights and index_k must have one floating-point dtype, got "
+            f"{index_q.dtype}, {index_weights.dtype}, {index_k.dtype}"
+        )
+    if kv_lengths.dtype != torch.int64:
+        raise ValueError(f"kv_lengths must be int64, got {kv_lengths.dtype}")
+    for name, tensor in tensors.items():
+        if tensor.device != index_q.device:
+            raise ValueError(f"{name} is on {tensor.device}, index_q on {index_q.device}")
+
+
+def check_cuda(index_q: Tensor, C: int, k: int) -> None:
+    """Raises ValueError for what the GPU kernels do not support."""
+    from plugins.index_topk import kernel
+
+    Hi, Di = index_q.shape[2:]
+    if index_q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"index_topk on a GPU needs fp32, fp16 or bf16, got {index_q.dtype}")
+    if Di not in kernel.HEAD_SIZES:
+        sizes = " or ".join(map(str, kernel.HEAD_SIZES))
+        raise ValueError(f"index_topk on a GPU needs an indexer head size of {sizes}, got {Di}")
+    if Hi > kernel.MAX_HEADS:
+        raise ValueError(f"index_topk on a GPU takes at most {kernel.MAX_HEADS} indexer heads, got {Hi}")
+    if k > kernel.MAX_K:
+        raise ValueError(f"index_topk on a GPU takes k up to {kernel.MAX_K}, got {k}")
+    if C > kernel.MAX_CAPACITY:
+        raise ValueError(f"index_topk on a GPU takes a capacity up to {kernel.MAX_CAPACITY}, got {C}")
+
+
+@torch.library.custom_op("dsa::index_topk", mutates_args=(), device_types="cpu")
+def _index_topk(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor, k: int) -> Tensor:
+    return index_topk_torch(index_q, index_weights, index_k, kv_lengths, k)
+
+
+@_index_topk.register_kernel("cuda")
+def _(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor, k: int) -> Tensor:
+    from plugins.index_topk import kernel
+
+    check_cuda(index_q, index_k.shape[1], k)
+    q, weights, keys, lengths = (t.contiguous() for t in (index_q, index_weights, index_k, kv_lengths))
+    with torch.cuda.device_of(q):
+        return kernel.index_topk(q, weights, keys, lengths, k)
+
+
+@_index_topk.register_fake
+def _(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor, k: int) -> Tensor:
+    return index_q.new_empty(*index_q.shape[:2], k, dtype=torch.int32)
+
+
+def index_topk_torch(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor, k: int) -> Tensor:
+    """The torch form, on any device: tiles of query tokens, scores of a tile in memory."""
+    B, S, Hi = index_q.shape[:3]
+    C = index_k.shape[1]
     slots = torch.arange(C, device=index_q.device)
-    tile = max(1, SCORE_BYTES // (B * Hi * C * 4))
+    tile = max(1, SCORE_BYTES // max(B * Hi * C * 4, 1))
     tiles = []
     for start in range(0, S, tile):
         stop = min(start + tile, S)

@@ -14,6 +14,8 @@ Only the K selected rows enter the matrix products. Softmax in fp32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,9 @@ SparseAttention <scale, plugin_version, plugin_namespace>
     last = Sub (C, one)
     inside = Clip (slots, zero, last)
     valid = Equal (slots, inside)
+    readable = Where (valid, slots, zero)
     flat_shape = Concat <axis = 0> (B, one_1, minus_one, one_1)
-    flat = Reshape (inside, flat_shape)
+    flat = Reshape (readable, flat_shape)
     per_head_shape = Concat <axis = 0> (B_Hkv, one_1, one_1)
     per_head = Expand (flat, per_head_shape)
     k_rows = GatherND <batch_dims = 2> (k_cache, per_head)
@@ -94,10 +97,13 @@ def sparse_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, indi
 
 
 def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
-    """Attention of every query token over its selected rows. Shapes: see the top of this file."""
-    B, Hq, S, D = q.shape
-    Hkv = k_cache.shape[1]
-    K = indices.shape[-1]
+    """Attention of every query token over its selected rows. Shapes: see the top of this file.
+
+    Differentiable in q, k_cache and v_cache. CUDA tensors go to the GPU kernels, which have narrower limits
+    (`check_cuda`); there is no slower path to fall back to.
+    Raises ValueError for arguments that do not fit the shape table or the kernels.
+    """
+    Hq, Hkv = q.shape[1], k_cache.shape[1]
     if Hq % Hkv:
         raise ValueError(f"query heads ({Hq}) must be a multiple of KV heads ({Hkv})")
     if torch.onnx.is_in_onnx_export():
@@ -109,9 +115,109 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
             shape=q.shape,
             version=1,
         )
-    tile = max(1, GATHER_BYTES // (2 * B * Hkv * K * D * q.element_size()))
-    return torch.cat([_attend(q[:, :, t : t + tile], k_cache, v_cache, indices[:, t : t + tile], scale)
-                      for t in range(0, S, tile)], dim=2)  # fmt: skip
+    check(q, k_cache, v_cache, indices)
+    return torch.ops.dsa.sparse_attention(q, k_cache, v_cache, indices, float(scale))
+
+
+def check(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor) -> None:
+    """Raises ValueError unless the arguments fit the table at the top of this file."""
+    tensors = {"k_cache": k_cache, "v_cache": v_cache, "indices": indices}
+    found = f"q {tuple(q.shape)}" + "".join(f", {name} {tuple(t.shape)}" for name, t in tensors.items())
+    if (q.ndim, k_cache.ndim, v_cache.ndim, indices.ndim) != (4, 4, 4, 3):
+        raise ValueError(f"need q [B, Hq, S, D], k_cache and v_cache [B, Hkv, C, D], indices [B, S, K]; got {found}")
+    B, _, S, D = q.shape
+    if k_cache.shape != v_cache.shape or k_cache.shape[::3] != (B, D) or indices.shape[:2] != (B, S):
+        raise ValueError(f"B, S, Hkv, C, D differ between the arguments: {found}")
+    if not q.is_floating_point() or not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(
+            "q, k_cache and v_cache must have one floating-point dtype, got "
+            f"{q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
+    if indices.dtype != torch.int32:
+        raise ValueError(f"indices must be int32, got {indices.dtype}")
+    for name, tensor in tensors.items():
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
+
+
+def check_cuda(q: Tensor, k_cache: Tensor, indices: Tensor) -> None:
+    """Raises ValueError for what the GPU kernels do not support."""
+    from plugins.sparse_attention import kernel
+
+    B, Hq, S, D = q.shape
+    Hkv, C = k_cache.shape[1:3]
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"sparse_attention on a GPU needs fp32, fp16 or bf16, got {q.dtype}")
+    if D not in kernel.HEAD_SIZES:
+        sizes = " or ".join(map(str, kernel.HEAD_SIZES))
+        raise ValueError(f"sparse_attention on a GPU needs a head size of {sizes}, got {D}")
+    if Hq // Hkv > kernel.MAX_GROUP:
+        limit = f"at most {kernel.MAX_GROUP} query heads per KV head"
+        raise ValueError(f"sparse_attention on a GPU takes {limit}, got {Hq // Hkv}")
+    if not 1 <= indices.shape[-1] <= kernel.MAX_K:
+        limit = f"1 to {kernel.MAX_K} indices per token"
+        raise ValueError(f"sparse_attention on a GPU takes {limit}, got {indices.shape[-1]}")
+    if C > kernel.MAX_CAPACITY:
+        raise ValueError(f"sparse_attention on a GPU takes a capacity up to {kernel.MAX_CAPACITY}, got {C}")
+    if B * S > kernel.MAX_TOKENS:
+        raise ValueError(f"sparse_attention on a GPU takes up to {kernel.MAX_TOKENS} query tokens a call, got {B * S}")
+
+
+@torch.library.custom_op("dsa::sparse_attention", mutates_args=(), device_types="cpu")
+def _sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
+    return sparse_attention_torch(q, k_cache, v_cache, indices, scale)
+
+
+@_sparse_attention.register_kernel("cuda")
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
+    from plugins.sparse_attention import kernel
+
+    check_cuda(q, k_cache, indices)
+    q, k_cache, v_cache, indices = (t.contiguous() for t in (q, k_cache, v_cache, indices))
+    with torch.cuda.device_of(q):
+        return kernel.sparse_attention(q, k_cache, v_cache, indices, scale)
+
+
+@_sparse_attention.register_fake
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """Gradients of the torch form, recomputed tile by tile: no tile's gathered rows outlive it."""
+    q, k_cache, v_cache, indices = ctx.saved_tensors
+    q_gradient = torch.empty_like(q)
+    k_gradient, v_gradient = (torch.zeros_like(cache, dtype=torch.float32) for cache in (k_cache, v_cache))
+    for tile in _tiles(q, k_cache, indices.shape[-1]):
+        with torch.enable_grad():
+            q_leaf, k_leaf, v_leaf = (t.detach().requires_grad_() for t in (q[:, :, tile], k_cache, v_cache))
+            output = _attend(q_leaf, k_leaf, v_leaf, indices[:, tile], ctx.scale)
+        q_part, k_part, v_part = torch.autograd.grad(output, (q_leaf, k_leaf, v_leaf), gradient[:, :, tile])
+        q_gradient[:, :, tile] = q_part
+        k_gradient += k_part
+        v_gradient += v_part
+    return q_gradient, k_gradient.to(q.dtype), v_gradient.to(q.dtype), None, None
+
+
+_sparse_attention.register_autograd(_backward, setup_context=_save)
+
+
+def sparse_attention_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
+    """The torch form, on any device: tiles of query tokens, gathered rows of a tile in memory."""
+    tiles = _tiles(q, k_cache, indices.shape[-1])
+    return torch.cat([_attend(q[:, :, t], k_cache, v_cache, indices[:, t], scale) for t in tiles], dim=2)
+
+
+def _tiles(q: Tensor, k_cache: Tensor, K: int) -> list[slice]:
+    B, Hkv, _, D = k_cache.shape
+    S = q.shape[2]
+    tile = max(1, GATHER_BYTES // max(2 * B * Hkv * K * D * q.element_size(), 1))
+    return [slice(start, min(start + tile, S)) for start in range(0, S, tile)]
 
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
@@ -124,7 +230,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale:
     k_BSHKD = k_cache[rows, :, slots].transpose(2, 3)
     v_BSHKD = v_cache[rows, :, slots].transpose(2, 3)
     v_BSHKD = v_BSHKD.masked_fill(~valid[:, :, None, :, None], 0)
-    q_BSHGD = q.view(B, Hkv, Hq // Hkv, S, D).permute(0, 3, 1, 2, 4)
+    q_BSHGD = q.reshape(B, Hkv, Hq // Hkv, S, D).permute(0, 3, 1, 2, 4)
     scores = (q_BSHGD @ k_BSHKD.transpose(-1, -2)).float() * scale
     valid_row = valid[:, :, None, None, :]
     probabilities = torch.softmax(scores.masked_fill(~valid_row, torch.finfo(torch.float32).min), dim=-1)

@@ -1,0 +1,318 @@
+// dsa::IndexTopK as a TensorRT plugin: checks and launches; the mathematics is in kernel.py, the contract in op.py.
+#include "constants.h"
+#include "plugin.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+
+namespace dsa
+{
+namespace
+{
+
+using namespace nvinfer1;
+namespace size = index_topk; // generated from kernel.py
+
+// Positions of the inputs and of the output behind them.
+enum Tensor : int32_t
+{
+    kQ,       // [B, S, Hi, Di] fp16 | bf16
+    kWeights, // [B, S, Hi]     same type
+    kKeys,    // [B, C, Di]     same type
+    kLengths, // [B]            int64
+    kIndices, // [B, S, k]      int32
+    kInputs = kIndices,
+};
+
+struct Shape
+{
+    int64_t B, S, C, Hi, Di;
+};
+
+Shape shapeOf(Dims const& q, Dims const& weights, Dims const& keys, Dims const& lengths)
+{
+    require(q.nbDims == 4, "index_q must be [B, S, Hi, Di], got " + text(q));
+    require(weights.nbDims == 3, "index_weights must be [B, S, Hi], got " + text(weights));
+    require(keys.nbDims == 3, "index_k must be [B, C, Di], got " + text(keys));
+    require(lengths.nbDims == 1, "kv_lengths must be [B], got " + text(lengths));
+    Shape const shape{q.d[0], q.d[1], keys.d[1], q.d[2], q.d[3]};
+    require(weights.d[0] == shape.B && weights.d[1] == shape.S && weights.d[2] == shape.Hi && keys.d[0] == shape.B
+            && keys.d[2] == shape.Di && lengths.d[0] == shape.B,
+        "index_q " + text(q) + ", index_weights " + text(weights) + ", index_k " + text(keys) + " and kv_lengths "
+            + text(lengths) + " do not fit together");
+    require(shape.Di == 64 || shape.Di == 128, "the indexer head size Di must be 64 or 128, got " + std::to_string(shape.Di));
+    require(shape.Hi >= 1 && shape.Hi <= size::MAX_HEADS,
+        "the number of indexer heads Hi must be 1 to " + std::to_string(size::MAX_HEADS) + ", got " + std::to_string(shape.Hi));
+    require(shape.C >= 0 && shape.C <= size::MAX_CAPACITY,
+        "the cache capacity C must be at most " + std::to_string(size::MAX_CAPACITY) + ", got " + std::to_string(shape.C));
+    return shape;
+}
+
+int64_t paddedHeads(int64_t heads)
+{
+    return heads <= 4 ? 4 : heads <= 8 ? 8 : 16;
+}
+
+// How a problem is cut; the same numbers as `plan` in kernel.py.
+struct Plan
+{
+    int64_t batchTile, queryTile, blockS, blockC, blocks, splits, capacity, listed;
+};
+
+int64_t workspaceBytes(int64_t rows, int64_t C, int64_t k)
+{
+    int64_t const capacity = ceilDiv(C, size::ROW_ALIGNMENT) * size::ROW_ALIGNMENT;
+    int64_t const listed = std::max<int64_t>(2 * size::SELECT_BLOCK, 4 * k);
+    return 4 * (rows * (capacity + listed + size::BINS + 4) + size::SELECT_PROGRAMS * size::BINS);
+}
+
+int64_t evenTile(int64_t count, int64_t most, int64_t step)
+{
+    bool const stepped = most > step;
+    most = stepped ? most / step * step : most;
+    int64_t const tile = ceilDiv(count, ceilDiv(count, most));
+    return stepped ? std::min(count, ceilDiv(tile, step) * step) : tile;
+}
+
+Plan planOf(Shape const& shape, int64_t k)
+{
+    Plan plan{};
+    int64_t const columns = shape.S <= size::DECODE_QUERIES ? size::DECODE_COLUMNS : size::PREFILL_COLUMNS;
+    plan.blockS = columns / paddedHeads(shape.Hi);
+    plan.blockC = 128 * 64 / shape.Di;
+    plan.capacity = ceilDiv(shape.C, size::ROW_ALIGNMENT) * size::ROW_ALIGNMENT;
+    plan.listed = std::max<int64_t>(2 * size::SELECT_BLOCK, 4 * k);
+    int64_t const fixed = workspaceBytes(0, shape.C, k);
+    int64_t const fitting = (size::DEFAULT_WORKSPACE - fixed) / (workspaceBytes(1, shape.C, k) - fixed);
+    int64_t const most = std::max<int64_t>(1, fitting);
+    plan.queryTile = evenTile(shape.S, most, plan.blockS);
+    plan.batchTile = evenTile(shape.B, most / plan.queryTile, 1);
+    int64_t const rows = plan.batchTile * plan.queryTile;
+    int64_t const work = plan.batchTile * ceilDiv(plan.queryTile, plan.blockS) * (plan.capacity / plan.blockC);
+    plan.blocks = std::min<int64_t>(std::max<int64_t>(work / size::SCORE_PROGRAMS, 1), size::MAX_BLOCKS);
+    plan.splits = std::min({std::max<int64_t>(size::SELECT_PROGRAMS / rows, 1), int64_t{size::MAX_SPLITS},
+        ceilDiv(shape.C, size::SELECT_BLOCK)});
+    return plan;
+}
+
+class IndexTopK final : public Plugin<IndexTopK>
+{
+public:
+    static constexpr char const* kName = "IndexTopK";
+
+    static PluginFieldCollection const& attributeFields()
+    {
+        static PluginField const fields[] = {{"k", nullptr, PluginFieldType::kINT64, 1},
+            {"plugin_version", nullptr, PluginFieldType::kCHAR, 1}, {"plugin_namespace", nullptr, PluginFieldType::kCHAR, 1}};
+        static PluginFieldCollection const collection{3, fields};
+        return collection;
+    }
+
+    explicit IndexTopK(PluginFieldCollection const& fields)
+    {
+        bool found = false;
+        for (int32_t i = 0; i < fields.nbFields; ++i)
+        {
+            PluginField const& field = fields.fields[i];
+            if (field.name != nullptr && std::strcmp(field.name, "k") == 0)
+            {
+                mK = integerOf(field);
+                found = true;
+            }
+            else
+            {
+                checkCommonAttribute(field);
+            }
+        }
+        require(found, "attribute k is missing");
+        require(mK >= 1 && mK <= size::MAX_K,
+            "attribute k must be 1 to " + std::to_string(size::MAX_K) + ", got " + std::to_string(mK));
+        mTimingCacheId = "k=" + std::to_string(mK);
+    }
+
+    bool supportsFormatCombination(
+        int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
+    {
+        if (nbInputs != kInputs || nbOutputs != 1 || pos < 0 || pos > kIndices
+            || inOut[pos].desc.format != TensorFormat::kLINEAR)
+        {
+            return false;
+        }
+        DataType const type = inOut[pos].desc.type;
+        if (pos == kQ && type == DataType::kFLOAT)
+        {
+            // TensorRT itself only says that no format fits.
+            log(ILogger::Severity::kWARNING, std::string("dsa::") + kName + ": index_q must be fp16 or bf16, not fp32");
+        }
+        switch (pos)
+        {
+        case kQ: return isHalfOrBfloat(type);
+        case kWeights:
+        case kKeys: return type == inOut[kQ].desc.type;
+        case kLengths: return type == DataType::kINT64;
+        default: return type == DataType::kINT32;
+        }
+    }
+
+    int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*,
+        int32_t nbOutputs) noexcept override
+    {
+        return guarded(kName, -1, [&] {
+            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
+            kernelType(in[kQ].desc.type);
+            shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max);
+            require(in[kQ].desc.dims.d[2] > 0 && in[kQ].desc.dims.d[3] > 0,
+                "Hi and Di must be fixed in the network, index_q is " + text(in[kQ].desc.dims));
+            return 0;
+        });
+    }
+
+    int32_t getOutputDataTypes(
+        DataType* outputTypes, int32_t nbOutputs, DataType const*, int32_t nbInputs) const noexcept override
+    {
+        return guarded(kName, -1, [&] {
+            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
+            outputTypes[0] = DataType::kINT32;
+            return 0;
+        });
+    }
+
+    int32_t getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t, DimsExprs* outputs,
+        int32_t nbOutputs, IExprBuilder& expressions) noexcept override
+    {
+        return guarded(kName, -1, [&] {
+            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
+            require(inputs[kQ].nbDims == 4, "index_q must be [B, S, Hi, Di]");
+            outputs[0].nbDims = 3;
+            outputs[0].d[0] = inputs[kQ].d[0];
+            outputs[0].d[1] = inputs[kQ].d[1];
+            outputs[0].d[2] = expressions.constant(mK);
+            require(outputs[0].d[2] != nullptr, "TensorRT made no expression for k");
+            return 0;
+        });
+    }
+
+    // Of the largest shapes of the profile; see `largest_workspace` in kernel.py.
+    std::size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*,
+        int32_t) const noexcept override
+    {
+        return guarded<std::size_t>(kName, 0, [&] {
+            require(nbInputs == kInputs, "4 inputs are needed");
+            Shape const most = shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max);
+            int64_t const bound = std::max<int64_t>(size::DEFAULT_WORKSPACE, workspaceBytes(1, most.C, mK));
+            return static_cast<std::size_t>(std::min(workspaceBytes(most.B * most.S, most.C, mK), bound));
+        });
+    }
+
+    char const* getTimingCacheID() noexcept override
+    {
+        return mTimingCacheId.c_str();
+    }
+
+    // Loads the kernels: enqueue may be captured into a CUDA graph, where loading is not allowed.
+    int32_t onShapeChange(
+        PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t nbOutputs) noexcept override
+    {
+        return guarded(kName, -1, [&] {
+            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
+            Shape const shape = shapeOf(in[kQ].dims, in[kWeights].dims, in[kKeys].dims, in[kLengths].dims);
+            std::string const score = std::string("index_topk_score_") + kernelType(in[kQ].type) + "_"
+                + std::to_string(shape.Di) + "_" + std::to_string(paddedHeads(shape.Hi));
+            mDecode = Kernel(score + "_decode");
+            mPrefill = Kernel(score + "_prefill");
+            mHistogram = Kernel("index_topk_histogram");
+            mFilter = Kernel("index_topk_filter");
+            mFinish = Kernel("index_topk_finish");
+            return 0;
+        });
+    }
+
+    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
+        void* const* outputs, void* workspace, cudaStream_t stream) noexcept override
+    {
+        return guarded(kName, -1, [&] {
+            Shape const shape = shapeOf(in[kQ].dims, in[kWeights].dims, in[kKeys].dims, in[kLengths].dims);
+            if (shape.B * shape.S == 0)
+            {
+                return 0;
+            }
+            static constexpr std::array<char const*, kInputs> kNames{"index_q", "index_weights", "index_k", "kv_lengths"};
+            for (int32_t i = 0; i < kInputs; ++i)
+            {
+                requireAligned(inputs[i], kNames[i]);
+            }
+            requireAligned(outputs[0], "indices");
+            requireAligned(workspace, "the workspace");
+            launch(shape, inputs, outputs[0], static_cast<int32_t*>(workspace), stream);
+            return 0;
+        });
+    }
+
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override
+    {
+        mField = {"k", &mK, PluginFieldType::kINT64, 1};
+        mFields = {1, &mField};
+        return &mFields;
+    }
+
+private:
+    void launch(Shape const& shape, void const* const* inputs, void* indices, int32_t* workspace, cudaStream_t stream) const
+    {
+        Plan const plan = planOf(shape, mK);
+        int64_t const rows = plan.batchTile * plan.queryTile;
+        int32_t* keys = workspace;
+        int32_t* listed = keys + rows * plan.capacity;
+        int32_t* state = listed + rows * plan.listed;
+        int32_t* counts = state + rows * 4;
+
+        // Kernel arguments are 32 bits wide; shapeOf and the plan keep them there.
+        int32_t const S = static_cast<int32_t>(shape.S), C = static_cast<int32_t>(shape.C), K = static_cast<int32_t>(mK);
+        int32_t const heads = static_cast<int32_t>(shape.Hi), blocks = static_cast<int32_t>(plan.blocks);
+        int32_t const splits = static_cast<int32_t>(plan.splits), list = static_cast<int32_t>(plan.listed);
+        unsigned const ranges = static_cast<unsigned>(ceilDiv(plan.capacity, plan.blocks * plan.blockC));
+        Kernel const& score = shape.S <= size::DECODE_QUERIES ? mDecode : mPrefill;
+        for (int64_t firstBatch = 0; firstBatch < shape.B; firstBatch += plan.batchTile)
+        {
+            for (int64_t firstQuery = 0; firstQuery < shape.S; firstQuery += plan.queryTile)
+            {
+                int32_t const batch = static_cast<int32_t>(firstBatch), query = static_cast<int32_t>(firstQuery);
+                int32_t const tile = static_cast<int32_t>(std::min(plan.queryTile, shape.S - firstQuery));
+                int64_t const batches = std::min(plan.batchTile, shape.B - firstBatch);
+                unsigned const tileRows = static_cast<unsigned>(batches * tile);
+                if (shape.C > mK)
+                {
+                    unsigned const queryBlocks = static_cast<unsigned>(ceilDiv(tile, plan.blockS) * batches);
+                    score.launch(ranges, queryBlocks,
+                        {&inputs[kQ], &inputs[kWeights], &inputs[kKeys], &inputs[kLengths], &keys, &batch, &query, &tile,
+                            &S, &C, &heads, &K, &blocks},
+                        stream);
+                    mHistogram.launch(plan.splits, tileRows,
+                        {&inputs[kLengths], &keys, &counts, &batch, &query, &tile, &S, &C, &K, &splits}, stream);
+                    mFilter.launch(plan.splits, tileRows,
+                        {&inputs[kLengths], &keys, &counts, &listed, &state, &batch, &query, &tile, &S, &C, &K, &splits, &list},
+                        stream);
+                }
+                mFinish.launch(tileRows, 1,
+                    {&inputs[kLengths], &keys, &listed, &state, &indices, &batch, &query, &tile, &S, &C, &K, &list}, stream);
+            }
+        }
+    }
+
+    int64_t mK{0};
+    std::string mTimingCacheId;
+    PluginField mField{};
+    PluginFieldCollection mFields{};
+    Kernel mDecode, mPrefill, mHistogram, mFilter, mFinish;
+};
+
+} // namespace
+
+IPluginCreatorInterface* indexTopKCreator() noexcept
+{
+    static Creator<IndexTopK> creator;
+    return &creator;
+}
+
+} // namespace dsa

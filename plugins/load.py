@@ -1,0 +1,44 @@
+"""Finds the plugin library and loads it into a TensorRT plugin registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plugins.registry import DOMAIN, PLUGIN_VERSION
+
+LIBRARY = "libdsa_plugins.so"
+PLUGINS = ("IndexTopK", "SparseAttention")
+
+
+class LibraryNotLoaded(Exception):
+    """One line: what is wrong with the library, and what to do."""
+
+
+def find_library(path: Path | None = None) -> Path:
+    """`path`, else build/plugins/ of the working directory, else of the checkout. Raises LibraryNotLoaded."""
+    checkout = Path(__file__).resolve().parent.parent
+    candidates = [path] if path else [folder / "build/plugins" / LIBRARY for folder in (Path.cwd(), checkout)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    raise LibraryNotLoaded(f"no plugin library at {candidates[0]}: run `make plugins`")
+
+
+def load_library(registry: Any, path: Path | None = None) -> Path:
+    """Loads the library into `registry` (tensorrt.get_plugin_registry()) and returns its path.
+
+    Loading it twice is harmless. Raises LibraryNotLoaded if it is missing, or does not register its operators.
+    """
+    library = find_library(path)
+    if missing_plugins(registry):
+        registry.load_library(str(library))
+    if missing := missing_plugins(registry):
+        raise LibraryNotLoaded(f"{library} did not register {', '.join(missing)}: run `make plugins` for this TensorRT")
+    return library
+
+
+def missing_plugins(registry: Any) -> list[str]:
+    """Operators of this project that `registry` does not know."""
+    known = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
+    return [name for name in PLUGINS if (name, PLUGIN_VERSION, DOMAIN) not in known]

@@ -1,0 +1,239 @@
+"""dsa::SparseAttention on a GPU: attend over the selected rows, then combine. One source for the interpreter, torch
+and the plugin.
+
+Shapes: B batch, S query tokens, C cache capacity, Hq/Hkv query/KV heads (group G = Hq / Hkv), D head size, K = k,
+P splits. See op.py.
+
+    attend    program (token, KV head, split of K): gathers its part of the selected K and V rows once, for all query
+              heads of the group (padded to 16, the least a tensor core multiplies), online softmax in fp32
+    combine   P > 1 only: program (token, query head) adds the partial results
+
+The workspace holds, for P > 1, each part's weighted sum [B * S, Hq, P, D], maximum and denominator
+[2, B * S, Hq, P], all fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plugins.variant import AOT_DTYPES, COMMON_OPTIONS, Variant
+
+GROUP_PADDED = tl.constexpr(16)
+MAX_SPLITS = tl.constexpr(32)
+ATTEND_PROGRAMS = 512  # four on each multiprocessor of the largest GPU: enough loads in flight to fill the memory bus
+
+MAX_GROUP = GROUP_PADDED.value
+HEAD_SIZES = (64, 128)
+MAX_K = 4096
+MAX_CAPACITY = 2**20
+MAX_TOKENS = 2**17  # of one call, B * S
+
+
+def plan(B: int, S: int, Hkv: int, D: int, k: int) -> tuple[int, int]:
+    """(entries per split, splits): splits K where tokens and heads alone would leave multiprocessors idle."""
+    wanted = min(max(ATTEND_PROGRAMS // (B * S * Hkv), 1), MAX_SPLITS.value)
+    block = block_k(D)
+    share = triton.cdiv(triton.cdiv(k, wanted), block) * block
+    return share, triton.cdiv(k, share)
+
+
+def block_k(D: int) -> int:
+    """Rows gathered at a time. With three stages of K and V that is 48 KB of shared memory for either head size."""
+    return 64 * 64 // D
+
+
+def workspace_bytes(B: int, S: int, Hq: int, Hkv: int, D: int, k: int) -> int:
+    _, splits = plan(B, S, Hkv, D, k)
+    return 4 * B * S * Hq * splits * (D + 2) if splits > 1 else 0
+
+
+def largest_workspace(B: int, S: int, Hq: int, Hkv: int, D: int, k: int) -> int:
+    """What any call of at most this shape needs: B * S * splits never exceeds the larger of the two terms."""
+    rows = min(B * S * MAX_SPLITS.value, max(ATTEND_PROGRAMS // Hkv, 1))
+    return 4 * rows * Hq * (D + 2)
+
+
+@triton.jit(do_not_specialize=["S", "C", "HKV", "GROUP", "K", "SHARE", "P", "tokens"])
+def attend_kernel(
+    q,  # [B, HKV * GROUP, S, D]
+    k_cache,  # [B, HKV, C, D]
+    v_cache,  # [B, HKV, C, D]
+    indices,  # [B, S, K] int32
+    output,  # [B, HKV * GROUP, S, D], written if P = 1
+    sums,  # [B * S, HKV * GROUP, P, D] fp32, written if P > 1
+    statistics,  # [2, B * S, HKV * GROUP, P] fp32: maximum (base 2), denominator
+    scale,
+    tokens,  # B * S
+    S,
+    C,
+    HKV,
+    GROUP,
+    K,
+    SHARE,
+    P,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Program (split, KV head, token), the split fastest: the group's attention over SHARE of the token's K entries."""
+    split = tl.program_id(0) % P
+    kv_head = tl.program_id(0) // P % HKV
+    token = (tl.program_id(0) // (P * HKV)).to(tl.int64)
+    batch = token // S
+    heads = kv_head * GROUP + tl.arange(0, GROUP_PADDED)
+    is_head = tl.arange(0, GROUP_PADDED) < GROUP
+    dims = tl.arange(0, D)
+
+    q_rows = (batch * HKV * GROUP + heads) * S + token % S
+    q_GD = tl.load(q + q_rows[:, None] * D + dims[None, :], mask=is_head[:, None], other=0.0)
+    if WIDEN:  # the interpreter multiplies the bit patterns of bf16
+        q_GD = q_GD.to(tl.float32)
+    scale *= 1.4426950408889634  # exp(x) = exp2(x * log2(e))
+    cache = (batch * HKV + kv_head) * C * D
+    k_cache += cache
+    v_cache += cache
+    indices += token * K
+
+    maximum_G = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+    denominator_G = tl.zeros((GROUP_PADDED,), tl.float32)
+    sum_GD = tl.zeros((GROUP_PADDED, D), tl.float32)
+    stop = tl.minimum(split * SHARE + SHARE, K)
+    for block in range(split * SHARE, stop, BLOCK_K):
+        entries = block + tl.arange(0, BLOCK_K)
+        slots = tl.load(indices + entries, mask=entries < stop, other=-1)
+        valid = (slots >= 0) & (slots < C)
+        rows = slots[:, None] * D + dims[None, :]
+        k_KD = tl.load(k_cache + rows, mask=valid[:, None], other=0.0)
+        v_KD = tl.load(v_cache + rows, mask=valid[:, None], other=0.0)
+        if WIDEN:
+            k_KD = k_KD.to(tl.float32)
+        scores = tl.dot(q_GD, tl.trans(k_KD), input_precision=PRECISION) * scale
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum_G, tl.max(scores, 1))
+        # A block without a valid entry leaves the maximum at -inf; -inf - -inf would be NaN.
+        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        p_GK = tl.exp2(scores - finite[:, None])
+        rescale = tl.exp2(maximum_G - finite)
+        denominator_G = denominator_G * rescale + tl.sum(p_GK, 1)
+        p_GK = p_GK.to(v_KD.dtype)
+        if WIDEN:
+            p_GK = p_GK.to(tl.float32)
+            v_KD = v_KD.to(tl.float32)
+        sum_GD = tl.dot(p_GK, v_KD, sum_GD * rescale[:, None], input_precision=PRECISION)
+        maximum_G = new_maximum
+
+    if P == 1:
+        result = sum_GD / tl.where(denominator_G == 0.0, 1.0, denominator_G)[:, None]
+        result = result.to(output.dtype.element_ty)
+        tl.store(output + q_rows[:, None] * D + dims[None, :], result, mask=is_head[:, None])
+    else:
+        parts = (token * HKV * GROUP + heads) * P + split
+        tl.store(sums + parts[:, None] * D + dims[None, :], sum_GD, mask=is_head[:, None])
+        tl.store(statistics + parts, maximum_G, mask=is_head)
+        tl.store(statistics + tokens.to(tl.int64) * HKV * GROUP * P + parts, denominator_G, mask=is_head)
+
+
+@triton.jit(do_not_specialize=["S", "HQ", "P", "tokens"])
+def combine_kernel(
+    sums,  # [B * S, HQ, P, D] fp32
+    statistics,  # [2, B * S, HQ, P] fp32
+    output,  # [B, HQ, S, D], written
+    tokens,  # B * S
+    S,
+    HQ,
+    P,
+    D: tl.constexpr,
+):
+    """Program (query head, token): adds the parts of a head's attention."""
+    head = tl.program_id(0) % HQ
+    token = (tl.program_id(0) // HQ).to(tl.int64)
+    splits = tl.arange(0, MAX_SPLITS)
+    dims = tl.arange(0, D)
+    parts = (token * HQ + head) * P + splits
+    here = splits < P
+    maximum_P = tl.load(statistics + parts, mask=here, other=float("-inf"))
+    denominator_P = tl.load(statistics + tokens.to(tl.int64) * HQ * P + parts, mask=here, other=0.0)
+    sum_PD = tl.load(sums + parts[:, None] * D + dims[None, :], mask=here[:, None], other=0.0)
+    maximum = tl.max(maximum_P, 0)
+    weight_P = tl.exp2(maximum_P - tl.where(maximum == float("-inf"), 0.0, maximum))
+    denominator = tl.sum(denominator_P * weight_P, 0)
+    result = tl.sum(sum_PD * weight_P[:, None], 0) / tl.where(denominator == 0.0, 1.0, denominator)
+    row = (token // S * HQ + head) * S + token % S
+    tl.store(output + row * D + dims, result.to(output.dtype.element_ty))
+
+
+def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
+    """Launches the kernels; arguments and result as `plugins.sparse_attention.op.sparse_attention`, validated."""
+    B, Hq, S, D = q.shape
+    Hkv, C = k_cache.shape[1:3]
+    K = indices.shape[-1]
+    output = torch.empty_like(q)
+    if output.numel() == 0:
+        return output
+    share, splits = plan(B, S, Hkv, D, K)
+    parts = B * S * Hq * splits if splits > 1 else 0
+    sums = torch.empty(parts * D, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(2 * parts, dtype=torch.float32, device=q.device)
+    dtype = "fp32" if q.dtype == torch.float32 else "16 bits"
+    precision = "ieee" if dtype == "fp32" else "tf32"
+    attend_kernel[(B * S * Hkv * splits,)](
+        q, k_cache, v_cache, indices, output, sums, statistics,
+        scale, B * S, S, C, Hkv, Hq // Hkv, K, share, splits,
+        D=D, BLOCK_K=block_k(D), PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
+        **attend_options(dtype),
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(B * S * Hq,)](sums, statistics, output, B * S, S, Hq, splits, D=D, **COMBINE_OPTIONS)
+    return output
+
+
+COMBINE_OPTIONS = {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
+
+
+def attend_options(dtype: str) -> dict[str, Any]:
+    # The loop loads indices, then the rows they name: Triton shares the stages between the two, five give K and V two.
+    return {"num_warps": 4, "num_stages": 1 if dtype == "fp32" else 5, **COMMON_OPTIONS}
+
+
+def variants() -> Iterator[Variant]:
+    """What the plugin library holds."""
+    for dtype, D in product(AOT_DTYPES, HEAD_SIZES):
+        tensor = f"*{dtype}"
+        yield Variant(
+            name=f"sparse_attention_attend_{dtype}_{D}",
+            kernel=attend_kernel,
+            pointers={
+                "q": tensor, "k_cache": tensor, "v_cache": tensor, "indices": "*i32", "output": tensor,
+                "sums": "*fp32", "statistics": "*fp32", "scale": "fp32",
+            },
+            constants={"D": D, "BLOCK_K": block_k(D), "PRECISION": "tf32", "WIDEN": False},
+            options=attend_options(dtype),
+        )  # fmt: skip
+        yield Variant(
+            name=f"sparse_attention_combine_{dtype}_{D}",
+            kernel=combine_kernel,
+            pointers={"sums": "*fp32", "statistics": "*fp32", "output": tensor},
+            constants={"D": D},
+            options=COMBINE_OPTIONS,
+        )
+
+
+def constants() -> dict[str, int]:
+    """The numbers that the C++ shell shares with `plan`."""
+    return {
+        "MAX_SPLITS": MAX_SPLITS.value,
+        "ATTEND_PROGRAMS": ATTEND_PROGRAMS,
+        "BLOCK_K_TIMES_D": block_k(64) * 64,
+        "MAX_GROUP": MAX_GROUP,
+        "MAX_K": MAX_K,
+        "MAX_CAPACITY": MAX_CAPACITY,
+        "MAX_TOKENS": MAX_TOKENS,
+    }

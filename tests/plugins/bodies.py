@@ -1,0 +1,48 @@
+"""Runs one operator's ONNX function body in ONNX Runtime."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from plugins.registry import DOMAIN, ONNX_OPSET, PLUGIN_ATTRIBUTES, function_protos
+
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+
+
+def model(operator: str, float_type: int, **attributes: int | float) -> onnx.ModelProto:
+    """One node of `operator`, with its function body appended; every dimension is dynamic."""
+    if operator == "IndexTopK":
+        inputs = {"index_q": (float_type, "B S Hi Di"), "index_weights": (float_type, "B S Hi"),
+                  "index_k": (float_type, "B C Di"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
+        output = helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "S", attributes["k"]])
+    else:
+        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
+                  "v_cache": (float_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip
+        output = helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])
+    node = helper.make_node(operator, list(inputs), [output.name], domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
+    infos = [helper.make_tensor_value_info(name, kind, dims.split()) for name, (kind, dims) in inputs.items()]
+    return helper.make_model(
+        helper.make_graph([node], operator, infos, [output]),
+        functions=[f for f in function_protos() if f.name == operator],
+        opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=10,
+    )
+
+
+@cache
+def session(operator: str, dtype: str, **attributes: int | float) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    serialized = model(operator, TYPES[dtype], **attributes).SerializeToString()
+    return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+
+
+def run(operator: str, arrays: list[np.ndarray], **attributes: int | float) -> np.ndarray:
+    runner = session(operator, str(arrays[0].dtype), **attributes)
+    names = [i.name for i in runner.get_inputs()]
+    return runner.run(None, dict(zip(names, arrays, strict=True)))[0]

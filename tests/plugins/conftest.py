@@ -1,0 +1,38 @@
+"""The plugin library and the C++ host that drives it, built once (and kept in build/ until a source changes)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    pytest.importorskip("triton", reason="the kernels are compiled by triton")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine")
+    from plugins.embed import build
+
+    return build(ROOT / "build/plugins").resolve()
+
+
+@pytest.fixture(scope="session")
+def host(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from plugins.headers import tensorrt_headers
+
+    program = tmp_path_factory.mktemp("host") / "host"
+    compile_cpp(
+        "host.cpp", program, "-I", str(ROOT / "plugins/native"), "-isystem", str(tensorrt_headers(ROOT / "build"))
+    )
+    return program
+
+
+def compile_cpp(source: str, target: Path, *flags: str) -> None:
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-deprecated-declarations", *flags]
+    subprocess.run([*command, str(HERE / source), "-o", str(target), "-ldl", "-pthread"], check=True)

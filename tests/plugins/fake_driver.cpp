@@ -1,0 +1,137 @@
+// A CUDA driver that runs nothing: memory is the host's, and every launch is written to standard output as
+//
+//   <kernel> <grid x> <grid y> <threads> <shared bytes> <arguments...>
+//
+// Pointers print as p<address>, 32-bit values as integers (of a float: its bits). FAKE_DRIVER_SIGNATURES names a file with
+// "<kernel> <letters>" lines: p for a pointer, i for 32 bits. FAKE_DRIVER_ARCH is the compute capability (default 90).
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+
+namespace
+{
+
+std::mutex gMutex;
+std::set<std::string> gNames;            // kernels asked for; a handle is the name's address
+std::map<std::string const*, int> gShared; // allowed
+
+int arch()
+{
+    char const* given = std::getenv("FAKE_DRIVER_ARCH");
+    return given != nullptr ? std::atoi(given) : 90;
+}
+
+std::string signature(std::string const& kernel)
+{
+    std::ifstream file(std::getenv("FAKE_DRIVER_SIGNATURES"));
+    std::string name, letters;
+    while (file >> name >> letters)
+    {
+        if (name == kernel)
+        {
+            return letters;
+        }
+    }
+    return "";
+}
+
+} // namespace
+
+extern "C"
+{
+
+int cuInit(unsigned) { return 0; }
+int cuDeviceGet(int* device, int) { *device = 0; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int) { *context = &gMutex; return 0; }
+int cuCtxSetCurrent(void*) { return 0; }
+int cuCtxGetDevice(int* device) { *device = 0; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute == 75 ? arch() / 10 : arch() % 10; return 0; }
+int cuGetErrorString(int, char const** text) { *text = "fake error"; return 0; }
+int cuStreamCreate(void** stream, unsigned) { *stream = std::malloc(1); return 0; }
+int cuStreamSynchronize(void*) { return 0; }
+int cuMemAlloc_v2(unsigned long long* address, std::size_t bytes)
+{
+    *address = reinterpret_cast<unsigned long long>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+    return 0;
+}
+int cuMemsetD8_v2(unsigned long long address, unsigned char value, std::size_t bytes)
+{
+    std::memset(reinterpret_cast<void*>(address), value, bytes);
+    return 0;
+}
+int cuMemsetD8Async(unsigned long long address, unsigned char value, std::size_t bytes, void*)
+{
+    return cuMemsetD8_v2(address, value, bytes);
+}
+int cuMemcpyHtoD_v2(unsigned long long address, void const* data, std::size_t bytes)
+{
+    std::memcpy(reinterpret_cast<void*>(address), data, bytes);
+    return 0;
+}
+int cuMemcpyDtoH_v2(void* data, unsigned long long address, std::size_t bytes)
+{
+    std::memcpy(data, reinterpret_cast<void*>(address), bytes);
+    return 0;
+}
+
+// Machine code is an ELF file, PTX a string that begins with a comment.
+int cuLibraryLoadData(void** library, void const* data, int*, void**, unsigned, int*, void**, unsigned)
+{
+    bool const known = std::memcmp(data, "\177ELF", 4) == 0 || std::memcmp(data, "//", 2) == 0;
+    *library = const_cast<void*>(data);
+    return known ? 0 : 200;
+}
+int cuLibraryGetKernel(void** kernel, void* library, char const* name)
+{
+    std::lock_guard<std::mutex> const lock(gMutex);
+    if (std::memcmp(library, "//", 2) == 0 && std::strstr(static_cast<char const*>(library), name) == nullptr)
+    {
+        return 500;
+    }
+    *kernel = const_cast<std::string*>(&*gNames.insert(name).first);
+    return 0;
+}
+int cuKernelSetAttribute(int, int value, void* kernel, int)
+{
+    std::lock_guard<std::mutex> const lock(gMutex);
+    gShared[static_cast<std::string const*>(kernel)] = value;
+    return value > 99 * 1024 && arch() % 10 != 0 ? 1 : 0; // sm_86 and sm_89 allow 99 KB
+}
+int cuKernelGetFunction(void** function, void* kernel) { *function = kernel; return 0; }
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned, unsigned threads, unsigned, unsigned, unsigned shared,
+    void*, void** parameters, void**)
+{
+    std::lock_guard<std::mutex> const lock(gMutex);
+    auto const* name = static_cast<std::string const*>(function);
+    std::string const letters = signature(*name);
+    if (x == 0 || y == 0 || y > 65535 || letters.empty() || static_cast<int>(shared) > gShared[name])
+    {
+        return 1;
+    }
+    std::printf("%s %u %u %u %u", name->c_str(), x, y, threads, shared);
+    std::size_t i = 0;
+    for (; i < letters.size(); ++i)
+    {
+        if (letters[i] == 'p')
+        {
+            std::printf(" p%llu", *static_cast<unsigned long long*>(parameters[i]));
+        }
+        else
+        {
+            std::printf(" %d", *static_cast<int32_t*>(parameters[i]));
+        }
+    }
+    // Triton's two scratch pointers.
+    bool const scratch = *static_cast<void**>(parameters[i]) == nullptr && *static_cast<void**>(parameters[i + 1]) == nullptr;
+    std::printf("\n");
+    std::fflush(stdout);
+    return scratch ? 0 : 1;
+}
+
+} // extern "C"

@@ -1,0 +1,89 @@
+"""The plugin library on a GPU: the C++ host against the definition, several contexts, CUDA graphs, sanitizer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.plugins.cases import read_output, run_host, write_case
+from tests.plugins.problems import assert_attention, assert_selection, attention_problem, topk_problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: enqueue runs kernels"),
+]
+DTYPES = [torch.float16, torch.bfloat16]
+
+# lengths, S, C, Hi, Di, k
+TOPK_SHAPES = [
+    ([131072, 90000, 0, 5], 1, 131072, 8, 64, 2048),
+    ([9000, 40], 4, 9001, 7, 128, 4096),
+    ([30000], 1024, 30000, 4, 64, 512),
+    ([100], 3, 100, 16, 64, 128),
+]
+# B, S, C, Hkv, group, D, K
+ATTENTION_SHAPES = [
+    (1, 1, 50000, 2, 7, 64, 2048),
+    (64, 1, 3000, 2, 7, 64, 2048),
+    (2, 300, 4000, 4, 8, 128, 512),
+    (3, 8, 900, 3, 1, 128, 4096),
+]
+
+
+@pytest.mark.parametrize("graph", [0, 1], ids=["streams", "graph"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", TOPK_SHAPES, ids=str)
+def test_topk(host: Path, library: Path, tmp_path: Path, shape, dtype: torch.dtype, graph: int) -> None:
+    problem = topk_problem(*shape, dtype, ties=False, seed=1)
+    *inputs, k = problem.arguments()
+    like = torch.empty(len(shape[0]), shape[1], k, dtype=torch.int32)
+    case = write_case(tmp_path, "IndexTopK", ("k", k), inputs, like)
+    run_host(host, "run", library, case, 3, 20, graph)
+    assert_selection(read_output(tmp_path, like), problem)
+
+
+@pytest.mark.parametrize("graph", [0, 1], ids=["streams", "graph"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention(host: Path, library: Path, tmp_path: Path, shape, dtype: torch.dtype, graph: int) -> None:
+    problem = attention_problem(*shape, dtype, seed=2)
+    *inputs, scale = problem.arguments()
+    like = torch.empty_like(problem.q)
+    case = write_case(tmp_path, "SparseAttention", ("scale", scale), inputs, like)
+    run_host(host, "run", library, case, 3, 20, graph)
+    assert_attention(read_output(tmp_path, like), problem)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer on this machine")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_finds_nothing(host: Path, library: Path, tmp_path: Path, tool: str) -> None:
+    topk, attention = tmp_path / "topk", tmp_path / "attention"
+    for folder in (topk, attention):
+        folder.mkdir()
+    problem = topk_problem([9000, 40], 3, 9001, 7, 64, 512, torch.bfloat16, ties=True, seed=3)
+    *inputs, k = problem.arguments()
+    cases = [write_case(topk, "IndexTopK", ("k", k), inputs, torch.empty(2, 3, k, dtype=torch.int32))]
+    attended = attention_problem(2, 3, 900, 2, 7, 64, 512, torch.bfloat16, seed=4)
+    *inputs, scale = attended.arguments()
+    cases.append(write_case(attention, "SparseAttention", ("scale", scale), inputs, torch.empty_like(attended.q)))
+    for case in cases:
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            host,
+            "run",
+            library,
+            case,
+            "1",
+            "1",
+            "0",
+        ]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

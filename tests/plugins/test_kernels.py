@@ -1,0 +1,258 @@
+"""The kernels against the definition: on the GPU if there is one, else in Triton's interpreter on the CPU.
+
+The interpreter must be chosen before triton is imported, so without a GPU this file runs in a process of its own: see
+test_interpreter.py.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from plugins.index_topk import index_topk as operator_index_topk
+from plugins.index_topk import index_topk_reference
+from plugins.sparse_attention import sparse_attention as operator_sparse_attention
+from tests.plugins.problems import (
+    TopK,
+    assert_attention,
+    assert_selection,
+    attention_problem,
+    exact_selection,
+    sets,
+    topk_problem,
+)
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU; test_interpreter.py runs these tests in Triton's interpreter", allow_module_level=True)
+
+from plugins.index_topk import kernel as topk_kernel  # noqa: E402
+from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch):
+    """torch.empty gives NaN and the largest integers, so that a result that reads what nobody wrote is wrong."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch wants beside it on a GPU
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def fenced(tensor: Tensor) -> Tensor:
+    """The same tensor between two fences of NaN (integers: a wild value), so that reads beyond it show."""
+    fence = torch.nan if tensor.is_floating_point() else 2**30
+    memory = torch.full((len(tensor) + 2, *tensor.shape[1:]), fence, dtype=tensor.dtype, device=tensor.device)
+    memory[1:-1] = tensor
+    return memory[1:-1]
+
+
+def select(problem, **options) -> Tensor:
+    *tensors, k = problem.arguments()
+    return topk_kernel.index_topk(*map(fenced, tensors), k, **options)
+
+
+def attend(problem) -> Tensor:
+    *tensors, scale = problem.arguments()
+    return attention_kernel.sparse_attention(*map(fenced, tensors), scale)
+
+
+# lengths, S, C, Hi, Di, k
+TOPK_SHAPES = [
+    ([300, 0, 5], 1, 301, 8, 64, 16),
+    ([260, 17], 3, 259, 7, 128, 20),  # above capacity; heads that are no power of two
+    ([130], 9, 140, 16, 64, 40),  # prefill
+    ([5000, 4200], 1, 5000, 4, 64, 2048),  # two splits
+    ([4500], 2, 4600, 1, 128, 4096),
+]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT])
+@pytest.mark.parametrize("shape", TOPK_SHAPES, ids=str)
+def test_selection_of_real_numbers(shape, dtype: torch.dtype) -> None:
+    problem = topk_problem(*shape, dtype, ties=False, seed=1, device=DEVICE)
+    assert_selection(select(problem).cpu(), problem)
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_selection_is_exact_where_arithmetic_is(data: st.DataObject) -> None:
+    """Random shapes with many equal scores: the same sets as the definition, lower index first."""
+    S = data.draw(st.sampled_from([1, 2, 8, 9, 17]), "S")
+    C = data.draw(st.integers(1, 400), "C")
+    lengths = data.draw(st.lists(st.integers(-2, C + 3), min_size=1, max_size=3), "lengths")
+    Hi = data.draw(st.integers(1, 16), "Hi")
+    k = data.draw(st.integers(1, C + 4), "k")
+    dtype = data.draw(st.sampled_from([HALF, BFLOAT, FLOAT]), "dtype")
+    seed = data.draw(st.integers(0, 999), "seed")
+    problem = topk_problem(lengths, S, C, Hi, 64, k, dtype, ties=True, seed=seed, device=DEVICE)
+    indices = select(problem).cpu()
+    assert_selection(indices, problem)
+    assert sets(indices) == exact_selection(problem)
+
+
+def test_the_definition_agrees_with_the_sets_of_these_tests() -> None:
+    problem = topk_problem([40, 7, 0], 3, 40, 5, 64, 9, FLOAT, ties=True, seed=2)
+    assert sets(index_topk_reference(*problem.arguments())) == exact_selection(problem)
+
+
+@pytest.mark.parametrize("score", [0.0, 3.0, -3.0])
+@pytest.mark.parametrize("others", [0, 7])
+def test_all_scores_equal(score: float, others: int) -> None:
+    """More equal scores than the list holds: zeros take the short way, others the scan of the whole row."""
+    C, k = 9000, 33
+    problem = topk_problem([C], 1, C, 4, 64, k, HALF, ties=True, seed=3, device=DEVICE)
+    problem.index_q.fill_(0)
+    problem.index_q[..., 0] = 1
+    problem.index_k.fill_(0)
+    problem.index_k[..., 0] = abs(score)
+    problem.index_weights.fill_(0)
+    problem.index_weights[..., 0] = 1 if score >= 0 else -1
+    problem.index_k[0, 4093 : 4093 + others, 0] = 9 if score >= 0 else 0
+    indices = select(problem).cpu()
+    assert sets(indices) == exact_selection(problem)
+    assert indices[0, 0].tolist() == sorted(indices[0, 0].tolist())
+
+
+@pytest.mark.parametrize(("B", "S", "C"), [(0, 1, 9), (2, 0, 9), (2, 3, 0)])
+def test_empty_shapes(B: int, S: int, C: int) -> None:
+    problem = topk_problem([0] * B, S, C, 4, 64, 5, HALF, ties=False, seed=1, device=DEVICE)
+    *tensors, k = problem.arguments()
+    assert topk_kernel.index_topk(*tensors, k).tolist() == [[[-1] * 5] * S] * B
+    shapes = (B, 4, S, 64), (B, 2, C, 64), (B, 2, C, 64)
+    q, k_cache, v_cache = (torch.ones(shape, dtype=HALF, device=DEVICE) for shape in shapes)
+    indices = torch.full((B, S, 3), 1, dtype=torch.int32, device=DEVICE)
+    output = attention_kernel.sparse_attention(q, k_cache, v_cache, indices, 1.0)
+    assert output.shape == q.shape and (C > 0 or not output.any())
+
+
+def test_negative_zero_and_denormals_count_as_zero() -> None:
+    problem = topk_problem([600], 1, 600, 4, 64, 8, FLOAT, ties=True, seed=4, device=DEVICE)
+    problem.index_q.zero_()
+    problem.index_q[..., 0] = 1
+    problem.index_k.zero_()
+    problem.index_k[0, 0, 0] = 1e-39
+    problem.index_weights.fill_(-1)
+    problem.index_weights[..., 1:] = 0
+    assert select(problem).cpu()[0, 0].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile_rows"), [(([300, 290, 40], 3, 300, 4, 64, 9), 7), (([300, 200], 10, 300, 16, 64, 9), 9)], ids=str
+)
+def test_tiles_change_nothing(shape, tile_rows: int) -> None:
+    problem = topk_problem(*shape, HALF, ties=True, seed=5, device=DEVICE)
+    lengths, S, C, Hi, Di, k = shape
+    row = topk_kernel.workspace_bytes(1, C, k) - topk_kernel.workspace_bytes(0, C, k)
+    budget = topk_kernel.workspace_bytes(0, C, k) + tile_rows * row
+    cut = topk_kernel.plan(len(lengths), S, C, Hi, Di, k, budget)
+    assert cut.batch_tile * cut.query_tile < len(lengths) * S and cut.workspace <= budget
+    assert torch.equal(select(problem), select(problem, budget=budget))
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_workspace_of_the_largest_shape_is_enough(data: st.DataObject) -> None:
+    B, S, C, k = (data.draw(st.integers(1, most)) for most in (64, 1024, 2**20, 4096))
+    Hi, Di = data.draw(st.integers(1, 16)), data.draw(st.sampled_from(topk_kernel.HEAD_SIZES))
+    smaller = [data.draw(st.integers(1, most)) for most in (B, S, C)]
+    cut = topk_kernel.plan(*smaller, Hi, Di, k)
+    rows = cut.batch_tile * cut.query_tile
+    assert rows * cut.splits <= max(rows, topk_kernel.SELECT_PROGRAMS) and rows < 65536
+    assert cut.workspace <= topk_kernel.largest_workspace(B, S, C, k) <= 2**25
+    Hkv, group = data.draw(st.integers(1, 16)), data.draw(st.integers(1, 16))
+    used = attention_kernel.workspace_bytes(smaller[0], smaller[1], Hkv * group, Hkv, 64, k)
+    assert used <= attention_kernel.largest_workspace(B, S, Hkv * group, Hkv, 64, k)
+
+
+# B, S, C, Hkv, group, D, K
+ATTENTION_SHAPES = [
+    (2, 1, 300, 2, 7, 64, 130),  # splits
+    (1, 3, 90, 1, 16, 128, 70),
+    (2, 2, 50, 3, 1, 64, 3),
+    (1, 9, 120, 2, 5, 64, 65),
+    (1, 1, 700, 2, 8, 128, 4096),
+]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention(shape, dtype: torch.dtype) -> None:
+    problem = attention_problem(*shape, dtype, seed=1, device=DEVICE)
+    assert_attention(attend(problem), problem)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+def test_attention_of_enough_tokens_to_fill_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernel, "ATTEND_PROGRAMS", 1)
+    assert attention_kernel.plan(2, 2, 2, 64, 200)[1] == 1
+    problem = attention_problem(2, 2, 300, 2, 7, 64, 200, dtype, seed=2, device=DEVICE)
+    assert_attention(attend(problem), problem)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_attention_over_random_shapes(data: st.DataObject) -> None:
+    most = {"B": 2, "S": 3, "C": 80, "Hkv": 2, "group": 8}
+    shape = [data.draw(st.integers(1, size), name) for name, size in most.items()]
+    D = data.draw(st.sampled_from([64, 128]), "D")
+    K = data.draw(st.integers(1, 150), "K")
+    dtype = data.draw(st.sampled_from([HALF, BFLOAT, FLOAT]), "dtype")
+    problem = attention_problem(*shape, D, K, dtype, data.draw(st.integers(0, 999), "seed"), device=DEVICE)
+    assert_attention(attend(problem), problem)
+
+
+def test_k_of_everything_equals_dense_attention() -> None:
+    """With k at least the visible tokens, both operators together are causal attention."""
+    B, S, C, Hkv, group, D = 2, 5, 60, 2, 7, 64
+    problem = topk_problem([60, 23], S, C, 4, 64, 64, FLOAT, ties=False, seed=6, poison=False, device=DEVICE)
+    attention = attention_problem(B, S, C, Hkv, group, D, 64, FLOAT, seed=7, poison=False, device=DEVICE)
+    attention.indices = select(problem)
+    positions = problem.kv_lengths[:, None] - S + torch.arange(S, device=DEVICE)
+    mask = torch.arange(C, device=DEVICE) <= positions[..., None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        attention.q, attention.k_cache, attention.v_cache, mask[:, None], scale=attention.scale, enable_gqa=True
+    )
+    torch.testing.assert_close(attend(attention), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU: torch's dispatch to the kernels needs CUDA tensors")
+def test_torch_operators_run_the_kernels_and_repeat_bitwise() -> None:
+    problem = topk_problem([30000, 29000], 1, 30000, 8, 64, 2048, BFLOAT, ties=False, seed=8, device=DEVICE)
+    attention = attention_problem(2, 1, 30000, 2, 7, 64, 2048, BFLOAT, seed=9, poison=False, device=DEVICE)
+    indices = select(problem)
+    attention.indices = indices
+    output = attend(attention)
+    for _ in range(20):
+        assert torch.equal(operator_index_topk(*problem.arguments()), indices)
+        assert torch.equal(operator_sparse_attention(*attention.arguments()), output)
+    with pytest.raises(ValueError, match="head size of 64 or 128"):
+        operator_index_topk(*topk_problem([9], 1, 9, 4, 48, 2, HALF, ties=False, seed=1, device=DEVICE).arguments())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU: minutes in the interpreter")
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize(
+    ("B", "S", "C", "k"), [(64, 1, 40000, 2048), (8, 4, 131072, 512), (1, 1024, 20000, 4096), (1, 1, 2**20, 2048)]
+)
+def test_deployment_shapes(B: int, S: int, C: int, k: int, dtype: torch.dtype) -> None:
+    lengths = [max(C - 997 * b, S) for b in range(B)]
+    problem = topk_problem(lengths, S, C, 4, 64, k, dtype, ties=False, seed=10, device=DEVICE)
+    checked = topk_problem(lengths, S, C, 4, 64, k, dtype, ties=False, seed=10)
+    indices = select(problem).cpu()
+    for b, t in product({0, B - 1}, {0, S - 1}):  # the corners: the reference takes its time
+        one = slice(b, b + 1), slice(t, t + 1)
+        visible = torch.tensor([checked.visible(b, t)])
+        part = TopK(checked.index_q[one], checked.index_weights[one], checked.index_k[b : b + 1], visible, k)
+        assert_selection(indices[one], part)

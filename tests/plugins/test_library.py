@@ -1,0 +1,296 @@
+"""The plugin library without a GPU: its kernels for every target, its exports, NVIDIA's registry, a C++ host, and the
+launches it makes, recorded by a fake driver and compared with those of the torch launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from plugins.load import LibraryNotLoaded, find_library, load_library
+from tests.plugins.cases import run_host, write_case
+from tests.plugins.conftest import ROOT, compile_cpp
+
+triton = pytest.importorskip("triton", reason="the kernels are compiled by triton")
+
+from plugins import headers  # noqa: E402
+from plugins.compile import ARCHITECTURES, PTX_FROM, Image, all_variants, compile_all  # noqa: E402
+from plugins.index_topk import kernel as topk_kernel  # noqa: E402
+from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
+
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KB that a block may use
+
+
+@pytest.fixture(scope="module")
+def images(library: Path) -> list[Image]:
+    return compile_all(library.parent / "kernels")  # all up to date: the library was built from them
+
+
+def test_every_kernel_is_compiled_for_every_target(images: list[Image]) -> None:
+    names = {variant.name for variant in all_variants()}
+    for arch in ARCHITECTURES:
+        assert {i.name for i in images if i.arch == arch and not i.is_ptx} == names
+    assert {i.name for i in images if i.is_ptx and i.arch == PTX_FROM} == names
+    for image in images:
+        content = image.path.read_bytes()
+        assert image.shared <= SHARED_MEMORY[image.arch] * 1024, image
+        if image.is_ptx:
+            assert f".target sm_{image.arch}".encode() in content and content.endswith(b"\0")
+        else:
+            flags = int.from_bytes(content[48:52], "little")  # e_flags of the ELF header hold the architecture
+            assert content.startswith(b"\x7fELF") and image.arch in (flags & 0xFF, flags >> 8 & 0xFF), hex(flags)
+
+
+def test_score_and_attention_use_tensor_cores_and_asynchronous_copies(images: list[Image]) -> None:
+    ptx = {i.name: i.path.read_text() for i in images if i.is_ptx}
+    for name in (n for n in ptx if "score" in n or "attend" in n):
+        assert "mma.sync" in ptx[name] and "cp.async.cg.shared.global" in ptx[name], name
+        assert ".local " not in ptx[name], f"{name} spills into local memory"
+
+
+def test_exports_are_the_two_entry_points(library: Path) -> None:
+    symbols = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    assert {line.split()[-1] for line in symbols.splitlines()} == {"getCreators", "setLoggerFinder"}
+    needed = subprocess.run(["objdump", "-p", library], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in needed.splitlines() if "NEEDED" in line and ("cuda" in line or "nvinfer" in line)]
+
+
+def test_missing_library_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LibraryNotLoaded, match=r"^no plugin library at .*: run `make plugins`$"):
+        find_library(tmp_path / "libdsa_plugins.so")
+
+
+def test_headers_come_from_the_folder_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
+    with pytest.raises(headers.HeadersNotFound, match=r"holds no NvInferRuntime\.h"):
+        headers.tensorrt_headers(tmp_path)
+    (tmp_path / "NvInferRuntime.h").touch()
+    assert headers.tensorrt_headers(tmp_path) == tmp_path
+
+
+# ------------------------------------------------------------------------------------------ TensorRT's own registry
+
+
+@pytest.fixture(scope="module")
+def lean(library: Path) -> Any:
+    """tensorrt_lean with the library loaded (the registry belongs to the process)."""
+    tensorrt = pytest.importorskip("tensorrt_lean", reason="the plugin registry is tensorrt-lean's")
+    load_library(tensorrt.get_plugin_registry(), library)
+    return tensorrt
+
+
+def fields_of(tensorrt: Any, attributes: dict[str, Any]) -> Any:
+    kinds = tensorrt.PluginFieldType
+
+    def field(name: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return tensorrt.PluginField(name, np.frombuffer(value.encode(), np.uint8), kinds.CHAR)
+        is_float = isinstance(value, float)
+        array = np.array([value], np.float32 if is_float else np.int64)
+        return tensorrt.PluginField(name, array, kinds.FLOAT32 if is_float else kinds.INT64)
+
+    return tensorrt.PluginFieldCollection([field(name, value) for name, value in attributes.items()])
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes"),
+    [
+        ("IndexTopK", {"k": 64, "plugin_version": "1", "plugin_namespace": "dsa"}),
+        ("SparseAttention", {"scale": 0.125, "plugin_version": "1", "plugin_namespace": "dsa"}),
+    ],
+)
+def test_registry_finds_the_creators_and_creates_plugins(lean: Any, library: Path, name: str, attributes: dict) -> None:
+    registry = lean.get_plugin_registry()
+    load_library(registry, library)  # again: harmless
+    assert [c.name for c in registry.all_creators if c.plugin_namespace == "dsa"].count(name) == 1
+    creator = registry.get_creator(name, "1", "dsa")
+    assert [field.name for field in creator.field_names] == list(attributes)
+    plugin = creator.create_plugin("node_1", fields_of(lean, attributes), lean.TensorRTPhase.BUILD)
+    assert plugin is not None
+    core = plugin.get_capability_interface(lean.PluginCapabilityType.CORE)
+    assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (name, "1", "dsa")
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "message"),
+    [
+        ("IndexTopK", {"k": 0}, "dsa::IndexTopK: node node_1: attribute k must be 1 to 4096, got 0"),
+        ("IndexTopK", {"k": 1.5}, "attribute k must be an integer"),
+        ("IndexTopK", {"top": 3}, "unknown attribute top"),
+        ("SparseAttention", {}, "attribute scale is missing"),
+        ("SparseAttention", {"scale": -1.0}, "attribute scale must be positive and finite, got -1"),
+        ("SparseAttention", {"scale": 0.1, "plugin_version": "7"}, 'attribute plugin_version must be "1", got "7"'),
+    ],
+)
+def test_registry_refuses_bad_attributes(
+    lean: Any, name: str, attributes: dict, message: str, capfd: pytest.CaptureFixture
+) -> None:
+    creator = lean.get_plugin_registry().get_creator(name, "1", "dsa")
+    assert creator.create_plugin("node_1", fields_of(lean, attributes), lean.TensorRTPhase.BUILD) is None
+    captured = capfd.readouterr()
+    assert message in captured.err + captured.out
+
+
+# -------------------------------------------------------------------------------------------------------- C++ host
+
+
+def test_every_method_through_the_host(host: Path, library: Path) -> None:
+    assert "all checks hold" in run_host(host, "check", library)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def topk_case(folder: Path, B: int, S: int, C: int, Hi: int, Di: int, k: int, dtype: torch.dtype) -> Path:
+    shapes = (B, S, Hi, Di), (B, S, Hi), (B, C, Di)
+    inputs = [*(meta(*shape, dtype=dtype) for shape in shapes), meta(B, dtype=torch.int64)]
+    return write_case(folder, "IndexTopK", ("k", k), inputs, meta(B, S, k, dtype=torch.int32))
+
+
+def attention_case(folder: Path, B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int) -> Path:
+    q, cache = meta(B, Hkv * group, S, D), meta(B, Hkv, C, D)
+    inputs = [q, cache, cache, meta(B, S, K, dtype=torch.int32)]
+    return write_case(folder, "SparseAttention", ("scale", 0.125), inputs, torch.empty_like(q))
+
+
+@pytest.mark.parametrize(
+    "B, S, C, k", [(1, 1, 100, 4096), (32, 1, 131072, 2048), (64, 1024, 2**20, 4096), (3, 7, 5000, 9)]
+)
+def test_workspace_is_the_documented_formula(
+    host: Path, library: Path, tmp_path: Path, B: int, S: int, C: int, k: int
+) -> None:
+    case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
+    assert int(run_host(host, "workspace", library, case)) == topk_kernel.largest_workspace(B, S, C, k)
+    case = attention_case(tmp_path, B, S, C, 2, 7, 64, k)
+    assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 14, 2, 64, k)
+
+
+@pytest.fixture(scope="module")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment in which libcuda.so.1 is the fake driver."""
+    folder = tmp_path_factory.mktemp("driver")
+    compile_cpp("fake_driver.cpp", folder / "libcuda.so.1", "-shared", "-fPIC")
+    signatures = {
+        v.kernel.fn.__name__: "".join("p" if t[0] == "*" else "i" for t in v.signature().values() if t != "constexpr")
+        for v in all_variants()
+    }
+    (folder / "signatures").write_text("\n".join(f"{name} {letters}" for name, letters in signatures.items()))
+    return {"LD_LIBRARY_PATH": str(folder), "FAKE_DRIVER_SIGNATURES": str(folder / "signatures")}
+
+
+class Recorder:
+    """In place of a kernel: notes what the torch launcher launches, in the words of the fake driver."""
+
+    def __init__(self, kernel: Any, launches: list[list[Any]]):
+        self.fn, self.launches = kernel.fn, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, num_warps: int, **options: Any) -> None:
+            pointers = [a for a in arguments if isinstance(a, torch.Tensor)]
+            numbers = [a for a in arguments if not isinstance(a, torch.Tensor)]
+            x, y = (*grid, 1)[:2]
+            self.launches.append([self.fn.__name__, x, y, num_warps * 32, len(pointers), numbers])
+
+        return launch
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, kernels: list[str]) -> list[list[Any]]:
+    launches: list[list[Any]] = []
+    for name in kernels:
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    return launches
+
+
+def as_recorded(text: str) -> list[list[Any]]:
+    launches = []
+    for line in text.splitlines():
+        name, x, y, threads, _shared, *arguments = line.split()
+        numbers = [int(a) for a in arguments if a[0] != "p"]
+        launches.append([name, int(x), int(y), int(threads), len(arguments) - len(numbers), numbers])
+    return launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "B, S, C, Hi, Di, k",
+    [
+        (2, 1, 5000, 8, 64, 2048),
+        (32, 1, 8192, 4, 128, 512),
+        (1, 100, 40000, 16, 64, 64),  # several tiles
+        (70, 8, 9000, 7, 64, 64),  # tiles of whole sequences
+        (1, 90, 2**20, 7, 128, 64),  # tiles smaller than a scoring program's queries
+        (3, 40, 200000, 7, 64, 64),
+        (1, 3, 100, 4, 64, 128),  # capacity below k: nothing to score
+    ],
+)
+def test_topk_launches_are_those_of_torch(
+    host: Path, library: Path, fake_driver: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    B: int, S: int, C: int, Hi: int, Di: int, k: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    names = ["score_kernel", "histogram_kernel", "filter_kernel", "finish_kernel"]
+    launches = recorded(monkeypatch, topk_kernel, names)
+    q, weights, keys = (torch.empty(s, dtype=dtype) for s in ((B, S, Hi, Di), (B, S, Hi), (B, C, Di)))
+    topk_kernel.index_topk(q, weights, keys, torch.zeros(B, dtype=torch.int64), k)
+    case = topk_case(tmp_path, B, S, C, Hi, Di, k, dtype)
+    assert as_recorded(run_host(host, "run", library, case, 1, 1, 0, **fake_driver)) == launches
+
+
+@pytest.mark.parametrize("arch", ["80", "86", "89", "90", "120"])
+@pytest.mark.parametrize(
+    "B, S, C, Hkv, group, D, K",
+    [(1, 1, 5000, 2, 7, 64, 2048), (3, 5, 90, 4, 8, 128, 100), (200, 3, 90, 1, 1, 64, 9)],
+)
+def test_attention_launches_are_those_of_torch(
+    host: Path, library: Path, fake_driver: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int, arch: str,
+) -> None:  # fmt: skip
+    launches = recorded(monkeypatch, attention_kernel, ["attend_kernel", "combine_kernel"])
+    q, cache = torch.empty(B, Hkv * group, S, D, dtype=torch.float16), torch.empty(B, Hkv, C, D, dtype=torch.float16)
+    attention_kernel.sparse_attention(q, cache, cache, torch.zeros(B, S, K, dtype=torch.int32), 0.125)
+    bits = int(np.float32(0.125).view(np.int32))
+    expected = [[*launch[:-1], [bits if n == 0.125 else n for n in launch[-1]]] for launch in launches]
+    case = attention_case(tmp_path, B, S, C, Hkv, group, D, K)
+    output = run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH=arch)
+    assert as_recorded(output) == expected
+
+
+def test_workspace_pointers_stay_inside_the_workspace(
+    host: Path, library: Path, fake_driver: dict, tmp_path: Path
+) -> None:
+    """keys, listed, state and counts follow each other and end within what getWorkspaceSize asked for."""
+    B, S, C, k = 4, 1, 9000, 64
+    case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
+    lines = run_host(host, "run", library, case, 1, 1, 0, **fake_driver).splitlines()
+    keys, counts, listed, state = (int(a[1:]) for a in lines[2].split()[6:10])
+    cut = topk_kernel.plan(B, S, C, 8, 64, k)
+    capacity, entries = topk_kernel.row_entries(C, k)
+    assert [listed - keys, state - listed, counts - state] == [4 * B * capacity, 4 * B * entries, 16 * B]
+    assert counts + 4 * B * cut.splits * topk_kernel.BINS.value - keys <= topk_kernel.largest_workspace(B, S, C, k)
+
+
+def test_old_gpu_is_refused(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
+    case = attention_case(tmp_path, 1, 1, 90, 2, 7, 64, 9)
+    with pytest.raises(AssertionError, match=r"no kernel .* for compute capability 7.5 \(8.0 or newer is needed\)"):
+        run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH="75")
+
+
+def test_contexts_on_several_threads(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
+    case = topk_case(tmp_path, 2, 1, 5000, 8, 64, 64, torch.float16)
+    launches = as_recorded(run_host(host, "run", library, case, 4, 5, 0, **fake_driver))
+    assert len(launches) == 4 * 5 * 4
+
+
+def test_module_says_what_is_missing(tmp_path: Path) -> None:
+    """`python -m plugins.embed` without headers: one line, exit 1."""
+    command = [sys.executable, "-m", "plugins.embed", "--out", str(tmp_path / "plugins"), "--jobs", "1"]
+    environment = {**os.environ, "TENSORRT_INCLUDE_DIR": str(tmp_path / "nothing")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: TENSORRT_INCLUDE_DIR=") and result.stderr.count("\n") == 1

@@ -1,0 +1,96 @@
+"""dsa::SparseAttention: torch form, its gradients and ONNX body against the definition, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugins.sparse_attention import op, sparse_attention, sparse_attention_reference
+from tests.plugins import bodies
+from tests.plugins.problems import Attention, assert_attention, attention_problem
+
+
+@st.composite
+def small_problems(draw: st.DrawFn) -> Attention:
+    sizes = [draw(st.integers(1, most)) for most in (2, 3, 20, 2, 7)]
+    return attention_problem(*sizes, 8, draw(st.integers(1, 24)), torch.float32, draw(st.integers(0, 999)))
+
+
+@given(small_problems())
+@settings(max_examples=60, deadline=None)
+def test_torch_form_is_the_definition(problem: Attention) -> None:
+    torch.testing.assert_close(
+        sparse_attention(*problem.arguments()), sparse_attention_reference(*problem.arguments()), rtol=1e-5, atol=2e-6
+    )
+
+
+@given(small_problems())
+@settings(max_examples=60, deadline=None)
+def test_onnx_body_is_the_definition(problem: Attention) -> None:
+    # A masked entry multiplies row 0 by probability 0: it must be finite, as it is after the first token.
+    for cache in (problem.k_cache, problem.v_cache):
+        cache[:, :, 0] = cache[:, :, 0].nan_to_num()
+    *tensors, scale = problem.arguments()
+    output = torch.from_numpy(bodies.run("SparseAttention", [t.numpy() for t in tensors], scale=scale))
+    torch.testing.assert_close(output, sparse_attention_reference(*problem.arguments()), rtol=1e-5, atol=2e-6)
+
+
+def test_onnx_body_in_fp16() -> None:
+    problem = attention_problem(2, 3, 90, 2, 7, 64, 40, torch.float16, seed=1)
+    *tensors, scale = problem.arguments()
+    output = bodies.run("SparseAttention", [t.numpy() for t in tensors], scale=scale)
+    assert_attention(torch.from_numpy(output), problem)
+
+
+@pytest.mark.parametrize("tile_bytes", [op.GATHER_BYTES, 1])
+def test_gradients_are_those_of_the_torch_form(tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "GATHER_BYTES", tile_bytes)  # 1: a tile per token
+    problem = attention_problem(2, 5, 30, 2, 7, 16, 12, torch.float32, seed=2, poison=False)
+    q, k_cache, v_cache = (t.requires_grad_() for t in problem.arguments()[:3])
+    weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad(sparse_attention(*problem.arguments()), (q, k_cache, v_cache), weights)
+    expected = torch.autograd.grad(op._attend(*problem.arguments()), (q, k_cache, v_cache), weights)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+        assert b.abs().max() > 0.01
+
+
+def test_operator_is_well_formed() -> None:
+    problem = attention_problem(2, 2, 20, 2, 3, 16, 6, torch.float32, seed=3, poison=False)
+    problem.q.requires_grad_()
+    torch.library.opcheck(torch.ops.dsa.sparse_attention.default, problem.arguments())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(2, 5, 1, 16)}, r"query heads \(5\) must be a multiple of KV heads \(2\)"),
+        ({"v_cache": torch.zeros(2, 2, 9, 16)}, "differ between the arguments"),
+        ({"indices": torch.zeros(2, 4, dtype=torch.int32)}, r"need q \[B, Hq, S, D\]"),
+        ({"q": torch.zeros(2, 4, 1, 16, dtype=torch.float16)}, "must have one floating-point dtype"),
+        ({"indices": torch.zeros(2, 1, 4, dtype=torch.int64)}, "indices must be int32"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
+    problem = attention_problem(2, 1, 8, 2, 2, 16, 4, torch.float32, seed=4)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*{**vars(problem), **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("q", "cache", "K", "message"),
+    [
+        ((1, 4, 1, 96), (1, 2, 8, 96), 4, "head size of 64 or 128, got 96"),
+        ((1, 34, 1, 64), (1, 2, 8, 64), 4, "at most 16 query heads per KV head, got 17"),
+        ((1, 4, 1, 64), (1, 2, 8, 64), 4097, "1 to 4096 indices per token, got 4097"),
+        ((1, 4, 1, 64), (1, 2, 2**20 + 1, 64), 4, "capacity up to 1048576"),
+        ((2, 4, 2**16 + 1, 64), (2, 2, 8, 64), 4, "up to 131072 query tokens"),
+    ],
+)
+def test_what_the_kernels_do_not_support_is_refused(q, cache, K: int, message: str) -> None:
+    pytest.importorskip("triton")
+    tensors = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in (q, cache))
+    with pytest.raises(ValueError, match=message):
+        op.check_cuda(*tensors, torch.empty(*q[:1], q[2], K, dtype=torch.int32, device="meta"))
