@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(highlight=False, soft_wrap=True)
@@ -51,7 +52,7 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def fail(message: str) -> NoReturn:
-    errors.print(f"[red]error:[/red] {' '.join(message.split())}")
+    errors.print(f"[red]error:[/red] {escape(' '.join(message.split()))}")
     sys.exit(1)
 
 

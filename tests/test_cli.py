@@ -21,6 +21,7 @@ def failing(error):
     ("error", "message"),
     [
         (UserError("no such\nmodel"), "error: no such model"),
+        (UserError("pip install x[tensorrt]"), "error: pip install x[tensorrt]"),
         (KeyboardInterrupt(), "error: interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "error: disk full while writing /data/x"),
         (OSError("10 requested and 3 written"), "error: disk full"),

@@ -81,6 +81,8 @@ def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:
         twin = DSAForCausalLM(config)
     state = {name: tensor for name, tensor in model.state_dict().items() if INDEXER not in name}
     twin.load_state_dict(state, strict=True, assign=True)
+    if config.tie_word_embeddings:  # assigned one by one, the two names hold two parameters
+        twin.lm_head.weight = twin.model.embed_tokens.weight
     twin.model.rotary, twin.model.index_rotary = model.model.rotary, model.model.index_rotary
     return twin.eval()
 

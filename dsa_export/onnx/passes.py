@@ -37,7 +37,7 @@ def strip_weight_prefix(model: ir.Model, prefix: str) -> None:
 def simplify(model: ir.Model) -> None:
     """Folds constants and shape arithmetic, removes what is computed twice or unused. Weights stay as they are.
 
-    onnxscript's optimize() would do the same and also try its rewrite rules, which find nothing here and double the time.
+    onnxscript's optimize() does the same and also tries its rewrite rules, which find nothing here and take most time.
     """
 
     def should_fold(node: ir.Node) -> bool | None:

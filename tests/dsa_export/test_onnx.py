@@ -18,6 +18,7 @@ from dsa_export.onnx import passes
 from dsa_export.onnx.export import export_graph
 from dsa_export.onnx.identical import compare_folder, compare_graphs
 from dsa_export.onnx.parity import check_parity
+from tests.conftest import build_qwen
 from tests.dsa_export.conftest import Graph, export_command
 
 EXACT = {"atol": 2e-5, "rtol": 0}
@@ -180,6 +181,15 @@ def test_the_proof_finds_every_other_difference(graphs):
     graphs["sparse"].graph.append(stray)
     with pytest.raises(UserError, match="neither to both nor"):
         compare_graphs(**graphs)
+
+
+def test_tied_embeddings_stay_one_weight(tmp_path):
+    model = load_model(build_qwen(tmp_path / "tied", tied=True), index_heads=2, index_dim=32, index_topk=8)
+    graphs = {"dense": export_graph(dense_twin(model)), "sparse": export_graph(model)}
+    compare_graphs(**graphs)
+    for graph in graphs.values():
+        names = [name for name in graph.graph.initializers if "lm_head" in name or "embed_tokens" in name]
+        assert names == ["model.embed_tokens.weight"]
 
 
 # Parity, and that it can fail.

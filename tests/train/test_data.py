@@ -1,0 +1,264 @@
+"""Records to windows: chat format, labels, packing, splits, bad lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsa_export.cli import UserError
+from train.data import (
+    IGNORED,
+    Document,
+    Malformed,
+    check_tokenizer,
+    documents,
+    encode,
+    load_data,
+    parse_record,
+    stdlib_records,
+)
+
+IM_START, IM_END = 1, 2
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def record(output: str, **fields) -> dict:
+    return {"instruction": "Say it.", "input": "", "output": output, "history": []} | fields
+
+
+def load(source: str, tokenizer, **options):
+    defaults = {"length": 32, "train_windows": 5, "held_out_windows": 2}
+    return load_data(source, tokenizer, **(defaults | options))
+
+
+# ---------------------------------------------------------------- the chat format
+
+
+def test_chat_format_and_labels(tokenizer) -> None:
+    """A1: history and input in the prompt, which is labelled -100; every answer token trains; eos at the end."""
+    line = json.dumps(record("An answer.", input="With input.", history=[["Hello", "Hi"], ["And?", "So."]]))
+    ids, labels = encode(parse_record(line), tokenizer)
+    expected_prompt = (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
+        "<|im_start|>user\nSay it.\nWith input.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    prompt = sum(label == IGNORED for label in labels)
+    assert tokenizer.decode(ids[:prompt]) == expected_prompt
+    assert labels[:prompt] == [IGNORED] * prompt
+    assert tokenizer.decode(ids[prompt:]) == "An answer.<|im_end|>"
+    assert labels[prompt:] == ids[prompt:]
+    assert ids[-1] == tokenizer.eos_token_id == IM_END
+
+
+def test_training_on_the_prompt_labels_everything(tokenizer) -> None:
+    ids, labels = encode(parse_record(json.dumps(record("Yes."))), tokenizer, train_on_prompt=True)
+    assert labels == ids and labels is not ids
+
+
+def test_plain_text_has_no_prompt(tokenizer) -> None:
+    ids, labels = encode(Document((), "text"), tokenizer)
+    assert tokenizer.decode(ids) == "text<|im_end|>" and labels == ids
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("{", "Expecting"),
+        ("[]", "expected an object"),
+        (json.dumps({"instruction": "x", "output": ""}), "no output"),
+        (json.dumps({"instruction": "", "input": "", "output": "y"}), "neither instruction nor input"),
+        (json.dumps({"instruction": 3, "output": "y"}), "strings"),
+        (json.dumps(record("y", history=[["only one"]])), "history"),
+        (json.dumps(record("y", history="none")), "history"),
+    ],
+)
+def test_malformed_records_are_named(line: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_record(line)
+
+
+def test_missing_optional_fields_are_fine() -> None:
+    assert parse_record('{"input": "q", "output": "a", "history": null}') == Document((("user", "q"),), "a")
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_more_than_one_percent_of_bad_lines_stops_the_run(tmp_path: Path, tokenizer) -> None:
+    good = [record(f"Answer number {i}, long enough.") for i in range(195)]
+    source = write_jsonl(tmp_path / "d.jsonl", [*good[:2], "not json", *good[2:], '{"output": 1}', "[]"])
+    with pytest.raises(
+        UserError, match=r"3 of 198 lines are malformed \(d.jsonl line 3: .*line 197: .*allow-malformed"
+    ):
+        load(source, tokenizer, train_windows=10_000)
+    facts = load(source, tokenizer, train_windows=10_000, allow_malformed=True).facts
+    assert facts["malformed"].startswith("3 of 198 lines")
+
+
+def test_one_percent_of_bad_lines_is_reported_and_left_out(tmp_path: Path, tokenizer) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [*[record(f"Answer {i}.") for i in range(99)], "oops"])
+    data = load(source, tokenizer, train_windows=10_000)
+    assert data.facts["malformed"].startswith("1 of 100 lines") and "line 100" in data.facts["malformed"]
+
+
+def test_bad_lines_stop_a_long_stream_early(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [*["bad"] * 1000, *[record("good")] * 5000])
+    malformed = Malformed()
+    with pytest.raises(UserError):
+        list(documents(source, malformed))
+    assert malformed.lines == 1000
+
+
+def test_only_what_is_needed_is_read(tmp_path: Path, tokenizer) -> None:
+    """A2: the source has ten million rows, the run a few."""
+    source = write_jsonl(tmp_path / "d.jsonl", [record(f"Row {i}: {'x' * 100}") for i in range(5000)])
+    data = load(source, tokenizer, train_windows=3, held_out_windows=1)
+    assert len(data.train) == 3 and data.facts["documents_read"] < 500
+
+
+def test_folders_of_records_and_of_text(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.py").write_text("print('hello')\n")
+    (tmp_path / "b.md").write_text("# Title\n\ntext\n")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "c.py").write_text("no")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    texts = {d.answer for d in documents(str(tmp_path), Malformed())}
+    assert texts == {"print('hello')\n", "# Title\n\ntext\n"}
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write(json.dumps(record("zipped")) + "\n")
+    assert [d.answer for d in documents(str(tmp_path), Malformed())] == ["zipped"]
+
+
+def test_a_path_that_looks_like_a_pattern_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "rows[1].jsonl", [record("text")])
+    with pytest.raises(UserError, match="rename it"):
+        list(documents(source, Malformed()))
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "empty"])
+def test_no_data_is_one_line(tmp_path: Path, tokenizer, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name):
+        load(str(tmp_path / name), tokenizer)
+
+
+def test_the_standard_library_is_written_in_the_schema_once(tmp_path: Path) -> None:
+    path = stdlib_records(tmp_path)
+    with path.open() as file:
+        parsed = [parse_record(next(file)) for _ in range(50)]
+    assert all(d.messages[0][1].startswith("Continue the Python module ") for d in parsed)
+    assert sum(len(d.answer) for d in parsed) > 5 * sum(len(d.messages[0][1]) for d in parsed)
+    written = path.stat().st_mtime_ns
+    assert stdlib_records(tmp_path) == path and path.stat().st_mtime_ns == written
+
+
+# ---------------------------------------------------------------- split
+
+
+def test_held_out_documents_are_never_trained_on(tmp_path: Path, tokenizer) -> None:
+    """Bug of the original: evaluation runs on training rows. Duplicates fall on the same side."""
+    rows = [record(f"Unique text {i}.") for i in range(300)]
+    source = write_jsonl(tmp_path / "d.jsonl", rows + rows)
+    data = load(source, tokenizer, length=60, packing="cut", train_windows=10_000, held_out_windows=10_000)
+    train, held_out = ({tuple(row.tolist()) for row in w.input_ids} for w in (data.train, data.held_out))
+    assert train and held_out and not train & held_out
+    assert len(train) + len(held_out) == 300
+
+
+def test_the_split_does_not_depend_on_the_order(tmp_path: Path, tokenizer) -> None:
+    rows = [record(f"Unique text {i}.") for i in range(200)]
+    sides = []
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        data = load(write_jsonl(tmp_path / f"{name}.jsonl", order), tokenizer, length=60, packing="cut",
+                    train_windows=10_000, held_out_windows=10_000)  # fmt: skip
+        sides.append({tuple(row.tolist()) for row in data.held_out.input_ids})
+    assert sides[0] == sides[1]
+
+
+# ---------------------------------------------------------------- windows
+
+
+def test_packing_keeps_every_token_in_order(tmp_path: Path, tokenizer) -> None:
+    rows = [record(f"Text {i}. " * (i % 7 + 1)) for i in range(60)]
+    source = write_jsonl(tmp_path / "d.jsonl", rows)
+    stream_ids, stream_labels = [], []
+    for document in documents(source, Malformed()):
+        if not document.is_held_out():
+            ids, labels = encode(document, tokenizer)
+            stream_ids += ids
+            stream_labels += labels
+    data = load(source, tokenizer, length=64, train_windows=10_000)
+    assert (data.train.lengths == 64).all()
+    starts = {tuple(stream_ids[i : i + 64]): i for i in range(0, len(stream_ids) - 63, 64)}
+    found = [starts[tuple(row.tolist())] for row in data.train.input_ids]
+    dropped = [i for i in starts.values() if all(label == IGNORED for label in stream_labels[i + 1 : i + 64])]
+    assert sorted(found + dropped) == sorted(starts.values())
+    for start, labels in zip(found, data.train.labels, strict=True):
+        assert labels.tolist() == stream_labels[start : start + 64]
+
+
+def test_cutting_pads_on_the_right_and_masks_the_padding(tmp_path: Path, tokenizer) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [record("x" * (i % 90 + 1)) for i in range(200)])
+    data = load(source, tokenizer, length=100, packing="cut", train_windows=50)
+    assert data.train.lengths.min() < 100 and data.train.lengths.max() == 100
+    batch = data.train.batch(torch.arange(50))
+    padding = torch.arange(100) >= data.train.lengths[:, None]
+    assert (batch["labels"][padding] == IGNORED).all()
+    assert (batch["attention_mask"] == (~padding).long()).all()
+    short = data.train.batch(data.train.lengths.argmin()[None])
+    assert short["input_ids"].shape[1] == data.train.lengths.min()
+
+
+def test_windows_without_a_label_are_dropped(tmp_path: Path, tokenizer) -> None:
+    """A window inside a long prompt would make the cross-entropy 0 / 0."""
+    source = write_jsonl(tmp_path / "d.jsonl", [record("yes", input="long " * 200 + str(i)) for i in range(40)])
+    data = load(source, tokenizer, length=64, train_windows=10_000)
+    assert ((data.train.labels[:, 1:] != IGNORED).sum(1) > 0).all()
+
+
+def test_min_tokens_and_max_rows(tmp_path: Path, tokenizer) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [record("x" * (10 if i % 2 else 200) + str(i)) for i in range(200)])
+    data = load(source, tokenizer, min_tokens=150, max_rows=7, train_windows=10_000, packing="cut")
+    assert data.facts["documents_trained"] == len(data.train) == 7
+    assert data.facts["documents_short"] > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"min_tokens": 5000}, "lower --min-tokens"),
+        ({"length": 5000}, "shorter than one window"),
+    ],
+)
+def test_nothing_left_is_one_line(tmp_path: Path, tokenizer, options: dict, message: str) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [record(f"Short {i}.") for i in range(60)])
+    with pytest.raises(UserError, match=message):
+        load(source, tokenizer, **options)
+
+
+def test_too_few_documents_to_hold_any_out(tmp_path: Path, tokenizer) -> None:
+    with pytest.raises(UserError, match="split"):
+        load(write_jsonl(tmp_path / "d.jsonl", [record("one " * 50)]), tokenizer)
+
+
+def test_the_same_seed_draws_the_same_windows(records: Path, tokenizer) -> None:
+    a, b, c = (load(str(records), tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert a.facts["sha256"] == b.facts["sha256"] != c.facts["sha256"]
+    assert torch.equal(a.train.input_ids, b.train.input_ids)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer) -> None:
+    check_tokenizer(tokenizer, len(tokenizer))
+    with pytest.raises(UserError, match="does not match the model"):
+        check_tokenizer(tokenizer, len(tokenizer) - 1)

@@ -1,0 +1,218 @@
+"""Stopped, killed and broken runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsa_export.cli import UserError
+from train import checkpoint, joint, trainer, warmup
+
+ARGUMENTS = [
+    "--length",
+    "48",
+    "--batch-size",
+    "2",
+    "--held-out",
+    "2",
+    "--min-tokens",
+    "1",
+    "--device",
+    "cpu",
+    "--topk",
+    "8",
+]
+INDEXER = ["--index-heads", "2", "--index-dim", "16"]
+
+
+def command(tiny: Path, records: Path, out: Path, steps: int, *more: str) -> list[str]:
+    return ["--model", str(tiny), "--data", str(records), "--out", str(out), "--steps", str(steps),
+            *ARGUMENTS, *INDEXER, *more]  # fmt: skip
+
+
+def weights_bytes(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process a SIGINT in the middle of a step."""
+    original = trainer.Trainer._step
+
+    def step_and_interrupt(self):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", step_and_interrupt)
+
+
+def test_kill_9_at_any_moment_resumes_to_the_same_bits(tiny: Path, records: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    steps = 60
+    program = [sys.executable, "-m", "train.warmup"]
+    run = [*program, *command(tiny, records, killed, steps, "--save-every", "1")]
+    subprocess.run([*program, *command(tiny, records, whole, steps)], check=True, stdout=subprocess.DEVNULL)
+    state = tmp_path / "killed.partial" / checkpoint.STATE
+    killed_once = False
+    while not killed.exists():
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL)
+        while not killed_once and process.poll() is None and not state.exists():
+            time.sleep(0.01)
+        if not killed_once:
+            time.sleep(0.1)  # some steps later, wherever that is
+            process.kill()
+        code = process.wait()
+        assert code == 0 or (not killed_once and code == -signal.SIGKILL)
+        killed_once |= code == -signal.SIGKILL
+    assert killed_once
+    assert weights_bytes(killed) == weights_bytes(whole)
+
+
+@pytest.mark.parametrize("stage", [warmup, joint])
+def test_ctrl_c_saves_and_resumes_to_the_same_bits(
+    stage, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = command(tiny, records, tmp_path / "whole", 6)
+    if stage is joint:
+        warmup.main(command(tiny, records, tmp_path / "warm", 1))
+        arguments = command(tmp_path / "warm", records, tmp_path / "whole", 6)
+        arguments = arguments[: -len(INDEXER)]
+    stage.main(arguments)
+    cut = [str(tmp_path / "cut") if a == str(tmp_path / "whole") else a for a in arguments]
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt, match="step 3 of 6"):
+            stage.main(cut)
+    assert not (tmp_path / "cut").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    metrics = tmp_path / "cut.partial" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 4, "kl": 1.0}\n{"step": 5, "k')  # lines after the last state
+    stage.main(cut)
+    assert weights_bytes(tmp_path / "cut") == weights_bytes(tmp_path / "whole")
+    assert not (tmp_path / "cut.partial").exists() and not (tmp_path / "cut" / "state.pt").exists()
+    for folder in ("cut", "whole"):
+        steps = [line.split(",")[0] for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps[1:7] == [f'{{"step": {n}' for n in range(1, 7)] and len(steps) == 8
+
+
+def test_another_configuration_is_refused_and_overwrite_starts_again(
+    tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            warmup.main(command(tiny, records, tmp_path / "w", 4))
+    with pytest.raises(UserError, match=r"another configuration .*lr: 0.01 there, 0.5 now"):
+        warmup.main(command(tiny, records, tmp_path / "w", 4, "--lr", "0.5"))
+    with pytest.raises(UserError, match="seed"):
+        warmup.main(command(tiny, records, tmp_path / "w", 4, "--seed", "7"))
+    assert (tmp_path / "w.partial" / "state.pt").exists()
+    warmup.main(command(tiny, records, tmp_path / "w", 4, "--lr", "0.5", "--overwrite"))
+    assert (tmp_path / "w" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(
+    poison: float, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = warmup.warmup_terms
+    calls = 0
+
+    def poisoned(model, batch, topk):
+        nonlocal calls
+        calls += 1
+        terms = healthy(model, batch, topk)
+        return terms | {"kl": terms["kl"] * (poison if calls == 3 else 1)}
+
+    monkeypatch.setattr(warmup, "warmup_terms", poisoned)
+    with pytest.raises(UserError, match=r"at step 3 \(windows \d+, \d+\).*lower --lr"):
+        warmup.main(command(tiny, records, tmp_path / "w", 5))
+    state = checkpoint.load_state(tmp_path / "w.partial")
+    assert state is not None and state["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in state["weights"].values())
+
+
+def test_a_full_disk_leaves_the_previous_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save_state(tmp_path, {"step": 1, "x": torch.zeros(1000)})
+
+    def full(state, file) -> None:
+        file.write(b"half of it")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # what torch raises
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError) as error:
+            checkpoint.save_state(tmp_path, {"step": 2})
+    assert error.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+    state = checkpoint.load_state(tmp_path)
+    assert state is not None and state["step"] == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_torch_reports_a_full_disk_the_way_we_expect(tmp_path: Path) -> None:
+    (tmp_path / "state.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        checkpoint.save_state(tmp_path, {"x": torch.zeros(10_000_000)})
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_an_unreadable_state_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(UserError, match="--overwrite"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_max_minutes_ends_the_run_early_with_a_checkpoint(tiny: Path, records: Path, tmp_path: Path) -> None:
+    warmup.main(command(tiny, records, tmp_path / "w", 5000, "--max-minutes", "0.01"))
+    assert (tmp_path / "w" / "manifest.json").exists()
+    assert 1 <= len((tmp_path / "w" / "metrics.jsonl").read_text().splitlines()) < 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topk", "0"], "--topk must be at least 1"),
+        (["--steps", "0"], "--steps"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--lr", "0"], "--lr"),
+        (["--length", "1"], "--length"),
+        (["--length", "4096"], "beyond the model's 512 positions"),
+        (["--warmup-steps", "9"], "--warmup-steps 9 is more than --steps 4"),
+        (["--model", "/no/such/model"], "no such folder"),
+        (["--data", "/no/such/data"], "no such data"),
+        (["--device", "cuda:77"], "--device"),
+        (["--index-queries", "shared"], "index_queries"),
+        (["--index-dim", "15"], "even"),
+    ],
+)
+def test_bad_arguments_are_one_line_before_time_is_spent(
+    arguments: list[str], message: str, tiny: Path, records: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        warmup.main([*command(tiny, records, tmp_path / "w", 4), *arguments])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tiny: Path, records: Path, tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not written by this toolchain"):
+        warmup.main(command(tiny, records, tmp_path / "w", 4, "--overwrite"))
+    assert (tmp_path / "w" / "thesis.tex").exists()
+
+
+def test_errors_reach_the_shell_as_one_line(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "train.warmup", "--model", "/no/such/model", "--out", str(tmp_path / "w")]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

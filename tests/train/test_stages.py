@@ -1,0 +1,283 @@
+"""Warm-up and joint training on a tiny model: what trains what, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsa_export.cli import UserError
+from dsa_export.model import AttentionTrace, load_model
+from train import joint, warmup
+from train.data import IGNORED, Windows
+from train.evaluate import evaluate
+from train.losses import IndexerObserver, indexer_kl_reference
+from train.trainer import Settings
+
+INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
+SHORT = [
+    "--steps",
+    "3",
+    "--length",
+    "48",
+    "--batch-size",
+    "2",
+    "--held-out",
+    "2",
+    "--min-tokens",
+    "1",
+    "--device",
+    "cpu",
+]
+SMALL_INDEXER = ["--topk", "8", "--index-heads", "2", "--index-dim", "16"]
+
+
+def batch(lengths: tuple[int, ...] = (40, 25), seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 250, (len(lengths), max(lengths)), generator=g)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, IGNORED)}
+
+
+def trained(tiny: Path, records: Path, out: Path, *arguments: str) -> Path:
+    warmup.main(["--model", str(tiny), "--data", str(records), "--out", str(out), *SHORT, *SMALL_INDEXER, *arguments])
+    return out
+
+
+@pytest.fixture(scope="module")
+def warm(tiny: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tiny, records, tmp_path_factory.mktemp("warm") / "warmup")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+# ---------------------------------------------------------------- warm-up
+
+
+def test_the_warm_up_trains_the_indexer_and_leaves_the_base_bitwise(tiny: Path, warm: Path) -> None:
+    before, after = weights(tiny), weights(warm)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    torch.manual_seed(0)
+    untrained = load_model(tiny, **INDEXER).state_dict()
+    indexer = [name for name in after if ".indexer." in name]
+    assert set(after) - set(before) == set(indexer) and indexer
+    assert all(not torch.equal(untrained[name], after[name]) for name in indexer)
+
+
+def test_the_teacher_of_the_warm_up_is_dense(tiny: Path) -> None:
+    """Bug of the original: the "dense" teacher is masked by the untrained selection."""
+    traces: list[AttentionTrace] = []
+    model = load_model(tiny, **INDEXER).train()
+    model.sparse = True  # whatever it was
+    warmup.warmup_terms(model, batch(), 8)
+    assert not model.sparse
+    inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+
+    def observer(trace: AttentionTrace) -> dict:
+        traces.append(trace)
+        return {}
+
+    sparse_free = model.model(**inputs, observer=observer).last_hidden_state
+    assert all(trace.indices is None for trace in traces)
+    dense = load_model(tiny, attention="dense").model(**inputs).last_hidden_state
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(sparse_free[valid], dense[valid])
+
+
+def test_the_warm_up_loss_is_the_definition_over_all_visible_keys(tiny: Path) -> None:
+    model = load_model(tiny, **INDEXER).train()
+    model.sparse = False
+    expected = []
+
+    def observer(t: AttentionTrace) -> dict:
+        arguments = (t.index_q, t.index_weights, t.index_k, t.q, t.k, t.lengths, t.scale)
+        expected.append(indexer_kl_reference(*arguments))
+        return {}
+
+    inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    model.model(**inputs, observer=observer)
+    terms = warmup.warmup_terms(model, batch(), 8)
+    torch.testing.assert_close(terms["kl"], torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_padding_changes_no_loss(tiny: Path, sparse: bool) -> None:
+    """Bug of the original: padding rows count. A padded batch gives the mean of its rows alone, by their tokens."""
+    model = load_model(tiny, **INDEXER).train()
+    model.sparse = sparse
+    whole = batch((40, 25))
+    observer = IndexerObserver(8)
+    together = model(**whole, observer=observer)
+    alone = [
+        model(**{name: tensor[b : b + 1, :n] for name, tensor in whole.items()}, observer=observer)
+        for b, n in enumerate((40, 25))
+    ]
+    kl = (40 * alone[0].aux_losses["kl"] + 25 * alone[1].aux_losses["kl"]) / 65
+    torch.testing.assert_close(together.aux_losses["kl"], kl)
+    torch.testing.assert_close(together.loss, (39 * alone[0].loss + 24 * alone[1].loss) / 63)
+
+
+def test_the_warm_up_learns(tiny: Path, records: Path, tmp_path: Path) -> None:
+    out = trained(tiny, records, tmp_path / "w", "--steps", "40", "--lr", "1e-2")
+    manifest = json.loads((out / "manifest.json").read_text())
+    before, after = manifest["before"], manifest["after"]
+    assert after["kl"] < 0.8 * before["kl"]
+    assert before["recall"] < after["recall"] <= after["recall_best"] + 1e-6
+    assert after["loss_dense"] == before["loss_dense"]
+
+
+# ---------------------------------------------------------------- joint
+
+
+def test_cross_entropy_and_kl_do_not_mix(warm: Path) -> None:
+    """Bug of the original: the indexer's input is not detached, so the KL trains the base."""
+    model = load_model(warm).train()
+    terms = joint.joint_terms(model, batch(), 8)
+    groups = joint.parameter_groups(model)
+    assert {id(p) for g in groups.values() for p in g} == {id(p) for p in model.parameters()}
+
+    kl_to_base = torch.autograd.grad(terms["kl"], groups["base"], allow_unused=True, retain_graph=True)
+    assert all(g is None or (g == 0).all() for g in kl_to_base)
+    kl_to_indexer = torch.autograd.grad(terms["kl"], groups["indexer"], retain_graph=True)
+    assert all((g != 0).any() for g in kl_to_indexer)
+    ce_to_indexer = torch.autograd.grad(terms["cross_entropy"], groups["indexer"], allow_unused=True, retain_graph=True)
+    assert all(g is None or (g == 0).all() for g in ce_to_indexer)
+    ce_to_base = torch.autograd.grad(terms["cross_entropy"], groups["base"])
+    assert all((g != 0).any() for g in ce_to_base)
+
+
+def test_the_joint_loss_is_over_the_selected_keys(warm: Path) -> None:
+    model = load_model(warm).train()
+    expected = []
+
+    def observer(t: AttentionTrace) -> dict:
+        assert t.indices is not None and (t.indices >= 0).sum(-1).max() == 8
+        arguments = (t.index_q, t.index_weights, t.index_k, t.q, t.k, t.lengths, t.scale)
+        expected.append(indexer_kl_reference(*arguments, t.indices))
+        return {}
+
+    model.sparse = True
+    output = model(**batch(), observer=observer)
+    terms = joint.joint_terms(model, batch(), 8)
+    torch.testing.assert_close(terms["kl"], torch.stack(expected).mean())
+    torch.testing.assert_close(terms["cross_entropy"], output.loss)
+
+
+def test_joint_training_trains_everything_and_writes_a_checkpoint(
+    warm: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(warmup, "OUT", str(warm))
+    monkeypatch.chdir(tmp_path)
+    command = ["--data", str(records), "--lr", "1e-3", *SHORT]
+    joint.main(command)
+    before, after = weights(warm), weights(tmp_path / "ckpt")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    written = {p.name for p in (tmp_path / "ckpt").iterdir()}
+    assert {"config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", "loss.png"} <= written
+    assert not {"state.pt"} & written and not (tmp_path / "ckpt.partial").exists()
+    assert (tmp_path / "ckpt" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    manifest = json.loads((tmp_path / "ckpt" / "manifest.json").read_text())
+    assert manifest["kind"] == "checkpoint" and len(manifest["source"]["sha256"]) == len(manifest["data"]["sha256"])
+    metrics = [json.loads(line) for line in (tmp_path / "ckpt" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "evaluation" not in m] == [1, 2, 3]
+    assert [m["evaluation"] for m in metrics if "evaluation" in m] == ["before", "after"]
+
+    capsys.readouterr()
+    modified = (tmp_path / "ckpt" / "model.safetensors").stat().st_mtime_ns
+    joint.main(command)  # `make demo` for the second time
+    assert "there already" in capsys.readouterr().out
+    assert (tmp_path / "ckpt" / "model.safetensors").stat().st_mtime_ns == modified
+    with pytest.raises(UserError, match=r"lr: 0.001 there, 0.002 now"):
+        joint.main([*command, "--lr", "2e-3"])
+    joint.main([*command, "--lr", "2e-3", "--overwrite"])
+    assert (tmp_path / "ckpt" / "model.safetensors").stat().st_mtime_ns != modified
+
+
+def test_joint_training_runs_the_warm_up_first_if_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Ran(Exception):
+        pass
+
+    def main(argv: list[str]) -> None:
+        assert argv == []
+        raise Ran
+
+    monkeypatch.setattr(warmup, "main", main)
+    with pytest.raises(Ran):
+        joint.main([])
+
+
+def test_a_model_without_indexer_is_refused(tiny: Path, records: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no indexer"):
+        joint.main(["--model", str(tiny), "--data", str(records), "--out", str(tmp_path / "c"), *SHORT])
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_measures_selection(tiny: Path) -> None:
+    model = load_model(tiny, **INDEXER)
+    data = batch((40, 25))
+    windows = Windows(data["input_ids"].int(), data["labels"].int(), torch.tensor([40, 25]))
+    result = evaluate(model, windows, batch_size=1)
+    assert result["loss_sparse"] != pytest.approx(result["loss_dense"], abs=1e-4)
+    assert 0 < result["recall"] <= result["recall_best"] <= 1
+    assert all(math.isfinite(value) for value in result.values())
+    # Batches of different lengths do not change the means.
+    together = evaluate(model, windows, batch_size=2)
+    for name in ("loss_dense", "loss_sparse", "kl", "recall", "recall_window", "recall_best"):
+        assert together[name] == pytest.approx(result[name], rel=1e-4), name
+    model.sparse = False
+    dense = model(**data, use_cache=False).loss.item()
+    assert result["loss_dense"] == pytest.approx(dense, rel=1e-5)
+    model.set_topk(40)
+    everything = evaluate(model, windows)
+    assert everything["loss_sparse"] == pytest.approx(dense, rel=1e-5)
+    assert "recall" not in everything
+    assert not model.sparse and not model.training
+
+
+# ---------------------------------------------------------------- the optimiser's schedule and order
+
+
+def test_every_window_is_taken_once_per_epoch() -> None:
+    settings = Settings(steps=10, batch_size=3, accumulation=2)
+    taken = torch.cat([settings.rows(step, micro, 9) for step in range(3) for micro in range(2)]).tolist()
+    assert sorted(taken[:9]) == sorted(taken[9:]) == list(range(9))
+    assert taken[:9] != taken[9:]
+
+
+@pytest.mark.parametrize("schedule, last", [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
+def test_schedules(schedule: str, last: float) -> None:
+    settings = Settings(steps=1000, warmup_steps=10, schedule=schedule)
+    factors = [settings.lr_factor(step) for step in range(1000)]
+    assert 0 < factors[0] < 0.2 and factors[10] == 1.0 == max(factors)
+    assert factors[-1] == pytest.approx(last, abs=0.01)
+
+
+def test_accumulation_equals_one_large_batch(tiny: Path, records: Path, tmp_path: Path) -> None:
+    """Rows of different lengths: each term is averaged over the whole update, not over micro-batches."""
+    one = trained(tiny, records, tmp_path / "one", "--packing", "cut", "--length", "200", "--batch-size", "4")
+    four = trained(tiny, records, tmp_path / "four", "--packing", "cut", "--length", "200", "--batch-size", "1",
+                   "--accumulation", "4")  # fmt: skip
+    a, b = weights(one), weights(four)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
+    first = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])["kl"] for folder in (one, four)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+def test_bf16_computation_keeps_fp32_weights(tiny: Path, records: Path, tmp_path: Path) -> None:
+    out = trained(tiny, records, tmp_path / "w", "--dtype", "bf16")
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}

@@ -1,0 +1,66 @@
+"""What training writes to disk: the state to resume from, and the finished checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from dsa_export.cli import UserError
+from dsa_export.files import PARTIAL
+
+STATE = "state.pt"
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes state.pt under a temporary name and renames it: whatever happens, a whole state is there."""
+    path = folder / STATE
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with disk_errors(path), partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The last state saved in a folder, or None. Raises UserError if it cannot be read."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): --overwrite starts again") from None
+
+
+def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Writes the Hugging Face files: config, weights, tokenizer."""
+    logging.disable_progress_bar()  # transformers' own
+    with disk_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """torch and safetensors report a full disk as errors of their own: raised here as the OSError that it is."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = str(error)
+        if any(sign in text for sign in ("No space left", "StorageFull", "unexpected pos", "file write failed")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise

@@ -1,0 +1,436 @@
+"""Text to training windows: records → chat template → tokens and labels → windows of one length.
+
+Sources (`--data`):
+    stdlib                      the Python standard library's own sources, written once as JSON lines
+    *.jsonl, *.json (.gz, .zst) JSON lines in the deepctrl-sft-data schema: instruction, input, output, history
+    a folder                    its *.jsonl files, or else every text file in it, one document each
+    any other file              one plain text document
+    hf://…, https://…           JSON lines, streamed
+
+Everything is read as a stream and only as far as needed. A document is held out for evaluation if its own hash says so:
+wherever it stands in the source, it is never trained on.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsa_export.cli import UserError, progress_bar
+from dsa_export.files import write_atomically
+
+IGNORED = -100
+"""Label of a token that does not count in the cross-entropy (prompt, padding)."""
+
+HELD_OUT_SHARE = 20
+"""One document in this many is held out."""
+
+POOL = 4
+"""Windows are drawn at random from this many times what is needed, so that a few long documents do not fill a run."""
+
+TEXT_SUFFIXES = frozenset(
+    [
+        ".py",
+        ".md",
+        ".txt",
+        ".rst",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".js",
+        ".ts",
+        ".java",
+        ".go",
+        ".rs",
+        ".rb",
+        ".sh",
+        ".tex",
+        ".html",
+        ".css",
+        ".sql",
+        ".yaml",
+        ".toml",
+    ]
+)
+
+
+# ---------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True)
+class Document:
+    """Chat messages before the answer, and the answer. Plain text has no messages."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    answer: str
+
+    def is_held_out(self) -> bool:
+        """Decided by the content alone, so that a duplicate is on the same side and no order matters."""
+        digest = hashlib.blake2b(json.dumps([self.messages, self.answer]).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % HELD_OUT_SHARE == 0
+
+
+def parse_record(line: str) -> Document:
+    """One line of deepctrl-sft-data. Raises ValueError with the reason if it is malformed."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {type(record).__name__}")
+    instruction, user_input, output = (record.get(name) or "" for name in ("instruction", "input", "output"))
+    if not all(isinstance(text, str) for text in (instruction, user_input, output)):
+        raise ValueError("instruction, input and output must be strings")
+    if not output:
+        raise ValueError("no output")
+    question = "\n".join(part for part in (instruction, user_input) if part)
+    if not question:
+        raise ValueError("neither instruction nor input")
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError("history must be a list of [user, assistant] pairs")
+    messages: list[tuple[str, str]] = []
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError("history must be a list of [user, assistant] pairs")
+        messages += [("user", turn[0]), ("assistant", turn[1])]
+    return Document((*messages, ("user", question)), output)
+
+
+@dataclass
+class Malformed:
+    """Counts the lines that could not be read, and stops the run when they are more than 1 %."""
+
+    allowed: bool = False
+    lines: int = 0
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str, reason: str) -> None:
+        self.count += 1
+        if len(self.first) < 3:
+            self.first.append(f"{where}: {reason}")
+
+    def check(self) -> None:
+        if self.count * 100 > self.lines and not self.allowed:
+            raise UserError(
+                f"{self.count} of {self.lines} lines are malformed ({'; '.join(self.first)}): "
+                "mend the file, or pass --allow-malformed"
+            )
+
+    def summary(self) -> str:
+        return f"{self.count} of {self.lines} lines malformed and left out ({'; '.join(self.first)})"
+
+
+def documents(source: str, malformed: Malformed) -> Iterator[Document]:
+    """Streams the documents of a source. Raises UserError if there is none, or too many lines are malformed."""
+    if source == "stdlib":
+        source = str(stdlib_records())
+    if "://" in source:
+        yield from _json_lines(source, source.rsplit("/", 1)[-1], malformed)
+        return
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"no such data: {source}")
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    records = [f for f in files if {".jsonl", ".json"} & set(f.suffixes) and (f.suffix != ".json" or f == path)]
+    for file in records:
+        yield from _json_lines(_address(file), file.name, malformed)
+    if not records:
+        texts = [f for f in files if f == path or _is_text(f.relative_to(path))]
+        # Neighbours in a source tree are alike: an order that is stable, but not alphabetical.
+        texts.sort(key=lambda f: hashlib.blake2b(str(f.relative_to(path)).encode()).digest())
+        yield from _text_files(texts, source)
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix in TEXT_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def _json_lines(address: str, name: str, malformed: Malformed) -> Iterator[Document]:
+    for number, line in enumerate(_stream(address, sample_by="line"), start=1):
+        malformed.lines += 1
+        try:
+            document = parse_record(line)
+        except ValueError as error:  # JSONDecodeError is one
+            malformed.add(f"{name} line {number}", str(error))
+        else:
+            yield document
+        if malformed.lines % 1000 == 0:
+            malformed.check()
+    malformed.check()
+
+
+def _text_files(files: list[Path], source: str) -> Iterator[Document]:
+    if not files:
+        raise UserError(f"no *.jsonl and no text files in {source}")
+    for file in files:
+        for text in _stream(_address(file), sample_by="document"):
+            if text.strip():
+                yield Document((), text)
+
+
+def _address(file: Path) -> str:
+    if glob.has_magic(str(file.resolve())):
+        raise UserError(f"cannot read {file}: *, ? and [ ] in its path would be taken for a pattern; rename it")
+    return str(file.resolve())
+
+
+def _stream(address: str, sample_by: str) -> Iterator[str]:
+    """Lines or whole files through `datasets`, which reads local, compressed and remote files alike."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            "text", data_files=address, split="train", streaming=True, sample_by=sample_by, encoding_errors="replace"
+        )
+        for row in rows:
+            yield row["text"]
+    except (FileNotFoundError, ConnectionError) as error:
+        raise UserError(f"cannot read {address}: {str(error).splitlines()[0]}") from None
+
+
+def stdlib_records(folder: Path = Path("out/data")) -> Path:
+    """Writes the standard library's modules as deepctrl-sft-data records, once, and returns the file.
+
+    Each asks to continue a module from its first lines. Left out: tests, and tables that are no language.
+    """
+    path = folder / f"stdlib-{python_version()}.jsonl"
+    if path.is_file():
+        return path
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "site-packages", "encodings", "pydoc_data", "idle_test", "__pycache__"}
+    modules = [f for f in root.rglob("*.py") if not left_out & set(f.relative_to(root).parts)]
+    modules.sort(key=lambda f: hashlib.blake2b(f.relative_to(root).as_posix().encode()).digest())
+    lines = []
+    for module in modules:
+        text = module.read_text(encoding="utf-8", errors="replace")
+        start = text.find("\n", min(300, len(text) // 4)) + 1
+        if not text[start:].strip() or not start:
+            continue
+        instruction = f"Continue the Python module {module.relative_to(root).as_posix()}."
+        record = {"instruction": instruction, "input": text[:start], "output": text[start:], "history": []}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    if not lines:
+        raise UserError(f"no Python sources in {root}: pass --data")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(lines))
+    return path
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def encode(document: Document, tokenizer: Any, *, train_on_prompt: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a document: prompt through the chat template, labelled -100; answer; eos.
+
+    Prompt and answer are tokenized apart, so the answer begins where generation would begin.
+    """
+    prompt: list[int] = []
+    if document.messages:
+        messages = [{"role": role, "content": content} for role, content in document.messages]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    answer = tokenizer(document.answer, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [*prompt, *answer, tokenizer.eos_token_id]
+    return ids, ids[:] if train_on_prompt else [IGNORED] * len(prompt) + ids[len(prompt) :]
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raises UserError if the tokenizer cannot be used with a model of this vocabulary."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise UserError(
+            f"the tokenizer does not match the model: it has token id {highest}, the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the tokenizer that came with the checkpoint"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos token: the answers could not be ended")
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template: use that of an instruct checkpoint of the same family")
+
+
+# ---------------------------------------------------------------- windows
+
+
+@dataclass(frozen=True)
+class Windows:
+    """N windows of T tokens, padded on the right where a document was shorter.
+
+    input_ids [N, T] int32, labels [N, T] int32 (-100: not counted), lengths [N] int64 (valid tokens).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """input_ids, attention_mask, labels [B, longest row] int64, on `device`."""
+        lengths = self.lengths[rows]
+        longest = int(lengths.max())
+        batch = {
+            "input_ids": self.input_ids[rows, :longest].long(),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+            "labels": self.labels[rows, :longest].long(),
+        }
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for tensor in (self.input_ids, self.labels, self.lengths):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Windows to train on, windows of other documents to evaluate on, and facts for the manifest."""
+
+    train: Windows
+    held_out: Windows
+    facts: dict[str, Any]
+
+
+def load_data(
+    source: str,
+    tokenizer: Any,
+    length: int,
+    *,
+    train_windows: int,
+    held_out_windows: int,
+    min_tokens: int = 0,
+    max_rows: int = 20_000,
+    packing: str = "pack",
+    seed: int = 0,
+    allow_malformed: bool = False,
+    train_on_prompt: bool = False,
+) -> TrainingData:
+    """Reads as much of the source as the run needs.
+
+    Args:
+        length: T, tokens per window.
+        train_windows, held_out_windows: how many windows the run uses; fewer come back if the source has fewer.
+        min_tokens: shorter documents are left out.
+        max_rows: training documents at most.
+        packing: "pack": documents end to end, cut every T tokens, the rest of the last window dropped;
+            "cut": one window per document, its first T tokens, padded if shorter.
+        train_on_prompt: label the prompt too (training from scratch).
+
+    Raises UserError: nothing to read, too many malformed lines, nothing left after filtering, too little text.
+    """
+    malformed = Malformed(allow_malformed)
+    wanted = {"train": POOL * train_windows, "held-out": POOL * held_out_windows}
+    builders = {name: _WindowBuilder(length, packing) for name in wanted}
+    rows = dict.fromkeys(wanted, 0)
+    read = short = 0
+    with progress_bar() as progress:
+        task = progress.add_task("read data", total=sum(wanted.values()))
+        for document in documents(source, malformed):
+            read += 1
+            split = "held-out" if document.is_held_out() else "train"
+            full = {name: len(builders[name]) >= wanted[name] for name in wanted}
+            full["train"] |= rows["train"] >= max_rows
+            if all(full.values()):
+                break
+            if full[split]:
+                continue
+            ids, labels = encode(document, tokenizer, train_on_prompt=train_on_prompt)
+            if len(ids) < min_tokens:
+                short += 1
+                continue
+            rows[split] += 1
+            builders[split].add(ids, labels)
+            progress.update(task, completed=sum(min(len(builders[name]), wanted[name]) for name in wanted))
+    malformed.check()
+    for name, builder in builders.items():
+        if len(builder) == 0 and wanted[name]:
+            raise UserError(_nothing_left(name, source, read, short, min_tokens, rows[name], builder.tokens, length))
+    train = builders["train"].windows(train_windows, seed)
+    held_out = builders["held-out"].windows(held_out_windows, seed)
+    facts = {
+        "path": source,
+        "sha256": train.sha256(),
+        "held_out_sha256": held_out.sha256(),
+        "documents_read": read,
+        "documents_short": short,
+        "documents_trained": rows["train"],
+        "documents_held_out": rows["held-out"],
+        "windows": len(train),
+        "windows_held_out": len(held_out),
+        "malformed": malformed.summary() if malformed.count else None,
+    }
+    return TrainingData(train, held_out, facts)
+
+
+def _nothing_left(
+    split: str, source: str, read: int, short: int, min_tokens: int, rows: int, tokens: int, length: int
+) -> str:
+    if read == 0:
+        return f"{source} holds no documents"
+    if rows == 0 and short:
+        return f"no {split} document of {source} has {min_tokens} tokens ({read} read): lower --min-tokens"
+    if rows == 0:
+        return (
+            f"none of the {read} documents of {source} falls into the {split} split (one in {HELD_OUT_SHARE} is held "
+            "out, by its hash): more documents are needed"
+        )
+    return (
+        f"the {split} text of {source} is shorter than one window ({tokens} tokens with labels, --length {length}): "
+        "lower --length, or give more text"
+    )
+
+
+class _WindowBuilder:
+    """Cuts or packs token lists into windows of one length; windows without any label to learn from are dropped."""
+
+    def __init__(self, length: int, packing: str):
+        self.length = length
+        self.packing = packing
+        self.tokens = 0
+        self.pending: tuple[list[int], list[int]] = ([], [])
+        self.rows: list[tuple[Tensor, Tensor, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, ids: list[int], labels: list[int]) -> None:
+        self.tokens += len(ids)
+        if self.packing == "cut":
+            self._emit(ids[: self.length], labels[: self.length])
+            return
+        ids, labels = self.pending[0] + ids, self.pending[1] + labels
+        whole = len(ids) // self.length * self.length
+        for start in range(0, whole, self.length):
+            self._emit(ids[start : start + self.length], labels[start : start + self.length])
+        self.pending = (ids[whole:], labels[whole:])
+
+    def _emit(self, ids: list[int], labels: list[int]) -> None:
+        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
+            return
+        padding = self.length - len(ids)
+        id_row = torch.tensor(ids + [0] * padding, dtype=torch.int32)
+        label_row = torch.tensor(labels + [IGNORED] * padding, dtype=torch.int32)
+        self.rows.append((id_row, label_row, len(ids)))
+
+    def windows(self, count: int, seed: int) -> Windows:
+        """`count` of the windows (or all, if fewer), drawn and ordered by the seed."""
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        drawn = [self.rows[i] for i in order]
+        if not drawn:
+            empty = torch.zeros(0, self.length, dtype=torch.int32)
+            return Windows(empty, empty, torch.zeros(0, dtype=torch.int64))
+        ids, labels, lengths = zip(*drawn, strict=True)
+        return Windows(torch.stack(ids), torch.stack(labels), torch.tensor(lengths))

@@ -1,0 +1,100 @@
+"""Stage 2, joint training: attention over the selection; cross-entropy trains the base, the KL on the selected keys
+trains the indexer. The two do not mix: the indexer's input and the teacher are detached."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsa_export.cli import UserError, run
+from dsa_export.model import load_model, load_tokenizer
+from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
+from train import warmup
+from train.data import check_tokenizer
+from train.evaluate import evaluate
+from train.losses import IndexerObserver
+from train.options import (
+    DTYPES,
+    Recipe,
+    argument_parser,
+    check,
+    identity,
+    is_done,
+    model_source,
+    pick_device,
+    resolve,
+    train,
+    training_data,
+)
+from train.trainer import Stage
+
+OUT = "ckpt"
+
+SMALL = Recipe(steps=100, batch_size=2, length=512, lr=3e-4, min_tokens=64)
+REAL = Recipe(steps=1000, batch_size=1, length=2048, lr=1e-5, min_tokens=1024)
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    named = list(model.named_parameters())
+    return {
+        "base": [p for name, p in named if INDEXER not in name],
+        "indexer": [p for name, p in named if INDEXER in name],
+    }
+
+
+def joint_terms(model: Any, batch: dict[str, Tensor], topk: int) -> dict[str, Tensor]:
+    """{"cross_entropy", "kl", "recall", …} of a batch under selection."""
+    model.sparse = True
+    output = model(**batch, observer=IndexerObserver(topk, warmup.MEASURE_EVERY))
+    return {"cross_entropy": output.loss, **output.aux_losses}
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT)
+    result.add_argument(
+        "--model",
+        metavar="DIR",
+        help=f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]",
+    )
+    result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    check(args)
+    if args.model is None and not Path(warmup.OUT).is_dir():
+        warmup.main([])
+    name = args.model or warmup.OUT
+    config = load_config(name)
+    if not has_indexer(config):
+        raise UserError(f"{name} has no indexer yet: run `python -m train.warmup --model {name}` first")
+    resolve(args, SMALL, REAL, config)
+    args.topk = args.topk or config.index_topk
+    source = model_source(name)
+    run_identity = identity("joint", args)
+    if is_done(args.out, source["sha256"], run_identity, args.overwrite):
+        return
+
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(name)
+    check_tokenizer(tokenizer, config.vocab_size)
+    data = training_data(args, tokenizer)
+    model = load_model(name, index_topk=args.topk).to(device)
+    stage = Stage(
+        name="joint",
+        groups=parameter_groups,
+        terms=partial(joint_terms, topk=args.topk),
+        losses=("cross_entropy", "kl"),
+        evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
+    )
+    train(stage, model, tokenizer, data, source, run_identity, args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,246 @@
+"""The indexer's loss: KL(p ‖ softmax(I)) against the attention of the model itself, in bounded memory.
+
+Shapes: B batch, T tokens, Hq/Hkv query/KV heads, D head size, Hi/Di indexer heads/size, K = k.
+
+    index_q        [B, T, Hi, Di]  rotated                    } trained by this loss
+    index_weights  [B, T, Hi]      Hi^-1/2 Di^-1/2 included   }
+    index_k        [B, T, Di]      rotated                    }
+    q              [B, Hq, T, D]   rotated; the teacher, never given a gradient
+    k              [B, Hkv, T, D]  rotated; the teacher, never given a gradient
+    lengths        [B]             int64; valid tokens of each row, which is padded on the right
+    indices        [B, T, K]       int32, -1 fills; None: every visible key counts (warm-up)
+
+For a query t, p is the mean over the query heads of the attention probabilities and I the index score. Both are
+distributions over the same keys: all visible ones in the warm-up, the selected ones in the joint stage. The loss is
+the mean over the valid queries of KL(p ‖ softmax(I)): padding rows neither add to the sum nor to the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsa_export.model import AttentionTrace
+from plugins.index_topk.op import topk_lowest_index_first
+
+TILE = 256
+"""Query rows handled at a time. Peak extra memory is about (Hq / Hkv + 2 Hi) · TILE · T · 4 bytes."""
+
+
+def indexer_kl_reference(
+    index_q: Tensor,
+    index_weights: Tensor,
+    index_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor,
+    scale: float,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """The definition, differentiable by autograd: holds [B, Hq, T, T] scores. For the tests."""
+    T = q.shape[2]
+    visible = torch.ones(T, T, dtype=torch.bool).tril().expand(len(q), T, T)
+    if indices is not None:
+        slots = torch.where(indices >= 0, indices, T).long()
+        selected = torch.zeros(*indices.shape[:2], T + 1, dtype=torch.bool).scatter(-1, slots, True)
+        visible = visible & selected[..., :T]
+    k_BHTD = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ k_BHTD.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
+    p = scores.softmax(-1).mean(1).detach()
+    activations = torch.relu(torch.einsum("bthd,bsd->bths", index_q, index_k))
+    index_scores = torch.einsum("bth,bths->bts", index_weights, activations).masked_fill(~visible, -torch.inf)
+    log_student = torch.where(visible, index_scores.log_softmax(-1), 0)
+    kl_per_row = (torch.xlogy(p, p) - p * log_student).sum(-1)
+    valid = torch.arange(T) < lengths[:, None]
+    return kl_per_row[valid].mean()
+
+
+@dataclass(frozen=True)
+class IndexerLoss:
+    """Scalars. `kl` carries the gradient; the shares of attention mass do not, and are None if not measured.
+
+    Over the queries that see more than k keys: `recall` is the share of the (full, dense) attention mass that falls
+    on the indexer's k keys, `window` on the last k keys, `best` on the k keys of most mass: no selection gets more.
+    """
+
+    kl: Tensor
+    recall: Tensor | None = None
+    window: Tensor | None = None
+    best: Tensor | None = None
+
+
+def indexer_kl(
+    index_q: Tensor,
+    index_weights: Tensor,
+    index_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor,
+    scale: float,
+    indices: Tensor | None = None,
+    *,
+    topk: int = 0,
+    measure_every: int = 0,
+) -> IndexerLoss:
+    """The loss of indexer_kl_reference, exactly, without ever holding [T, T]. Shapes: see the top of this file.
+
+    Args:
+        topk: k of the measured shares. With `indices` the recall is theirs.
+        measure_every: measure the shares on every n-th query; 0: not at all.
+    """
+    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (index_q, index_weights, index_k))
+    kl, shares = _IndexerKL.apply(
+        index_q, index_weights, index_k, q, k, lengths, scale, indices, topk, measure_every, with_gradient
+    )
+    return IndexerLoss(kl, *shares.unbind()) if measure_every else IndexerLoss(kl)
+
+
+class _IndexerKL(torch.autograd.Function):
+    """Computes the gradient together with the loss, tile by tile; backward only scales it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx,
+        index_q: Tensor,
+        index_weights: Tensor,
+        index_k: Tensor,
+        q: Tensor,
+        k: Tensor,
+        lengths: Tensor,
+        scale: float,
+        indices: Tensor | None,
+        topk: int,
+        measure_every: int,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        accumulator = torch.promote_types(index_q.dtype, torch.float32)
+        valid_rows = int(lengths.sum())
+        kl = torch.zeros((), dtype=accumulator, device=q.device)
+        shares = _AttentionShares(topk, accumulator, q.device)
+        d_index_q, d_index_weights = torch.zeros_like(index_q), torch.zeros_like(index_weights)
+        d_index_k = torch.zeros_like(index_k, dtype=accumulator)
+
+        for b, start, stop in _tiles(lengths):
+            # From here on: R = stop - start query rows, which see no key beyond C = stop.
+            q_HRD, k_HCD = q[b, :, start:stop], k[b, :, :stop]
+            index_q_RHD, index_k_CD = index_q[b, start:stop], index_k[b, :stop]
+            weights_RH = index_weights[b, start:stop].to(accumulator)
+            positions = torch.arange(start, stop, device=q.device)[:, None]
+            visible = torch.arange(stop, device=q.device) <= positions
+            support = visible if indices is None else _selection_mask(indices[b, start:stop], stop)
+
+            p = _mean_attention(q_HRD, k_HCD, scale, support).to(accumulator)
+            activations_RHC = (index_q_RHD @ index_k_CD.T).relu_().to(accumulator)
+            scores = torch.bmm(weights_RH[:, None], activations_RHC)[:, 0].masked_fill_(~support, -torch.inf)
+            log_student = scores.log_softmax(-1)
+            kl += (torch.xlogy(p, p) - p * log_student.masked_fill(~support, 0)).sum()
+
+            if measure_every:
+                some = slice(-(start + 1) % measure_every, None, measure_every)
+                dense = p[some] if indices is None else _mean_attention(q_HRD[:, some], k_HCD, scale, visible[some])
+                shares.add(dense, positions[some], None if indices is None else support[some], scores[some])
+
+            if with_gradient:
+                d_scores = (log_student.exp() - p) / valid_rows  # 0 outside the support: exp(-inf) = 0 = p
+                d_index_weights[b, start:stop] = torch.bmm(activations_RHC, d_scores[..., None])[..., 0]
+                d_dots = activations_RHC.sign_().mul_(weights_RH[..., None]).mul_(d_scores[:, None])
+                d_dots_rows = d_dots.to(index_q.dtype).flatten(0, 1)
+                d_index_q[b, start:stop] = (d_dots_rows @ index_k_CD).view_as(index_q_RHD)
+                d_index_k[b, :stop] += d_dots_rows.T @ index_q_RHD.flatten(0, 1)
+
+        ctx.save_for_backward(d_index_q, d_index_weights, d_index_k.to(index_k.dtype))
+        result, measured = kl / valid_rows, shares.means()
+        ctx.mark_non_differentiable(measured)
+        return result, measured
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_kl: Tensor, _d_shares: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = (gradient * d_kl.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return (*gradients, *[None] * 8)
+
+
+def _tiles(lengths: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(row of the batch, first query, end of queries), over the valid tokens only."""
+    for b, length in enumerate(lengths.tolist()):
+        for start in range(0, length, TILE):
+            yield b, start, min(start + TILE, length)
+
+
+def _selection_mask(indices: Tensor, keys: int) -> Tensor:
+    """[R, K] with -1 fills -> [R, keys] bool."""
+    slots = torch.where(indices >= 0, indices, keys).long()
+    mask = torch.zeros(len(indices), keys + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, slots, True)[:, :keys]
+
+
+def _mean_attention(q_HRD: Tensor, k_HCD: Tensor, scale: float, support: Tensor) -> Tensor:
+    """Attention probabilities over `support` [R, C], mean over the query heads: [R, C], one KV head at a time."""
+    Hq, R, D = q_HRD.shape
+    Hkv, C, _ = k_HCD.shape
+    p = torch.zeros(R, C, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
+    for q_GRD, k_CD in zip(q_HRD.view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):
+        scores = (q_GRD @ k_CD.T).to(p.dtype).mul_(scale).masked_fill_(~support, -torch.inf)
+        scores -= scores.logsumexp(-1, keepdim=True)
+        p += scores.exp_().sum(0)
+    return p / Hq
+
+
+class _AttentionShares:
+    """Sums of the attention mass caught by the indexer, a window and the best choice, over rows that see > k keys."""
+
+    def __init__(self, k: int, dtype: torch.dtype, device: torch.device):
+        self.k = k
+        self.sums = torch.zeros(3, dtype=dtype, device=device)
+        self.rows = 0
+
+    def add(self, dense: Tensor, positions: Tensor, selected: Tensor | None, scores: Tensor) -> None:
+        """Probabilities [R, C], positions [R, 1], selection [R, C] (None: the k best scores), index scores [R, C]."""
+        crowded = positions[:, 0] >= self.k
+        if not crowded.any():
+            return
+        dense, positions = dense[crowded], positions[crowded]
+        slots = torch.arange(dense.shape[-1], device=dense.device)
+        window = (slots <= positions) & (slots > positions - self.k)
+        if selected is None:
+            caught = dense.gather(-1, topk_lowest_index_first(scores[crowded], self.k))
+        else:
+            caught = dense * selected[crowded]
+        best = dense.topk(self.k, dim=-1).values
+        self.sums += torch.stack([caught.sum(), (dense * window).sum(), best.sum()])
+        self.rows += len(dense)
+
+    def means(self) -> Tensor:
+        return self.sums / self.rows if self.rows else torch.ones_like(self.sums)
+
+
+class IndexerObserver:
+    """What the model calls on every layer: the KL, and with `measure_every` the shares of attention mass.
+
+    Returns {"kl"[, "recall", "recall_window", "recall_best"]}; the model averages them over the layers.
+    """
+
+    def __init__(self, topk: int, measure_every: int = 0):
+        self.topk = topk
+        self.measure_every = measure_every
+
+    def __call__(self, trace: AttentionTrace) -> dict[str, Tensor]:
+        with torch.autocast(trace.q.device.type, enabled=False):
+            loss = indexer_kl(
+                trace.index_q,
+                trace.index_weights,
+                trace.index_k,
+                trace.q.detach(),
+                trace.k.detach(),
+                trace.lengths,
+                trace.scale,
+                trace.indices,
+                topk=self.topk,
+                measure_every=self.measure_every,
+            )
+        terms = {"kl": loss.kl, "recall": loss.recall, "recall_window": loss.window, "recall_best": loss.best}
+        return {name: term for name, term in terms.items() if term is not None}

@@ -1,0 +1,263 @@
+"""The arguments that the training commands share, their defaults, and what is checked before time is spent."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config
+
+from dsa_export.cli import UserError, console
+from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, read_manifest
+from dsa_export.model.checkpoint import load_config
+from train.data import TrainingData, load_data
+from train.trainer import Settings, Stage, Trainer, first_difference
+
+SMALL_HIDDEN_SIZE = 256
+"""Models up to this hidden size, such as the default one, train by the small recipe."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a stage for a size of model."""
+
+    steps: int
+    batch_size: int
+    length: int
+    lr: float
+    min_tokens: int
+    topk: int = 512
+    index_heads: int = 8
+    index_dim: int = 64
+    held_out: int = 8
+    weight_decay: float = 0.0
+
+
+def argument_parser(
+    name: str, description: str, small: Recipe, real: Recipe | None, out: str
+) -> argparse.ArgumentParser:
+    """The parser of `python -m train.<name>`. Arguments left out are None and filled by resolve()."""
+
+    def default(field: str) -> str:
+        a = getattr(small, field)
+        if real is None or getattr(real, field) == a:
+            return f"[{a}]"
+        return f"[{getattr(real, field)}; small models: {a}]"
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m train.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A stopped run (Ctrl-C, kill, power) goes on when the same command is given again, and ends in the same "
+        "weights.\nWithout a terminal the progress bar becomes a line now and then.",
+    )
+    where = parser.add_argument_group("input and output")
+    where.add_argument(
+        "--data",
+        default="stdlib",
+        metavar="SOURCE",
+        help="deepctrl-sft-data JSON lines (a file, a folder, hf:// or https://), a folder of text or code, or a text "
+        "file [stdlib: the Python standard library's sources]",
+    )
+    where.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"output folder [{out}]")
+    where.add_argument("--overwrite", action="store_true", help="start again, replacing a finished or stopped run")
+
+    run = parser.add_argument_group("training")
+    run.add_argument("--steps", type=int, metavar="N", help=f"updates {default('steps')}")
+    run.add_argument("--batch-size", type=int, metavar="N", help=f"windows per micro-batch {default('batch_size')}")
+    run.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches per update [1]")
+    run.add_argument("--length", type=int, metavar="T", help=f"tokens per window {default('length')}")
+    run.add_argument("--lr", type=float, help=f"peak learning rate of AdamW {default('lr')}")
+    run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="[cosine]")
+    run.add_argument("--warmup-steps", type=int, metavar="N", help="linear rise of the learning rate [steps / 20]")
+    run.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm [1.0]")
+    run.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the computation; weights stay fp32 [fp32]")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
+    run.add_argument("--seed", type=int, default=0, help="[0]")
+    run.add_argument("--max-minutes", type=float, metavar="M", help="end after this much training time [no limit]")
+    run.add_argument("--save-every", type=int, default=50, metavar="N", help="steps between saved states [50]")
+
+    rows = parser.add_argument_group("data")
+    rows.add_argument(
+        "--packing", choices=("pack", "cut"), default="pack", help="documents end to end, or one each [pack]"
+    )
+    rows.add_argument(
+        "--min-tokens", type=int, metavar="N", help=f"leave out shorter documents {default('min_tokens')}"
+    )
+    rows.add_argument(
+        "--max-rows", type=int, default=20_000, metavar="N", help="documents to train on, at most [20000]"
+    )
+    rows.add_argument("--held-out", type=int, metavar="N", help=f"windows to evaluate on {default('held_out')}")
+    rows.add_argument(
+        "--allow-malformed", action="store_true", help="go on when more than 1 %% of the lines are malformed"
+    )
+    return parser
+
+
+def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: Recipe) -> None:
+    group = parser.add_argument_group("indexer")
+    group.add_argument(
+        "--topk", type=int, metavar="K", help=f"keys selected per token [{real.topk}; small models: {small.topk}]"
+    )
+    group.add_argument(
+        "--index-heads", type=int, metavar="N", help=f"[{real.index_heads}; small models: {small.index_heads}]"
+    )
+    group.add_argument(
+        "--index-dim",
+        type=int,
+        metavar="N",
+        help=f"size of an indexer head [{real.index_dim}; small models: {small.index_dim}]",
+    )
+    group.add_argument(
+        "--index-queries", choices=("own", "shared"), help="own projection, or the attention's queries [own]"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError with one line for the first value given that cannot work, whatever the model."""
+    at_least_one = "steps batch_size accumulation save_every held_out max_rows topk index_heads index_dim"
+    for name, least in [("length", 2), ("warmup_steps", 0), *((name, 1) for name in at_least_one.split())]:
+        value = getattr(args, name, None)
+        _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name in ("lr", "clip", "max_minutes"):
+        value = getattr(args, name)
+        _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config: Qwen2Config) -> None:
+    """Fills what was left out from the recipe of the model's size, and checks what hangs together.
+
+    Raises UserError with one line for the first combination that cannot work.
+    """
+    recipe = small if real is None or config.hidden_size <= SMALL_HIDDEN_SIZE else real
+    for name in ("steps", "batch_size", "length", "lr", "min_tokens", "held_out", "weight_decay"):
+        if getattr(args, name, None) is None:
+            setattr(args, name, getattr(recipe, name))
+    if args.warmup_steps is None:
+        args.warmup_steps = args.steps // 20
+    _require(
+        args.warmup_steps <= args.steps, f"--warmup-steps {args.warmup_steps} is more than --steps {args.steps} in all"
+    )
+    _require(
+        args.length <= config.max_position_embeddings,
+        f"--length {args.length} is beyond the model's {config.max_position_embeddings} positions",
+    )
+
+
+def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, config: Qwen2Config) -> dict[str, Any]:
+    """The indexer of a plain model: the arguments, completed by the recipe."""
+    recipe = small if config.hidden_size <= SMALL_HIDDEN_SIZE else real
+    shared = args.index_queries == "shared"
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "index_topk": args.topk or recipe.topk,
+        "index_heads": args.index_heads or (config.num_attention_heads if shared else recipe.index_heads),
+        "index_dim": args.index_dim or (head_size if shared else recipe.index_dim),
+        "index_queries": args.index_queries or "own",
+    }
+
+
+def training_data(args: argparse.Namespace, tokenizer: Any, **options: Any) -> TrainingData:
+    return load_data(
+        args.data,
+        tokenizer,
+        args.length,
+        train_windows=args.steps * args.batch_size * args.accumulation,
+        held_out_windows=args.held_out,
+        min_tokens=args.min_tokens,
+        max_rows=args.max_rows,
+        packing=args.packing,
+        seed=args.seed,
+        allow_malformed=args.allow_malformed,
+        **options,
+    )
+
+
+def train(
+    stage: Stage,
+    model: Any,
+    tokenizer: Any,
+    data: TrainingData,
+    source: dict[str, Any],
+    identity: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """Runs a stage by the arguments and writes args.out."""
+    settings = Settings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        accumulation=args.accumulation,
+        lr=args.lr,
+        schedule=args.schedule,
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        seed=args.seed,
+        dtype=DTYPES[args.dtype],
+    )
+    trainer = Trainer(stage, model, tokenizer, data, settings, args.out, source, identity)
+    trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
+    trainer.run()
+
+
+def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a finished or stopped run must share with this one to be reused. --max-minutes and the like are free."""
+    free = {"out", "overwrite", "max_minutes", "save_every", "device", "model"}
+    return {
+        "stage": stage,
+        "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in free},
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises UserError if there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def model_source(name: str) -> dict[str, Any]:
+    """{"path", "sha256"} of a model folder; for a hub name the revision stands for the hash."""
+    if Path(name).is_dir():
+        return {"path": name, "sha256": checkpoint_hash(Path(name))}
+    return {"path": name, "sha256": getattr(load_config(name), "_commit_hash", None)}
+
+
+def is_done(out: Path, source_sha256: str | None, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `out` holds the result of this very command: then says so, and there is nothing to do.
+
+    With `overwrite`, forgets what a stopped run left. Raises UserError if `out` is not ours, or holds something else.
+    """
+    check_output(out)
+    if overwrite:
+        shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)
+        return False
+    if not (out / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(out, "checkpoint", "python -m train.…")
+    old = {"model": manifest["source"].get("sha256"), **{name: manifest.get(name) for name in identity}}
+    difference = first_difference(old, {"model": source_sha256, **identity})
+    if difference:
+        raise UserError(
+            f"{out} is finished already, with another configuration ({difference}): choose another --out, or "
+            "--overwrite to replace it"
+        )
+    after = "  ".join(f"{name} {value:.4f}" for name, value in manifest["after"].items())
+    console.print(f"{out}/ is there already, made by this very command; --overwrite would redo it.  {after}")
+    return True
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,345 @@
+"""One training loop for all stages: steps, schedule, accumulation, evaluation, saving and resuming.
+
+A run is a function of its arguments, its model and its data: killed at any moment and started again with the same
+arguments, it goes on from `<out>.partial/` and ends (on a CPU) in the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from dsa_export.cli import UserError, console, progress_bar
+from dsa_export.files import output_folder, write_manifest
+from train.checkpoint import STATE, load_state, save_checkpoint, save_state
+from train.data import IGNORED, TrainingData, Windows
+from train.plots import plot_metrics
+
+METRICS = "metrics.jsonl"
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains, by which losses, and how it is judged."""
+
+    name: str
+    groups: Callable[[nn.Module], dict[str, list[nn.Parameter]]]
+    """Parameters to train. Each group is clipped by itself: its gradients do not depend on another group's."""
+    terms: Callable[[nn.Module, Batch], dict[str, Tensor]]
+    """Scalars of a batch: those in `losses` are trained, the others reported."""
+    losses: tuple[str, ...]
+    evaluate: Callable[[nn.Module, Windows], dict[str, float]]
+    optimizers: Callable[[dict[str, list[nn.Parameter]], Settings], list[torch.optim.Optimizer]] = lambda groups, s: [
+        adamw([p for parameters in groups.values() for p in parameters], s)
+    ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the weights, together with the model and the data."""
+
+    steps: int
+    batch_size: int = 1
+    accumulation: int = 1
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def lr_factor(self, step: int) -> float:
+        """Linear rise over warmup_steps, then constant, linear or cosine down to a tenth."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.schedule == "constant":
+            return 1.0
+        falling = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return 0.1 + 0.9 * falling
+
+    def rows(self, step: int, micro_step: int, windows: int) -> Tensor:
+        """Which windows a micro-batch takes: every window once per epoch, each epoch in an order of its own."""
+        first = (step * self.accumulation + micro_step) * self.batch_size
+        taken = []
+        for position in range(first, first + self.batch_size):
+            epoch, place = divmod(position, windows)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            taken.append(torch.randperm(windows, generator=generator)[place])
+        return torch.stack(taken)
+
+
+@dataclass
+class Trainer:
+    """Trains `model` and writes the folder `out`.
+
+    `identity` is everything that a resumed run must share with the one that left the state (JSON values); it goes into
+    the manifest together with `facts`.
+    """
+
+    stage: Stage
+    model: Any
+    tokenizer: Any
+    data: TrainingData
+    settings: Settings
+    out: Path
+    source: dict[str, Any]
+    identity: dict[str, Any]
+    max_minutes: float | None = None
+    save_every: int = 50
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> dict[str, float]:
+        """Trains to the end and returns the evaluation of the result. Raises UserError, KeyboardInterrupt, OSError."""
+        with output_folder(self.out, keep_partial=True) as folder:
+            self.folder = folder
+            self._prepare()
+            with _stop_requests() as stop_requested:
+                self._train(stop_requested)
+            after = self._evaluate("after")
+            save_checkpoint(folder, self.model, self.tokenizer)
+            plot_metrics(self._read_metrics(), folder / "loss.png", f"{self.stage.name}: {self.source['path']}")
+            write_manifest(
+                folder,
+                "checkpoint",
+                self.source,
+                **self.identity,
+                data=self.data.facts,
+                steps_done=self.step,
+                seconds=round(self.seconds, 1),
+                before=self.before,
+                after=after,
+                **self.facts,
+            )
+        (self.out / STATE).unlink(missing_ok=True)
+        self._report(after)
+        return after
+
+    def _prepare(self) -> None:
+        settings = self.settings
+        self.device = next(self.model.parameters()).device
+        self.step, self.seconds = 0, 0.0
+        groups = self.stage.groups(self.model)
+        trained = {id(p) for parameters in groups.values() for p in parameters}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.groups = groups
+        self.optimizers = self.stage.optimizers(groups, settings)
+        self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        state = load_state(self.folder)
+        if state is None:
+            (self.folder / METRICS).write_text("")
+            torch.manual_seed(settings.seed)
+            self.before = self._evaluate("before")
+        else:
+            self._restore(state)
+
+    # ------------------------------------------------------------ the loop
+
+    def _train(self, stop_requested: Callable[[], bool]) -> None:
+        settings = self.settings
+        self.model.train()
+        shown = [*self.stage.losses, "recall"]
+        with progress_bar("terms") as progress, (self.folder / METRICS).open("a") as metrics_file:
+            task = progress.add_task(self.stage.name, total=settings.steps, completed=self.step, terms="")
+            last_line = time.monotonic()
+            while self.step < settings.steps and not self._out_of_time():
+                start = time.perf_counter()
+                metrics = self._step()
+                self.step += 1
+                self.seconds += time.perf_counter() - start
+                metrics_file.write(json.dumps(metrics | {"seconds": round(self.seconds, 3)}) + "\n")
+                metrics_file.flush()
+
+                terms = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
+                progress.update(task, completed=self.step, terms=terms)
+                due = self.step % max(1, settings.steps // 10) == 0 or time.monotonic() - last_line > 30
+                if not console.is_terminal and due:
+                    console.print(f"{self.stage.name} {self.step}/{settings.steps}  {terms}  {self._eta()}")
+                    last_line = time.monotonic()
+
+                stop = stop_requested()
+                if self.step % self.save_every == 0 or self.step == settings.steps or stop:
+                    save_state(self.folder, self._state())
+                if stop:
+                    raise KeyboardInterrupt(
+                        f"stopped after step {self.step} of {settings.steps}; the state is saved in {self.folder}: "
+                        "the same command goes on from there"
+                    )
+        if self.step < settings.steps:
+            save_state(self.folder, self._state())
+            console.print(f"{self.max_minutes:g} minutes are over: ending after step {self.step}")
+
+    def _out_of_time(self) -> bool:
+        return self.max_minutes is not None and self.seconds >= 60 * self.max_minutes
+
+    def _step(self) -> dict[str, Any]:
+        """One update. Terms are averaged over the whole step: cross-entropy by labels, the others by valid tokens."""
+        settings = self.settings
+        factor = settings.lr_factor(self.step)
+        for optimizer, peaks in zip(self.optimizers, self.peak_lrs, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        rows = [settings.rows(self.step, i, len(self.data.train)) for i in range(settings.accumulation)]
+        batches = [self.data.train.batch(r, self.device) for r in rows]
+        labels = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
+        tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+        sums: dict[str, float] = defaultdict(float)
+        for batch, batch_labels, batch_tokens in zip(batches, labels, tokens, strict=True):
+            with torch.autocast(self.device.type, settings.dtype, enabled=settings.dtype != torch.float32):
+                terms = self.stage.terms(self.model, batch)
+            loss = torch.zeros((), device=self.device)
+            for name, term in terms.items():
+                share = batch_labels / sum(labels) if name == "cross_entropy" else batch_tokens / sum(tokens)
+                sums[name] += term.item() * share
+                if name in self.stage.losses:
+                    loss = loss + term * share
+            if not math.isfinite(loss.item()):
+                self._diverged(rows, "loss", loss.item())
+            loss.backward()
+        norms = {
+            f"grad_norm_{name}": nn.utils.clip_grad_norm_(parameters, settings.clip).item()
+            for name, parameters in self.groups.items()
+        }
+        for name, norm in norms.items():
+            if not math.isfinite(norm):
+                self._diverged(rows, name, norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return {"step": self.step + 1, **sums, **norms, "lr": settings.lr * factor, "tokens": sum(tokens)}
+
+    def _diverged(self, rows: list[Tensor], what: str, value: float) -> None:
+        self.model.zero_grad(set_to_none=True)
+        save_state(self.folder, self._state())
+        windows = ", ".join(str(row) for row in torch.cat(rows).tolist())
+        raise UserError(
+            f"{what} is {value} at step {self.step + 1} (windows {windows}); the weights before this step are saved in "
+            f"{self.folder / STATE}: start again with a lower --lr and --overwrite"
+        )
+
+    def _eta(self) -> str:
+        left = self.seconds / self.step * (self.settings.steps - self.step)
+        return f"{self.seconds / self.step:.2f} s/step, {left / 60:.1f} min left"
+
+    # ------------------------------------------------------------ evaluation and report
+
+    def _evaluate(self, when: str) -> dict[str, float]:
+        result = self.stage.evaluate(self.model, self.data.held_out)
+        with (self.folder / METRICS).open("a") as file:
+            file.write(json.dumps({"evaluation": when, "step": self.step, **result}) + "\n")
+        if not console.is_terminal:
+            console.print(f"{when}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        return result
+
+    def _report(self, after: dict[str, float]) -> None:
+        table = Table(
+            "held-out", "before", "after", title=f"{self.stage.name}, {self.step} steps, {self.seconds:.0f} s"
+        )
+        for name, value in after.items():
+            table.add_row(name, f"{self.before[name]:.4f}", f"{value:.4f}")
+        console.print(table)
+        console.print(f"written: {self.out}/ (checkpoint, tokenizer, manifest.json, {METRICS}, loss.png)")
+
+    # ------------------------------------------------------------ state
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "identity": json.dumps(self._full_identity()),
+            "step": self.step,
+            "seconds": self.seconds,
+            "before": self.before,
+            "weights": {name: parameter.detach() for name, parameter in self.trained.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        difference = first_difference(json.loads(state["identity"]), self._full_identity())
+        if difference:
+            raise UserError(
+                f"{self.folder} holds an unfinished run with another configuration ({difference}): "
+                "use the same arguments, another --out, or --overwrite to start again"
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state["weights"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.step, self.seconds, self.before = state["step"], state["seconds"], state["before"]
+        kept = [m for m in self._read_metrics() if m["step"] <= self.step and m.get("evaluation") != "after"]
+        (self.folder / METRICS).write_text("".join(json.dumps(m) + "\n" for m in kept))
+        console.print(f"resuming from step {self.step} of {self.settings.steps} ({self.folder})")
+
+    def _full_identity(self) -> dict[str, Any]:
+        facts = {"model": self.source["sha256"], "data": self.data.facts["sha256"]}
+        return json.loads(json.dumps(self.identity | facts, default=str))
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        lines = (self.folder / METRICS).read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+    """'lr: 0.001 there, 0.0001 now' for the first differing entry of two nested dicts, None if they are equal."""
+    for name in [*old, *(n for n in new if n not in old)]:
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            difference = first_difference(before, now, f"{prefix}{name}.")
+            if difference:
+                return difference
+        elif before != now:
+            shown = [value[:12] if isinstance(value, str) else value for value in (before, now)]
+            return f"{prefix}{name}: {shown[0]} there, {shown[1]} now"
+    return None
+
+
+def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
+    )
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops at once."""
+    requested = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield requested.is_set
+        return
+    previous = {number: signal.getsignal(number) for number in signals}
+
+    def request(number: int, _frame: Any) -> None:
+        requested.set()
+        console.print("stopping after this step (once more: at once) …")
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+    for number in signals:
+        signal.signal(number, request)
+    try:
+        yield requested.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,98 @@
+"""Stage 1, the warm-up: the base is frozen and dense; only the indexer learns, from the attention over all keys."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsa_export.cli import run
+from dsa_export.model import load_model, load_tokenizer
+from dsa_export.model.checkpoint import INDEXER, load_config
+from train import base
+from train.data import check_tokenizer
+from train.evaluate import evaluate
+from train.losses import IndexerObserver
+from train.options import (
+    DTYPES,
+    Recipe,
+    add_indexer_arguments,
+    argument_parser,
+    check,
+    identity,
+    indexer_options,
+    is_done,
+    model_source,
+    pick_device,
+    resolve,
+    train,
+    training_data,
+)
+from train.trainer import Stage
+
+OUT = "out/warmup"
+MEASURE_EVERY = 8
+"""While training, the recall is measured on every 8th query."""
+
+SMALL = Recipe(steps=150, batch_size=2, length=512, lr=1e-2, min_tokens=64, topk=64, index_heads=4, index_dim=32)
+REAL = Recipe(steps=500, batch_size=2, length=2048, lr=1e-3, min_tokens=1024)
+
+
+def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    return {"indexer": [p for name, p in model.named_parameters() if INDEXER in name]}
+
+
+def warmup_terms(model: Any, batch: dict[str, Tensor], topk: int) -> dict[str, Tensor]:
+    """{"kl", "recall", …} of a batch under dense attention. The head is not run: no cross-entropy is trained."""
+    model.sparse = False
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return model.model(**inputs, observer=IndexerObserver(topk, MEASURE_EVERY)).aux_losses
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT)
+    result.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"a Qwen2/Qwen2.5 folder or hub name [{base.OUT}: a small model, trained first if missing]",
+    )
+    add_indexer_arguments(result, SMALL, REAL)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    check(args)
+    name = args.model or base.ensure()
+    config = load_config(name)
+    resolve(args, SMALL, REAL, config)
+    indexer = indexer_options(args, SMALL, REAL, config)
+    for option, value in indexer.items():
+        setattr(args, {"index_topk": "topk"}.get(option, option), value)
+    source = model_source(name)
+    run_identity = identity("warmup", args)
+    if is_done(args.out, source["sha256"], run_identity, args.overwrite):
+        return
+
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(name)
+    check_tokenizer(tokenizer, config.vocab_size)
+    data = training_data(args, tokenizer)
+    torch.manual_seed(args.seed)
+    model = load_model(name, **indexer).to(device)
+    stage = Stage(
+        name="warmup",
+        groups=indexer_parameters,
+        terms=partial(warmup_terms, topk=model.config.index_topk),
+        losses=("kl",),
+        evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
+    )
+    train(stage, model, tokenizer, data, source, run_identity, args)
+
+
+if __name__ == "__main__":
+    run(main)
