@@ -199,6 +199,7 @@ def index_topk_torch(index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv
         stop = min(start + tile, S)
         scores = index_scores(index_q[:, start:stop], index_weights[:, start:stop], index_k)
         positions = (kv_lengths[:, None] - S + torch.arange(start, stop, device=index_q.device))[..., None]
+        scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN ranks highest
         scores = scores.masked_fill(slots > positions, -torch.inf)
         best = topk_lowest_index_first(scores, min(k, C))
         tiles.append(torch.where(best <= positions, best, -1).to(torch.int32))
