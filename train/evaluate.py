@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsa_export.cli import progress_bar
 from dsa_export.model import DSAForCausalLM, dense_twin
+from train import precision
 from train.data import IGNORED, Windows
 from train.losses import IndexerObserver
 
@@ -39,7 +40,7 @@ def evaluate(
     means: dict[str, _Mean] = defaultdict(_Mean)
     batches = [windows.batch(rows, device) for rows in torch.arange(len(windows)).split(batch_size)]
     model.train()
-    with progress_bar() as progress, torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+    with progress_bar() as progress, precision.autocast(device, compute_dtype):
         task = progress.add_task("evaluate", total=len(batches))
         for batch in batches:
             labels = int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -55,12 +55,8 @@ def joint_terms(model: Any, batch: dict[str, Tensor], topk: int) -> dict[str, Te
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT)
-    result.add_argument(
-        "--model",
-        metavar="DIR",
-        help=f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]",
-    )
+    model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
+    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
     return result
 

@@ -40,9 +40,12 @@ class Recipe:
 
 
 def argument_parser(
-    name: str, description: str, small: Recipe, real: Recipe | None, out: str
+    name: str, description: str, small: Recipe, real: Recipe | None, out: str, model_help: str | None = None
 ) -> argparse.ArgumentParser:
-    """The parser of `python -m train.<name>`. Arguments left out are None and filled by resolve()."""
+    """The parser of `python -m train.<name>`. Arguments left out are None and filled by resolve().
+
+    model_help: what --model is; None: the stage has no such argument.
+    """
 
     def default(field: str) -> str:
         a = getattr(small, field)
@@ -58,6 +61,8 @@ def argument_parser(
         "weights.\nWithout a terminal the progress bar becomes a line now and then.",
     )
     where = parser.add_argument_group("input and output")
+    if model_help:
+        where.add_argument("--model", metavar="NAME", help=model_help)
     where.add_argument(
         "--data",
         default="stdlib",

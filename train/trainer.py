@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dsa_export.cli import UserError, console, progress_bar
 from dsa_export.files import output_folder, write_manifest
+from train import precision
 from train.checkpoint import STATE, load_state, save_checkpoint, save_state
 from train.data import IGNORED, TrainingData, Windows
 from train.plots import plot_metrics
@@ -134,6 +135,7 @@ class Trainer:
         settings = self.settings
         self.device = next(self.model.parameters()).device
         self.step, self.seconds = 0, 0.0
+        precision.prepare(self.model, settings.dtype)
         groups = self.stage.groups(self.model)
         trained = {id(p) for parameters in groups.values() for p in parameters}
         for parameter in self.model.parameters():
@@ -202,7 +204,7 @@ class Trainer:
         tokens = [int(batch["attention_mask"].sum()) for batch in batches]
         sums: dict[str, float] = defaultdict(float)
         for batch, batch_labels, batch_tokens in zip(batches, labels, tokens, strict=True):
-            with torch.autocast(self.device.type, settings.dtype, enabled=settings.dtype != torch.float32):
+            with precision.autocast(self.device, settings.dtype):
                 terms = self.stage.terms(self.model, batch)
             loss = torch.zeros((), device=self.device)
             for name, term in terms.items():

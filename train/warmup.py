@@ -54,12 +54,8 @@ def warmup_terms(model: Any, batch: dict[str, Tensor], topk: int) -> dict[str, T
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT)
-    result.add_argument(
-        "--model",
-        metavar="NAME",
-        help=f"a Qwen2/Qwen2.5 folder or hub name [{base.OUT}: a small model, trained first if missing]",
-    )
+    model_help = f"a Qwen2/Qwen2.5 folder or hub name [{base.OUT}: a small model, trained first if missing]"
+    result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT, model_help)
     add_indexer_arguments(result, SMALL, REAL)
     return result
 

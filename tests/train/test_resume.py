@@ -56,7 +56,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kill_9_at_any_moment_resumes_to_the_same_bits(tiny: Path, records: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    steps = 60
+    steps = 20
     program = [sys.executable, "-m", "train.warmup"]
     run = [*program, *command(tiny, records, killed, steps, "--save-every", "1")]
     subprocess.run([*program, *command(tiny, records, whole, steps)], check=True, stdout=subprocess.DEVNULL)

@@ -268,8 +268,8 @@ def test_schedules(schedule: str, last: float) -> None:
 
 def test_accumulation_equals_one_large_batch(tiny: Path, records: Path, tmp_path: Path) -> None:
     """Rows of different lengths: each term is averaged over the whole update, not over micro-batches."""
-    one = trained(tiny, records, tmp_path / "one", "--packing", "cut", "--length", "200", "--batch-size", "4")
-    four = trained(tiny, records, tmp_path / "four", "--packing", "cut", "--length", "200", "--batch-size", "1",
+    one = trained(tiny, records, tmp_path / "one", "--packing", "cut", "--length", "100", "--batch-size", "4")
+    four = trained(tiny, records, tmp_path / "four", "--packing", "cut", "--length", "100", "--batch-size", "1",
                    "--accumulation", "4")  # fmt: skip
     a, b = weights(one), weights(four)
     for name in a:

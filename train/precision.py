@@ -1,0 +1,24 @@
+"""Mixed precision: computation in bf16 where autocast finds it safe, weights and optimiser in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context that computes in `dtype`; nothing changes for fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def prepare(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes the indexer's tensors one type under autocast: what is rotated comes out in fp32, so must its weights."""
+    if dtype == torch.float32:
+        return
+    for name, module in model.named_modules():
+        if name.endswith(".indexer.weights_proj"):
+            module.register_forward_hook(_to_fp32)
+
+
+def _to_fp32(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.float()
