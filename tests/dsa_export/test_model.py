@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from dsa_export.config import DSAConfig
 from dsa_export.model import dense_twin, load_model
+from plugins.sparse_attention.op import sparse_attention_torch
 from tests.conftest import build_qwen
 
 EXACT = {"atol": 1e-5, "rtol": 0}
@@ -128,19 +129,17 @@ def test_masked_core_of_training_equals_the_gathering_core(dsa_model, tokens):
     torch.testing.assert_close(masked, gathered, **EXACT)
 
 
-class RecordProducts(TorchDispatchMode):
-    """Records the operand shapes of every matrix product, and every fused attention."""
+class RecordOperators(TorchDispatchMode):
+    """Records every operator's name, and the operand shapes of every matrix product."""
 
     def __init__(self):
         super().__init__()
-        self.operands, self.fused = [], []
+        self.names, self.operands = set(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if any(part in name for part in ("bmm", "aten.mm", "matmul")):
+        self.names.add(str(function))
+        if any(part in str(function) for part in ("bmm", "aten.mm", "matmul")):
             self.operands += [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]
-        if "scaled_dot_product" in name or "flash" in name:
-            self.fused.append(name)
         return function(*args, **(kwargs or {}))
 
 
@@ -148,15 +147,21 @@ class RecordProducts(TorchDispatchMode):
 def test_only_selected_rows_enter_the_products(dsa_model):
     """D = 64 marks K and V (the indexer has 32), T = 75 marks the whole context: they never meet in a product."""
     tokens = torch.randint(3, 500, (1, 75))
-    with RecordProducts() as sparse:
+    with RecordOperators() as sparse:
         dsa_model(tokens, use_cache=False)
-    assert not sparse.fused
-    whole_rows = [shape for shape in sparse.operands if set(shape[-2:]) == {64, 75}]
-    assert not whole_rows
-    assert any(16 in shape and 64 in shape for shape in sparse.operands)  # the k = 16 selected rows do
-    with RecordProducts() as dense:
+    assert not any("scaled_dot_product" in name for name in sparse.names)
+    assert any("dsa.sparse_attention" in name for name in sparse.names)
+    assert not [shape for shape in sparse.operands if set(shape[-2:]) == {64, 75}]
+    with RecordOperators() as dense:
         dense_twin(dsa_model)(tokens, use_cache=False)
-    assert dense.fused
+    assert any("scaled_dot_product" in name for name in dense.names)
+
+    # The operator is opaque in the model's trace; this is what it does inside.
+    q, k, v = torch.randn(1, 7, 75, 64), torch.randn(1, 1, 75, 64), torch.randn(1, 1, 75, 64)
+    with RecordOperators() as core:
+        sparse_attention_torch(q, k, v, torch.randint(0, 75, (1, 75, 16), dtype=torch.int32), 0.125)
+    assert not [shape for shape in core.operands if set(shape[-2:]) == {64, 75}]
+    assert any({16, 64} == set(shape[-2:]) for shape in core.operands)  # the k = 16 selected rows do enter
 
 
 def test_indexer_is_detached_from_the_base(dsa_model, tokens):

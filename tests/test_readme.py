@@ -1,0 +1,51 @@
+"""The README is true: its commands exist with the flags it uses, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("plugins/*/README.md"))]
+
+
+def commands() -> list[str]:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return sorted({line.strip() for line in text.splitlines() if line.startswith("    python ")})
+
+
+@cache
+def help_of(program: str) -> str:
+    arguments = program.split()[1:]
+    result = subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_and_flag_exists(command):
+    program = re.match(r"python (-m \S+|\S+\.py)", command)
+    assert program, command
+    text = help_of(program.group(0))
+    for flag in re.findall(r"--[a-z-]+", command):
+        assert flag in text, f"{flag} is not an option of {program.group(0)}"
+
+
+def test_the_two_commands_stand_at_the_top_and_exist():
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    make ")]
+    targets = [line.split()[1] for line in lines]
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
+        assert "://" in target or (document.parent / target).exists(), target
