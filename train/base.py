@@ -31,7 +31,7 @@ MUON_LR = 0.01
 WINDOW = 64
 """The evaluation also masks attention to the last WINDOW keys: what a model without long attention would get."""
 
-SMALL = Recipe(steps=450, batch_size=2, length=512, lr=4e-3, min_tokens=64, held_out=16)
+SMALL = Recipe(steps=450, batch_size=2, length=(512,), lr=4e-3, min_tokens=64, held_out=16)
 
 # The pattern of Qwen2.5's own tokenizer: words, single digits, punctuation, line ends.
 PRE_TOKENS = (

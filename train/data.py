@@ -17,7 +17,7 @@ import glob
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from platform import python_version
@@ -276,6 +276,21 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def cut(self, lengths: Sequence[int]) -> list[Windows]:
+        """An equal part for each length, cut to windows of that length; what holds no label to learn from is left out.
+
+        With several lengths: needs windows without padding, of a multiple of each length, and one for each at least.
+        """
+        if len(lengths) == 1:
+            return [self]
+        parts = []
+        for i, length in enumerate(lengths):
+            part = slice(len(self) * i // len(lengths), len(self) * (i + 1) // len(lengths))
+            ids, labels = self.input_ids[part].view(-1, length), self.labels[part].view(-1, length)
+            kept = (labels[:, 1:] != IGNORED).any(1)
+            parts.append(Windows(ids[kept], labels[kept], torch.full((int(kept.sum()),), length)))
+        return parts
 
     def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """input_ids, attention_mask, labels [B, longest row] int64, on `device`."""

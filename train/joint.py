@@ -17,7 +17,6 @@ from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
 from train import warmup
 from train.data import check_tokenizer
 from train.evaluate import evaluate
-from train.losses import IndexerObserver
 from train.options import (
     DTYPES,
     Recipe,
@@ -35,8 +34,8 @@ from train.trainer import Stage
 
 OUT = "ckpt"
 
-SMALL = Recipe(steps=100, batch_size=2, length=512, lr=3e-4, min_tokens=64)
-REAL = Recipe(steps=1000, batch_size=1, length=2048, lr=1e-5, min_tokens=1024)
+SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64)
+REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -47,10 +46,10 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     }
 
 
-def joint_terms(model: Any, batch: dict[str, Tensor], topk: int) -> dict[str, Tensor]:
+def joint_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None) -> dict[str, Tensor]:
     """{"cross_entropy", "kl", "recall", …} of a batch under selection."""
     model.sparse = True
-    output = model(**batch, observer=IndexerObserver(topk, warmup.MEASURE_EVERY))
+    output = model(**batch, observer=warmup.observer(batch, topk, kl_queries))
     return {"cross_entropy": output.loss, **output.aux_losses}
 
 
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage = Stage(
         name="joint",
         groups=parameter_groups,
-        terms=partial(joint_terms, topk=args.topk),
+        terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries),
         losses=("cross_entropy", "kl"),
         evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
     )

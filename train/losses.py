@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, Hq/Hkv query/KV heads, D head size, Hi/Di indexer hea
 For a query t, p is the mean over the query heads of the attention probabilities and I the index score. Both are
 distributions over the same keys: all visible ones in the warm-up, the selected ones in the joint stage. The loss is
 the mean over the valid queries of KL(p ‖ softmax(I)): padding rows neither add to the sum nor to the count.
+With `every` = n the mean is taken over each n-th query only: 1/n of the work, every key still counts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dsa_export.model import AttentionTrace
 from plugins.index_topk.op import topk_lowest_index_first
 
 TILE = 256
-"""Query rows handled at a time. Peak extra memory is about (Hq / Hkv + 2 Hi) · TILE · T · 4 bytes."""
+"""Query rows handled at a time. Peak extra memory is about (2 Hq / Hkv + 2 Hi) · TILE · T · 4 bytes."""
 
 
 def indexer_kl_reference(
@@ -40,6 +41,8 @@ def indexer_kl_reference(
     lengths: Tensor,
     scale: float,
     indices: Tensor | None = None,
+    every: int = 1,
+    first: int = 0,
 ) -> Tensor:
     """The definition, differentiable by autograd: holds [B, Hq, T, T] scores. For the tests."""
     T = q.shape[2]
@@ -55,7 +58,8 @@ def indexer_kl_reference(
     index_scores = torch.einsum("bth,bths->bts", index_weights, activations).masked_fill(~visible, -torch.inf)
     log_student = torch.where(visible, index_scores.log_softmax(-1), 0)
     kl_per_row = (torch.xlogy(p, p) - p * log_student).sum(-1)
-    valid = torch.arange(T) < lengths[:, None]
+    t = torch.arange(T)
+    valid = (t < lengths[:, None]) & (t % every == first)
     return kl_per_row[valid].mean()
 
 
@@ -83,18 +87,21 @@ def indexer_kl(
     scale: float,
     indices: Tensor | None = None,
     *,
+    every: int = 1,
+    first: int = 0,
     topk: int = 0,
     measure_every: int = 0,
 ) -> IndexerLoss:
     """The loss of indexer_kl_reference, exactly, without ever holding [T, T]. Shapes: see the top of this file.
 
     Args:
+        every, first: the queries first, first + every, … count (0 ≤ first < every; the shortest row has one).
         topk: k of the measured shares. With `indices` the recall is theirs.
-        measure_every: measure the shares on every n-th query; 0: not at all.
+        measure_every: measure the shares on every n-th of these queries; 0: not at all.
     """
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (index_q, index_weights, index_k))
     kl, shares = _IndexerKL.apply(
-        index_q, index_weights, index_k, q, k, lengths, scale, indices, topk, measure_every, with_gradient
+        index_q, index_weights, index_k, q, k, lengths, scale, indices, every, first, topk, measure_every, with_gradient
     )
     return IndexerLoss(kl, *shares.unbind()) if measure_every else IndexerLoss(kl)
 
@@ -113,25 +120,28 @@ class _IndexerKL(torch.autograd.Function):
         lengths: Tensor,
         scale: float,
         indices: Tensor | None,
+        every: int,
+        first: int,
         topk: int,
         measure_every: int,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         accumulator = torch.promote_types(index_q.dtype, torch.float32)
-        valid_rows = int(lengths.sum())
+        queries = [torch.arange(first, length, every, device=q.device) for length in lengths.tolist()]
+        valid_rows = sum(map(len, queries))
         kl = torch.zeros((), dtype=accumulator, device=q.device)
         shares = _AttentionShares(topk, accumulator, q.device)
         d_index_q, d_index_weights = torch.zeros_like(index_q), torch.zeros_like(index_weights)
         d_index_k = torch.zeros_like(index_k, dtype=accumulator)
 
-        for b, start, stop in _tiles(lengths):
-            # From here on: R = stop - start query rows, which see no key beyond C = stop.
-            q_HRD, k_HCD = q[b, :, start:stop], k[b, :, :stop]
-            index_q_RHD, index_k_CD = index_q[b, start:stop], index_k[b, :stop]
-            weights_RH = index_weights[b, start:stop].to(accumulator)
-            positions = torch.arange(start, stop, device=q.device)[:, None]
-            visible = torch.arange(stop, device=q.device) <= positions
-            support = visible if indices is None else _selection_mask(indices[b, start:stop], stop)
+        for b, ordinal, rows in _tiles(queries):
+            # From here on: R = len(rows) query rows, which see no key beyond C = stop.
+            stop = int(rows[-1]) + 1
+            q_HRD, k_HCD = q[b][:, rows], k[b, :, :stop]
+            index_q_RHD, index_k_CD = index_q[b, rows], index_k[b, :stop]
+            weights_RH = index_weights[b, rows].to(accumulator)
+            visible = torch.arange(stop, device=q.device) <= rows[:, None]
+            support = visible if indices is None else _selection_mask(indices[b, rows], stop)
 
             p = _mean_attention(q_HRD, k_HCD, scale, support).to(accumulator)
             activations_RHC = (index_q_RHD @ index_k_CD.T).relu_().to(accumulator)
@@ -140,16 +150,17 @@ class _IndexerKL(torch.autograd.Function):
             kl += (torch.xlogy(p, p) - p * log_student.masked_fill(~support, 0)).sum()
 
             if measure_every:
-                some = slice(-(start + 1) % measure_every, None, measure_every)
+                some = slice(-(ordinal + 1) % measure_every, None, measure_every)
                 dense = p[some] if indices is None else _mean_attention(q_HRD[:, some], k_HCD, scale, visible[some])
-                shares.add(dense, positions[some], None if indices is None else support[some], scores[some])
+                shares.add(dense, rows[some, None], None if indices is None else support[some], scores[some])
 
             if with_gradient:
                 d_scores = (log_student.exp() - p) / valid_rows  # 0 outside the support: exp(-inf) = 0 = p
-                d_index_weights[b, start:stop] = torch.bmm(activations_RHC, d_scores[..., None])[..., 0]
-                d_dots = activations_RHC.sign_().mul_(weights_RH[..., None]).mul_(d_scores[:, None])
+                d_index_weights[b, rows] = torch.bmm(activations_RHC, d_scores[..., None])[..., 0].to(index_q.dtype)
+                d_activations = weights_RH[..., None] * d_scores[:, None]
+                d_dots = torch.ops.aten.threshold_backward(d_activations, activations_RHC, 0)  # ReLU's
                 d_dots_rows = d_dots.to(index_q.dtype).flatten(0, 1)
-                d_index_q[b, start:stop] = (d_dots_rows @ index_k_CD).view_as(index_q_RHD)
+                d_index_q[b, rows] = (d_dots_rows @ index_k_CD).view_as(index_q_RHD)
                 d_index_k[b, :stop] += d_dots_rows.T @ index_q_RHD.flatten(0, 1)
 
         ctx.save_for_backward(d_index_q, d_index_weights, d_index_k.to(index_k.dtype))
@@ -161,14 +172,14 @@ class _IndexerKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_kl: Tensor, _d_shares: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients = (gradient * d_kl.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 10)
 
 
-def _tiles(lengths: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(row of the batch, first query, end of queries), over the valid tokens only."""
-    for b, length in enumerate(lengths.tolist()):
-        for start in range(0, length, TILE):
-            yield b, start, min(start + TILE, length)
+def _tiles(queries: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+    """(row b of the batch, number of queries of b before this tile, positions [R] of the tile's queries)."""
+    for b, positions in enumerate(queries):
+        for start in range(0, len(positions), TILE):
+            yield b, start, positions[start : start + TILE]
 
 
 def _selection_mask(indices: Tensor, keys: int) -> Tensor:
@@ -183,11 +194,11 @@ def _mean_attention(q_HRD: Tensor, k_HCD: Tensor, scale: float, support: Tensor)
     Hq, R, D = q_HRD.shape
     Hkv, C, _ = k_HCD.shape
     p = torch.zeros(R, C, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
-    for q_GRD, k_CD in zip(q_HRD.view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):
-        scores = (q_GRD @ k_CD.T).to(p.dtype).mul_(scale).masked_fill_(~support, -torch.inf)
-        scores -= scores.logsumexp(-1, keepdim=True)
-        p += scores.exp_().sum(0)
-    return p / Hq
+    hidden = torch.zeros_like(p).masked_fill_(~support, -torch.inf)
+    for q_GRD, k_CD in zip((q_HRD * scale).view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):
+        scores = (q_GRD @ k_CD.T).to(p.dtype).add_(hidden)
+        p += scores.softmax(-1).sum(0)
+    return p.div_(Hq)
 
 
 class _AttentionShares:
@@ -219,14 +230,17 @@ class _AttentionShares:
 
 
 class IndexerObserver:
-    """What the model calls on every layer: the KL, and with `measure_every` the shares of attention mass.
+    """What the model calls on every layer of one call: the KL, and with `measure_every` the shares of attention mass.
 
+    `every`: the KL is taken over each n-th query, from a random one on, the same for all layers.
     Returns {"kl"[, "recall", "recall_window", "recall_best"]}; the model averages them over the layers.
     """
 
-    def __init__(self, topk: int, measure_every: int = 0):
+    def __init__(self, topk: int, measure_every: int = 0, every: int = 1):
         self.topk = topk
         self.measure_every = measure_every
+        self.every = every
+        self.first = int(torch.randint(every, ())) if every > 1 else 0
 
     def __call__(self, trace: AttentionTrace) -> dict[str, Tensor]:
         with torch.autocast(trace.q.device.type, enabled=False):
@@ -239,6 +253,8 @@ class IndexerObserver:
                 trace.lengths,
                 trace.scale,
                 trace.indices,
+                every=self.every,
+                first=self.first,
                 topk=self.topk,
                 measure_every=self.measure_every,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Recipe:
 
     steps: int
     batch_size: int
-    length: int
+    length: tuple[int, ...]
     lr: float
     min_tokens: int
     topk: int = 512
@@ -48,10 +49,9 @@ def argument_parser(
     """
 
     def default(field: str) -> str:
-        a = getattr(small, field)
-        if real is None or getattr(real, field) == a:
-            return f"[{a}]"
-        return f"[{getattr(real, field)}; small models: {a}]"
+        values = [getattr(recipe, field) for recipe in (real, small) if recipe]
+        shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
+        return f"[{shown[0]}]" if shown[0] == shown[-1] else f"[{shown[0]}; small models: {shown[-1]}]"
 
     parser = argparse.ArgumentParser(
         prog=f"python -m train.{name}",
@@ -77,7 +77,22 @@ def argument_parser(
     run.add_argument("--steps", type=int, metavar="N", help=f"updates {default('steps')}")
     run.add_argument("--batch-size", type=int, metavar="N", help=f"windows per micro-batch {default('batch_size')}")
     run.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches per update [1]")
-    run.add_argument("--length", type=int, metavar="T", help=f"tokens per window {default('length')}")
+    run.add_argument(
+        "--length",
+        type=int,
+        nargs="+",
+        metavar="T",
+        help="tokens per window; with several the windows grow in this order, and each length gets the same number of "
+        f"tokens: more steps while they are short {default('length')}",
+    )
+    if model_help:
+        run.add_argument(
+            "--kl-queries",
+            type=int,
+            metavar="N",
+            help="train the indexer on about N queries of each window, evenly spaced: long windows then cost little "
+            "more than the model itself [all]",
+        )
     run.add_argument("--lr", type=float, help=f"peak learning rate of AdamW {default('lr')}")
     run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="[cosine]")
     run.add_argument("--warmup-steps", type=int, metavar="N", help="linear rise of the learning rate [steps / 20]")
@@ -126,10 +141,16 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
-    at_least_one = "steps batch_size accumulation save_every held_out max_rows topk index_heads index_dim"
-    for name, least in [("length", 2), ("warmup_steps", 0), *((name, 1) for name in at_least_one.split())]:
+    at_least_one = "kl_queries steps batch_size accumulation save_every held_out max_rows topk index_heads index_dim"
+    for name, least in [("warmup_steps", 0), *((name, 1) for name in at_least_one.split())]:
         value = getattr(args, name, None)
         _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    lengths = args.length or [2]
+    _require(min(lengths) >= 2, f"--length must be at least 2, got {min(lengths)}")
+    for shorter, longer in pairwise(lengths):
+        _require(shorter < longer, f"--length must grow, got {shorter} before {longer}")
+        _require(lengths[-1] % shorter == 0, f"--length {shorter} does not divide the longest, {lengths[-1]}")
+    _require(len(lengths) == 1 or args.packing == "pack", "--packing cut takes one --length: pieces of a padded window")
     for name in ("lr", "clip", "max_minutes"):
         value = getattr(args, name)
         _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -144,14 +165,18 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     for name in ("steps", "batch_size", "length", "lr", "min_tokens", "held_out", "weight_decay"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
+    args.length = list(args.length)
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 20
     _require(
         args.warmup_steps <= args.steps, f"--warmup-steps {args.warmup_steps} is more than --steps {args.steps} in all"
     )
     _require(
-        args.length <= config.max_position_embeddings,
-        f"--length {args.length} is beyond the model's {config.max_position_embeddings} positions",
+        args.steps >= len(args.length), f"--steps {args.steps} are fewer than the {len(args.length)} values of --length"
+    )
+    _require(
+        args.length[-1] <= config.max_position_embeddings,
+        f"--length {args.length[-1]} is beyond the model's {config.max_position_embeddings} positions",
     )
 
 
@@ -169,11 +194,12 @@ def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, confi
 
 
 def training_data(args: argparse.Namespace, tokenizer: Any, **options: Any) -> TrainingData:
-    return load_data(
+    settings = settings_of(args)
+    data = load_data(
         args.data,
         tokenizer,
-        args.length,
-        train_windows=args.steps * args.batch_size * args.accumulation,
+        args.length[-1],
+        train_windows=-(-settings.tokens_before(args.steps) // args.length[-1]),
         held_out_windows=args.held_out,
         min_tokens=args.min_tokens,
         max_rows=args.max_rows,
@@ -182,6 +208,11 @@ def training_data(args: argparse.Namespace, tokenizer: Any, **options: Any) -> T
         allow_malformed=args.allow_malformed,
         **options,
     )
+    windows, lengths = len(data.train), len(args.length)
+    _require(
+        windows >= lengths, f"{args.data} fills {windows} windows of {args.length[-1]} tokens, --length wants {lengths}"
+    )
+    return data
 
 
 def train(
@@ -194,8 +225,15 @@ def train(
     args: argparse.Namespace,
 ) -> None:
     """Runs a stage by the arguments and writes args.out."""
-    settings = Settings(
+    trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity)
+    trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
+    trainer.run()
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(
         steps=args.steps,
+        lengths=tuple(args.length),
         batch_size=args.batch_size,
         accumulation=args.accumulation,
         lr=args.lr,
@@ -206,9 +244,6 @@ def train(
         seed=args.seed,
         dtype=DTYPES[args.dtype],
     )
-    trainer = Trainer(stage, model, tokenizer, data, settings, args.out, source, identity)
-    trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
-    trainer.run()
 
 
 def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:

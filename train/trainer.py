@@ -50,10 +50,21 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """The steps `first` to `end` (excluded) on windows of `length` tokens."""
+
+    length: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """What decides the weights, together with the model and the data."""
 
     steps: int
+    lengths: tuple[int, ...]
+    """T, tokens per window. With several the windows grow: every length gets the same number of tokens."""
     batch_size: int = 1
     accumulation: int = 1
     lr: float = 1e-3
@@ -65,17 +76,32 @@ class Settings:
     dtype: torch.dtype = torch.float32
 
     def lr_factor(self, step: int) -> float:
-        """Linear rise over warmup_steps, then constant, linear or cosine down to a tenth."""
+        """Linear rise over warmup_steps, then constant, linear or cosine in the tokens read, down to a tenth."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        start, end = self.tokens_before(self.warmup_steps), self.tokens_before(self.steps)
+        progress = (self.tokens_before(step) - start) / max(1, end - start)
         if self.schedule == "constant":
             return 1.0
         falling = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return 0.1 + 0.9 * falling
 
+    def phases(self) -> list[Phase]:
+        """One per length, with as many steps as give it an equal share of the tokens."""
+        shares = [1 / length for length in self.lengths]
+        bounds = [round(self.steps * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
+        return [Phase(*phase) for phase in zip(self.lengths, bounds, bounds[1:], strict=False)]
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens that the steps before `step` read, padding included."""
+        read = sum(p.length * (min(step, p.end) - p.first) for p in self.phases() if step > p.first)
+        return read * self.batch_size * self.accumulation
+
     def rows(self, step: int, micro_step: int, windows: int) -> Tensor:
-        """Which windows a micro-batch takes: every window once per epoch, each epoch in an order of its own."""
+        """Which windows of its phase a micro-batch takes, `step` counted within the phase.
+
+        Every window once per epoch, each epoch in an order of its own.
+        """
         first = (step * self.accumulation + micro_step) * self.batch_size
         taken = []
         for position in range(first, first + self.batch_size):
@@ -135,6 +161,8 @@ class Trainer:
         settings = self.settings
         self.device = next(self.model.parameters()).device
         self.step, self.seconds = 0, 0.0
+        phases = settings.phases()
+        self.phases = list(zip(phases, self.data.train.cut([p.length for p in phases]), strict=True))
         precision.prepare(self.model, settings.dtype)
         groups = self.stage.groups(self.model)
         trained = {id(p) for parameters in groups.values() for p in parameters}
@@ -198,8 +226,9 @@ class Trainer:
         for optimizer, peaks in zip(self.optimizers, self.peak_lrs, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-        rows = [settings.rows(self.step, i, len(self.data.train)) for i in range(settings.accumulation)]
-        batches = [self.data.train.batch(r, self.device) for r in rows]
+        phase, windows = next((p, w) for p, w in self.phases if self.step < p.end)
+        rows = [settings.rows(self.step - phase.first, i, len(windows)) for i in range(settings.accumulation)]
+        batches = [windows.batch(r, self.device) for r in rows]
         labels = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
         tokens = [int(batch["attention_mask"].sum()) for batch in batches]
         sums: dict[str, float] = defaultdict(float)

@@ -36,21 +36,27 @@ from train.trainer import Stage
 
 OUT = "out/warmup"
 MEASURE_EVERY = 8
-"""While training, the recall is measured on every 8th query."""
+"""While training, the recall is measured on every 8th query that the indexer is trained on."""
 
-SMALL = Recipe(steps=150, batch_size=2, length=512, lr=1e-2, min_tokens=64, topk=64, index_heads=4, index_dim=32)
-REAL = Recipe(steps=500, batch_size=2, length=2048, lr=1e-3, min_tokens=1024)
+SMALL = Recipe(steps=150, batch_size=2, length=(512,), lr=1e-2, min_tokens=64, topk=64, index_heads=4, index_dim=32)
+REAL = Recipe(steps=500, batch_size=2, length=(2048,), lr=1e-3, min_tokens=1024)
 
 
 def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"indexer": [p for name, p in model.named_parameters() if INDEXER in name]}
 
 
-def warmup_terms(model: Any, batch: dict[str, Tensor], topk: int) -> dict[str, Tensor]:
+def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None) -> IndexerObserver:
+    """The indexer's loss on a batch, over about kl_queries of each row's tokens (None: over all)."""
+    every = max(1, int(batch["attention_mask"].sum(1).min()) // kl_queries) if kl_queries else 1
+    return IndexerObserver(topk, MEASURE_EVERY, every)
+
+
+def warmup_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None) -> dict[str, Tensor]:
     """{"kl", "recall", …} of a batch under dense attention. The head is not run: no cross-entropy is trained."""
     model.sparse = False
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return model.model(**inputs, observer=IndexerObserver(topk, MEASURE_EVERY)).aux_losses
+    return model.model(**inputs, observer=observer(batch, topk, kl_queries)).aux_losses
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage = Stage(
         name="warmup",
         groups=indexer_parameters,
-        terms=partial(warmup_terms, topk=model.config.index_topk),
+        terms=partial(warmup_terms, topk=model.config.index_topk, kl_queries=args.kl_queries),
         losses=("kl",),
         evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
     )

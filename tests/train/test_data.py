@@ -227,6 +227,18 @@ def test_windows_without_a_label_are_dropped(tmp_path: Path, tokenizer) -> None:
     assert ((data.train.labels[:, 1:] != IGNORED).sum(1) > 0).all()
 
 
+def test_windows_are_cut_into_shorter_ones(tmp_path: Path, tokenizer) -> None:
+    """Every token of the long windows stands in one part, in order; a piece of prompt alone is left out."""
+    source = write_jsonl(tmp_path / "d.jsonl", [record("yes " * 30, input="long " * 40 + str(i)) for i in range(60)])
+    train = load(source, tokenizer, length=128, train_windows=10).train
+    short, long = train.cut([32, 128])
+    assert long.input_ids.equal(train.input_ids[5:]) and long.labels.equal(train.labels[5:])
+    pieces = train.input_ids[:5].reshape(-1, 32)
+    kept = [row for row, labels in enumerate(train.labels[:5].reshape(-1, 32)) if (labels[1:] != IGNORED).any()]
+    assert 0 < len(kept) < len(pieces)
+    assert short.input_ids.equal(pieces[kept]) and short.lengths.tolist() == [32] * len(kept)
+
+
 def test_min_tokens_and_max_rows(tmp_path: Path, tokenizer) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", [record("x" * (10 if i % 2 else 200) + str(i)) for i in range(200)])
     data = load(source, tokenizer, min_tokens=150, max_rows=7, train_windows=10_000, packing="cut")

@@ -34,12 +34,14 @@ def selection(tensors: list[Tensor], k: int) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [None, 1, 7])
-@pytest.mark.parametrize("lengths", [[50, 50, 50], [50, 1, 23]])
-def test_loss_and_gradients_equal_the_definition(k: int | None, lengths: list[int]) -> None:
+@pytest.mark.parametrize(
+    "lengths, every, first", [([50, 50, 50], 1, 0), ([50, 1, 23], 1, 0), ([50, 50, 50], 2, 1), ([50, 4, 23], 4, 3)]
+)
+def test_loss_and_gradients_equal_the_definition(k: int | None, lengths: list[int], every: int, first: int) -> None:
     tensors = inputs()
     indices = selection(tensors, k) if k else None
-    expected = indexer_kl_reference(*tensors, torch.tensor(lengths), SCALE, indices)
-    actual = indexer_kl(*tensors, torch.tensor(lengths), SCALE, indices).kl
+    expected = indexer_kl_reference(*tensors, torch.tensor(lengths), SCALE, indices, every, first)
+    actual = indexer_kl(*tensors, torch.tensor(lengths), SCALE, indices, every=every, first=first).kl
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(
         torch.autograd.grad(3 * actual, tensors[:3]), torch.autograd.grad(3 * expected, tensors[:3]), strict=True

@@ -127,10 +127,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(
     healthy = warmup.warmup_terms
     calls = 0
 
-    def poisoned(model, batch, topk):
+    def poisoned(model, batch, **options):
         nonlocal calls
         calls += 1
-        terms = healthy(model, batch, topk)
+        terms = healthy(model, batch, **options)
         return terms | {"kl": terms["kl"] * (poison if calls == 3 else 1)}
 
     monkeypatch.setattr(warmup, "warmup_terms", poisoned)

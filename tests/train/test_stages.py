@@ -252,7 +252,7 @@ def test_evaluation_measures_selection(tiny: Path) -> None:
 
 
 def test_every_window_is_taken_once_per_epoch() -> None:
-    settings = Settings(steps=10, batch_size=3, accumulation=2)
+    settings = Settings(steps=10, lengths=(8,), batch_size=3, accumulation=2)
     taken = torch.cat([settings.rows(step, micro, 9) for step in range(3) for micro in range(2)]).tolist()
     assert sorted(taken[:9]) == sorted(taken[9:]) == list(range(9))
     assert taken[:9] != taken[9:]
@@ -260,10 +260,44 @@ def test_every_window_is_taken_once_per_epoch() -> None:
 
 @pytest.mark.parametrize("schedule, last", [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
 def test_schedules(schedule: str, last: float) -> None:
-    settings = Settings(steps=1000, warmup_steps=10, schedule=schedule)
+    settings = Settings(steps=1000, lengths=(8,), warmup_steps=10, schedule=schedule)
     factors = [settings.lr_factor(step) for step in range(1000)]
     assert 0 < factors[0] < 0.2 and factors[10] == 1.0 == max(factors)
     assert factors[-1] == pytest.approx(last, abs=0.01)
+
+
+def test_growing_windows_share_the_tokens() -> None:
+    settings = Settings(steps=70, lengths=(16, 32, 64), batch_size=3)
+    assert [(p.length, p.end - p.first) for p in settings.phases()] == [(16, 40), (32, 20), (64, 10)]
+    assert [settings.tokens_before(step) for step in (0, 40, 60, 61, 70)] == [0, 1920, 3840, 4032, 5760]
+    assert settings.lr_factor(60) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 2 / 3)) / 2)
+
+
+def test_windows_grow_while_training(tiny: Path, records: Path, tmp_path: Path) -> None:
+    arguments = ("--length", "16", "32", "64", "--steps", "7", "--kl-queries", "16")
+    out = trained(tiny, records, tmp_path / "w", *arguments)
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["tokens"] for m in steps if "tokens" in m] == [32] * 4 + [64] * 2 + [128]
+    assert all(math.isfinite(m["kl"]) for m in steps if "tokens" in m)
+    again = weights(trained(tiny, records, tmp_path / "again", *arguments))
+    assert all(tensor.equal(again[name]) for name, tensor in weights(out).items())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--length", "64", "32"), "must grow"),
+        (("--length", "24", "64"), "does not divide"),
+        (("--length", "32", "64", "--packing", "cut"), "takes one --length"),
+        (("--length", "16", "32", "64", "--steps", "2"), "fewer than the 3 values"),
+        (("--kl-queries", "0"), "--kl-queries must be at least 1"),
+    ],
+)
+def test_lengths_that_cannot_work_are_refused(
+    tiny: Path, records: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trained(tiny, records, tmp_path / "w", *arguments)
 
 
 def test_accumulation_equals_one_large_batch(tiny: Path, records: Path, tmp_path: Path) -> None:
