@@ -47,7 +47,7 @@ def plan(
     cases = []
     for batch in sorted(set(batches)):
         for context in chosen:
-            capacity = max(context, sparse.topk)
+            capacity = max(context, sparse.max_topk)
             chunk = min(chunk_tokens(e, e.limits.prefill_chunk, batch, capacity) for e in engines.values())
             if phase != "prefill":
                 cases.append(Case("decode", batch, context, capacity, 1))

@@ -28,13 +28,13 @@ class Gate:
 
 
 def gate(runners: Mapping[str, Runner], prompt: np.ndarray) -> Gate:
-    """Compares dense and sparse where they must be equal: at most k tokens, so that everything visible is selected.
+    """Compares dense and sparse where they must be equal: up to k tokens (the least of any layer), all selected.
 
     prompt: [n] int64. Both variants get the prompt and then the tokens that dense prefers; at each of them the logits
     must agree within the rounding of the type, and in fp32 the preferred token must be the same. (Narrower types
     round logits to equal values: a tie may then be broken either way.)
     """
-    k, dtype = runners["sparse"].engine.topk, runners["sparse"].engine.dtype
+    k, dtype = min(runners["sparse"].engine.topk), runners["sparse"].engine.dtype
     steps = min(GREEDY_TOKENS, k // 2)
     prompt = prompt[: max(1, min(PROMPT_TOKENS, k - steps))]
     sessions = {variant: Session(runner, capacity=len(prompt) + steps) for variant, runner in runners.items()}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsa_export.cli import console
+from dsa_export.topk import describe_topk
 
 Record = dict[str, Any]
 
@@ -42,7 +43,7 @@ def print_table(records: list[Record]) -> None:
 
 def table(records: list[Record]) -> Table:
     first = records[0]
-    title = f"{first['backend']}, {first['dtype']}, k = {first['k']}, caches: {first['caches']}"
+    title = f"{first['backend']}, {first['dtype']}, k = {describe_topk(first['k'])}, caches: {first['caches']}"
     shown = Table(title=title, caption=CAPTION, caption_justify="left")
     for name in COLUMNS:
         shown.add_column(name, justify="left" if name == "phase" else "right")
@@ -79,7 +80,7 @@ def sentence(records: list[Record]) -> str:
     warning = "; the indexer is random, so only the timing means anything" if sparse["random_indexer"] else ""
     return (
         f"At {sparse['context']:,} tokens of context (batch {batch}) {call} takes {_ms(dense)} ms dense "
-        f"and {_ms(sparse)} ms sparse (k = {sparse['k']}): {verdict} where the bytes read predict "
+        f"and {_ms(sparse)} ms sparse (k = {describe_topk(sparse['k'])}): {verdict} where the bytes read predict "
         f"{sparse['speedup_by_bytes']:.2f}×{agreement}{warning}."
     )
 
@@ -111,7 +112,9 @@ def picture(records: list[Record], path: Path) -> None:
             panel.grid(alpha=0.3)
             panel.legend()
     first = records[0]
-    figure.suptitle(f"{first['machine']['cpu']} · {first['backend']} · {first['dtype']} · k = {first['k']}")
+    figure.suptitle(
+        f"{first['machine']['cpu']} · {first['backend']} · {first['dtype']} · k = {describe_topk(first['k'])}"
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from bench import measure, parity
 from bench.cases import TEACHER_FORCED, Case, floor_bytes
 from dsa_export.cli import progress_bar
+from dsa_export.topk import compact_topk
 from engines.artifacts import Engine
 from engines.session import Runner, Session, open_runner
 
@@ -79,7 +80,7 @@ def timings(
                     "batch": case.batch,
                     "queries": case.queries,
                     "capacity": sessions[variant].capacity,
-                    "k": engine.topk,
+                    "k": compact_topk(engine.topk),
                     "dtype": engine.dtype,
                     "caches": caches,
                     "random_indexer": engine.random_indexer,

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import Qwen2Config
 
+from dsa_export.topk import topk_per_layer
+
 
 class DSAConfig(Qwen2Config):
     """Qwen2's configuration plus the attention variant and the lightning indexer.
@@ -14,7 +16,7 @@ class DSAConfig(Qwen2Config):
         attention: "dense" or "dsa" (a name in dsa_export.model.attention.VARIANTS).
         index_heads: Hi, query heads of the indexer.
         index_dim: Di, their size (even).
-        index_topk: k, keys selected per query token.
+        index_topk: k, keys selected per query token: one number, or a list of one number per layer.
         index_queries: "own" (a projection of the indexer's) or "shared" (the main attention's rotated queries, as in
             the original reproduction; needs index_heads = num_attention_heads and index_dim = head size).
 
@@ -28,7 +30,7 @@ class DSAConfig(Qwen2Config):
         attention: str = "dsa",
         index_heads: int = 8,
         index_dim: int = 64,
-        index_topk: int = 512,
+        index_topk: int | list[int] = 512,
         index_queries: str = "own",
         **kwargs: Any,
     ):
@@ -41,6 +43,10 @@ class DSAConfig(Qwen2Config):
         self._check()
 
     @property
+    def topk_per_layer(self) -> tuple[int, ...]:
+        return topk_per_layer(self.index_topk, self.num_hidden_layers)
+
+    @property
     def head_size(self) -> int:
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
@@ -49,9 +55,10 @@ class DSAConfig(Qwen2Config):
             raise ValueError(f"attention must be 'dense' or 'dsa', got {self.attention!r}")
         if self.index_queries not in ("own", "shared"):
             raise ValueError(f"index_queries must be 'own' or 'shared', got {self.index_queries!r}")
-        for name in ("index_heads", "index_dim", "index_topk"):
+        for name in ("index_heads", "index_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        topk_per_layer(self.index_topk, self.num_hidden_layers)
         if self.index_dim % 2:
             raise ValueError(f"index_dim must be even (half-split RoPE), got {self.index_dim}")
         if self.num_attention_heads % self.num_key_value_heads:

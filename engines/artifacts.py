@@ -15,6 +15,7 @@ from typing import Any
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, read_manifest, sha256
+from dsa_export.topk import topk_per_layer
 
 VARIANTS = ("dense", "sparse")
 BACKENDS = ("ort", "tensorrt-rtx", "tensorrt")
@@ -78,10 +79,15 @@ class Variant:
 
     variant: str
     dtype: str  # fp32 | fp16 | bf16
-    topk: int
+    topk: tuple[int, ...]  # k of every layer
     random_indexer: bool
     model: Model
     cache: tuple[CacheTensor, ...]
+
+    @property
+    def max_topk(self) -> int:
+        """The largest k of any layer: the capacity that the sparse graph needs at least."""
+        return max(self.topk)
 
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
@@ -97,16 +103,18 @@ class Variant:
         Dense attention reads every cached row; sparse attention every index key, and K and V of the selected rows.
         """
         gathered = {"key", "value"} if self.variant == "sparse" else set()
-        selected = min(context, queries * min(context, self.topk))
-        return self.model.layers * sum(
-            tensor.bytes_per_token * (selected if tensor.name in gathered else context) for tensor in self.cache
+        selected = [min(context, queries * min(context, k)) for k in self.topk]
+        return sum(
+            tensor.bytes_per_token * (rows if tensor.name in gathered else context)
+            for rows in selected
+            for tensor in self.cache
         )
 
     def workspace_bytes_per_query(self, capacity: int) -> int:
         """Bytes that one layer of the ONNX form needs for one query token of one row: it bounds the prefill chunk."""
         if self.variant == "dense":
             return 2 * capacity * self.model.query_heads * 4
-        gathered_rows = 2 * self.topk * self.model.kv_heads * self.model.head_dim * 4 * 2
+        gathered_rows = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
         return capacity * self.model.index_heads * 4 + gathered_rows
 
 
@@ -157,7 +165,7 @@ def open_export(folder: Path) -> Export:
         expected: dict[Path, tuple[int | None, str]] = {graph.path: (None, graph.sha256) for graph in graphs.values()}
         for graph in graphs.values():
             expected[graph.path.parent / graph.weights] = (weights["bytes"], weights["sha256"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST} lacks or misstates {error}: {again}") from None
     check_files(expected, again)
     return Export(folder, graphs, manifest)
@@ -182,7 +190,7 @@ def open_engine(folder: Path, *, verify: bool = True) -> Engine:
         )
         built_with = manifest["versions"]["runtime"]
         files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST} lacks or misstates {error}: {again}") from None
     installed = runtime_version(engine.backend)
     parts = RUNTIMES[engine.backend][1]
@@ -240,7 +248,7 @@ def _variant_facts(variant: str, manifest: dict[str, Any], cache: list[dict[str,
     return {
         "variant": variant,
         "dtype": manifest["dtype"],
-        "topk": manifest["topk"],
+        "topk": topk_per_layer(manifest["topk"], model["layers"]),
         "random_indexer": manifest["random_indexer"],
         "model": Model(**{name: model[name] for name in Model.__dataclass_fields__}),
         "cache": tuple(CacheTensor(entry["name"], tuple(entry["shape"]), entry["dtype"]) for entry in cache),

@@ -29,6 +29,7 @@ import numpy as np
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.files import check_output, output_folder, read_manifest, write_manifest
+from dsa_export.topk import compact_topk, describe_topk
 from engines import nvidia_graph, trtexec
 from engines.artifacts import (
     BACKENDS,
@@ -117,9 +118,9 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
     context = args.max_context or positions
     if context > positions:
         raise UserError(f"--max-context {context} exceeds the model's {positions} positions: choose a smaller one")
-    if graph.topk > context and "sparse" in args.variant:
+    if graph.max_topk > context and "sparse" in args.variant:
         raise UserError(
-            f"k = {graph.topk} exceeds the capacity of {context} tokens: choose a larger --max-context, "
+            f"k = {graph.max_topk} exceeds the capacity of {context} tokens: choose a larger --max-context, "
             "or export with a smaller --topk"
         )
     return Limits(args.max_batch, context, min(args.prefill_chunk, context))
@@ -340,7 +341,7 @@ def write_engine_manifest(
         backend=backend,
         variant=graph.variant,
         dtype=graph.dtype,
-        topk=graph.topk,
+        topk=compact_topk(graph.topk),
         random_indexer=graph.random_indexer,
         model=asdict(graph.model),
         cache=[asdict(tensor) for tensor in graph.cache],
@@ -403,7 +404,8 @@ def gpu_compute_capability() -> str:
 def report(folder: Path) -> None:
     manifest = read_manifest(folder, "engine", "python -m engines.build")
     mib = sum(facts["bytes"] for facts in manifest["files"].values()) / 2**20
-    console.print(f"wrote {folder}: {manifest['variant']}, {manifest['dtype']}, k = {manifest['topk']}, {mib:,.1f} MiB")
+    k = describe_topk(manifest["topk"])
+    console.print(f"wrote {folder}: {manifest['variant']}, {manifest['dtype']}, k = {k}, {mib:,.1f} MiB")
 
 
 BUILDERS = {"ort": build_ort, "tensorrt-rtx": build_tensorrt_rtx, "tensorrt": build_tensorrt}

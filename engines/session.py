@@ -83,7 +83,9 @@ class Session:
         self.prefill_chunk = prefill_chunk
         self.lengths = np.zeros(batch, np.int64)
         self._last = np.zeros(batch, np.int64)  # last token of each row; stale after truncate()
-        self.caches: Caches = runner.allocate(batch, max(capacity, self.engine.topk) if capacity else self._bucket(1))
+        self.caches: Caches = runner.allocate(
+            batch, max(capacity, self.engine.max_topk) if capacity else self._bucket(1)
+        )
 
     @property
     def batch(self) -> int:
@@ -180,7 +182,7 @@ class Session:
         """Makes room for `tokens` tokens per row: larger caches (a bucket, or exactly so many), copied."""
         if tokens <= self.capacity:
             return
-        capacity = max(tokens, self.engine.topk) if exact else self._bucket(tokens)
+        capacity = max(tokens, self.engine.max_topk) if exact else self._bucket(tokens)
         larger = self.runner.allocate(self.batch, capacity)
         self.runner.copy(self.caches, larger, int(self.lengths.max()))
         self.caches = larger
@@ -194,8 +196,8 @@ class Session:
     def _bucket(self, tokens: int) -> int:
         """The smallest capacity that holds `tokens`: a power of two, or all that the engine was built for."""
         limit = self.engine.limits.max_context
-        needed = max(tokens, self.engine.topk, MIN_CAPACITY)
-        return min(1 << (needed - 1).bit_length(), max(limit, self.engine.topk))
+        needed = max(tokens, self.engine.max_topk, MIN_CAPACITY)
+        return min(1 << (needed - 1).bit_length(), max(limit, self.engine.max_topk))
 
     def _check_rows(self, rows: list[np.ndarray]) -> None:
         if len(rows) != self.batch or any(row.ndim != 1 or not len(row) for row in rows):

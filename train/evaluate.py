@@ -49,7 +49,7 @@ def evaluate(
             dense = model(**batch, use_cache=False, observer=IndexerObserver(topk, measure_every=1))
             means["loss_dense"].add(dense.loss, labels)
             means["kl"].add(dense.aux_losses["kl"], int(lengths.sum()))
-            crowded = int((lengths - topk).clamp(min=0).sum())
+            crowded = int((lengths - min(model.config.topk_per_layer)).clamp(min=0).sum())
             for name in ("recall", "recall_window", "recall_best"):
                 means[name].add(dense.aux_losses[name], crowded)
             model.sparse = True

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsa_export.model import AttentionTrace
+from dsa_export.topk import TopK
 from plugins.index_topk.op import topk_lowest_index_first
 
 TILE = 256
@@ -236,7 +237,7 @@ class IndexerObserver:
     Returns {"kl"[, "recall", "recall_window", "recall_best"]}; the model averages them over the layers.
     """
 
-    def __init__(self, topk: int, measure_every: int = 0, every: int = 1):
+    def __init__(self, topk: TopK, measure_every: int = 0, every: int = 1):
         self.topk = topk
         self.measure_every = measure_every
         self.every = every
@@ -255,7 +256,7 @@ class IndexerObserver:
                 trace.indices,
                 every=self.every,
                 first=self.first,
-                topk=self.topk,
+                topk=self.topk if isinstance(self.topk, int) else self.topk[trace.layer],
                 measure_every=self.measure_every,
             )
         terms = {"kl": loss.kl, "recall": loss.recall, "recall_window": loss.window, "recall_best": loss.best}

@@ -22,6 +22,7 @@ from dsa_export.model.cache import CacheEntry, DSACache, LayerCache
 from dsa_export.model.feed_forward import GatedMLP
 from dsa_export.model.rope import RotaryTable
 from dsa_export.model.standard_ops import rms_norm
+from dsa_export.topk import TopK, compact_topk, topk_per_layer
 
 
 @dataclass
@@ -202,13 +203,12 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
                 raise ValueError(f"attention={self.config.attention!r} has no selection to switch")
             layer.self_attn.sparse = value
 
-    def set_topk(self, topk: int) -> None:
-        """Sets k for all layers. Raises ValueError for k < 1."""
-        if topk < 1:
-            raise ValueError(f"k must be at least 1, got {topk}")
-        self.config.index_topk = topk
-        for layer in self.model.layers:
-            setattr(layer.self_attn, "topk", topk)  # noqa: B010 (torch types modules' attributes as modules)
+    def set_topk(self, topk: TopK) -> None:
+        """Sets k, for all layers or one per layer. Raises ValueError for k < 1 or another number of layers."""
+        values = topk_per_layer(topk, len(self.model.layers))
+        self.config.index_topk = compact_topk(values)
+        for layer, k in zip(self.model.layers, values, strict=True):
+            setattr(layer.self_attn, "topk", k)  # noqa: B010 (torch types modules' attributes as modules)
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from dsa_export.model.checkpoint import has_indexer, load_config
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, export_graph, save_graphs
 from dsa_export.onnx.identical import compare_graphs
 from dsa_export.onnx.parity import check_parity, parity_text
+from dsa_export.topk import compact_topk, describe_topk
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_PARITY_PROMPT = 2304
@@ -31,7 +32,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="ckpt", help="checkpoint folder or hub name (default: ckpt)")
     parser.add_argument("--out", type=Path, default=Path("out/onnx"), help="output folder (default: out/onnx)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of weights and caches (default: fp32)")
-    parser.add_argument("--topk", type=int, metavar="K", help="keys selected per token (default: the checkpoint's)")
+    parser.add_argument(
+        "--topk",
+        type=int,
+        metavar="K",
+        help="keys selected per token in every layer (default: the checkpoint's own k, which may differ by layer)",
+    )
     parser.add_argument(
         "--random-indexer",
         action="store_true",
@@ -73,7 +79,7 @@ def main() -> None:
 
         same = compare_graphs(*(ir.load(out / variant / MODEL_FILE) for variant in models))
         console.print(f"Identical operators: {same}")
-        length = min(model.config.index_topk + 64, MAX_PARITY_PROMPT)
+        length = min(max(model.config.topk_per_layer) + 64, MAX_PARITY_PROMPT)
         prompt = tokenizer(parity_text(), add_special_tokens=False).input_ids[:length]
         parity = {}
         for variant, variant_model in models.items():
@@ -86,7 +92,7 @@ def main() -> None:
     size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
     console.print(
         f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
-        f"(k = {model.config.index_topk}, {arguments.dtype}) with {size:.0f} MiB of shared weights"
+        f"(k = {describe_topk(model.config.topk_per_layer)}, {arguments.dtype}) with {size:.0f} MiB of shared weights"
     )
     if not has_indexer(config):
         console.print("The indexer is random: time these graphs, do not use what they say")
@@ -124,7 +130,7 @@ def write_export_manifest(
         {"path": str(arguments.model), "sha256": checkpoint_hash(folder) if folder.is_dir() else None},
         random_indexer=not has_indexer(load_config(arguments.model)),
         dtype=arguments.dtype,
-        topk=config.index_topk,
+        topk=compact_topk(config.topk_per_layer),
         model={
             "hidden_size": config.hidden_size,
             "layers": config.num_hidden_layers,

@@ -82,7 +82,7 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path) -> ort.In
         output = node.outputs[0]
         output.name = f"indices.{layer}"
         output.type = ir.TensorType(ir.DataType.INT32)
-        output.shape = ir.Shape(["batch", "sequence", model.config.index_topk])
+        output.shape = ir.Shape(["batch", "sequence", model.config.topk_per_layer[layer]])
         graph.graph.outputs.append(output)
     folder = graph_folder
     external = None
@@ -107,7 +107,7 @@ def _run_onnx(
     model: DSAForCausalLM, session: ort.InferenceSession, prompt: list[int]
 ) -> tuple[list[int], Tensor, list[Tensor]]:
     """Chunked prefill and greedy decoding: all tokens, logits [decoded, V], indices [T, K] of every layer."""
-    capacity = -(-max(len(prompt) + DECODED_TOKENS, model.config.index_topk) // CHUNK) * CHUNK
+    capacity = -(-max(len(prompt) + DECODED_TOKENS, *model.config.topk_per_layer) // CHUNK) * CHUNK
     dtype = np.float16 if model.dtype == torch.float16 else np.float32
     binding = session.io_binding()
     for name, entry in cache_names(model):

@@ -17,9 +17,11 @@ VARIANTS = ["dense", "sparse", "sparse-training"]
 
 
 def variant(model, name):
-    """The model as `name`: the dense twin, the gathering core, or the masked core that training uses."""
+    """The model as `name`: the dense twin, the gathering core (with one k per layer), or training's masked core."""
     if name == "dense":
         return dense_twin(model)
+    if name == "by-layer":
+        model.set_topk([5, 30])
     return model.train(name == "sparse-training")
 
 
@@ -47,7 +49,21 @@ def test_generates_what_stock_qwen2_generates(qwen_folder, tokens):
         assert torch.equal(stock.generate(tokens, **arguments), model.generate(tokens, **arguments))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_k_per_layer(dsa_model, tokens):
+    """Each layer selects its own k; layers that select everything leave the model dense."""
+    dense = dense_twin(dsa_model)(tokens, use_cache=False).logits
+    dsa_model.set_topk([60, 200])
+    torch.testing.assert_close(dsa_model(tokens, use_cache=False).logits, dense, **EXACT)
+    widths = []
+    dsa_model.set_topk([7, 40])
+    dsa_model(tokens, use_cache=False, observer=lambda trace: widths.append(trace.indices.shape[-1]) or {})
+    assert widths == [7, 40]
+    dsa_model.set_topk([24, 24])
+    assert dsa_model.config.index_topk == 24
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "by-layer"])
 @torch.no_grad()
 def test_no_later_token_leaks_into_earlier_outputs(dsa_model, tokens, name):
     model = variant(dsa_model, name)
@@ -206,10 +222,13 @@ def test_positions_that_do_not_count_the_tokens_are_refused(dsa_model, tokens):
         dsa_model(tokens, position_ids=torch.arange(60) % 30)
 
 
-def test_round_trip_through_transformers(dsa_model, tokens, tmp_path):
+@pytest.mark.parametrize("topk", [16, [8, 24]])
+def test_round_trip_through_transformers(dsa_model, tmp_path, topk):
+    dsa_model.set_topk(topk)
     dsa_model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert again.config.index_topk == 16
+    assert again.config.index_topk == topk
+    assert [layer.self_attn.topk for layer in again.model.layers] == (topk if isinstance(topk, list) else [topk] * 2)
     state = dsa_model.state_dict()
     assert state.keys() == again.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
@@ -220,6 +239,9 @@ def test_round_trip_through_transformers(dsa_model, tokens, tmp_path):
     [
         {"attention": "other"},
         {"index_topk": 0},
+        {"index_topk": 2.5},
+        {"index_topk": [16, 0], "num_hidden_layers": 2},
+        {"index_topk": [16, 16, 16], "num_hidden_layers": 2},
         {"index_dim": 33},
         {"index_heads": 0},
         {"index_queries": "shared", "index_heads": 3},

@@ -107,6 +107,27 @@ def test_equals_torch_step_by_step(graph, dsa_model, export):
         np.testing.assert_allclose(fresh.step([[token]])[0], expected[position], atol=1e-4, rtol=0)
 
 
+def test_k_per_layer_is_an_attribute_of_each_node(dsa_folder, tmp_path):
+    """Different k by layer: torch's sets and logits in ONNX Runtime, and dense's while no layer leaves anything out."""
+    folder, out = tmp_path / "by-layer", tmp_path / "onnx"
+    shutil.copytree(dsa_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "index_topk": [8, 24]}))
+    result = export_command("--model", str(folder), "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert "k = 8–24 by layer, mean 16" in result.stdout
+    manifest = read_manifest(out, "onnx", "test")
+    assert manifest["topk"] == [8, 24]
+    assert manifest["parity"]["sparse"]["selected_sets"]["different"] == 0
+    model = onnx.load(out / "sparse" / "model.onnx", load_external_data=False)
+    selections = [node for node in model.graph.node if node.op_type == "IndexTopK"]
+    ks = [next(a.i for a in node.attribute if a.name == "k") for node in selections]
+    assert ks == [8, 24]
+    dense, sparse = (Graph(out / variant / "model.onnx", 1) for variant in ("dense", "sparse"))
+    np.testing.assert_allclose(sparse.step([TOKENS[:8]]), dense.step([TOKENS[:8]]), **EXACT)
+    assert np.abs(sparse.step([TOKENS[8:20]]) - dense.step([TOKENS[8:20]])).max() > 1e-3, "layer 0 leaves keys out"
+
+
 def test_sparse_equals_dense_while_k_covers_the_text(export):
     dense, sparse = (Graph(export / variant / "model.onnx", 1) for variant in ("dense", "sparse"))
     np.testing.assert_allclose(sparse.step([TOKENS[:10]]), dense.step([TOKENS[:10]]), **EXACT)

@@ -11,9 +11,9 @@ import pytest
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
-from engines import artifacts
+from engines import artifacts, build
 from engines.artifacts import open_engine, open_export
-from engines.session import open_runner
+from engines.session import Session, open_runner
 from tests.engines import toy
 from tests.engines.commands import copy_tree
 
@@ -124,10 +124,28 @@ def test_bytes_are_counted_from_the_layout(runners):
     assert sparse.manifest["step_weight_bytes"] == 4 * (weights + indexer)
 
 
-def test_half_precision_runs_on_the_cpu(tmp_path: Path, runners):
-    from engines import build
-    from engines.session import Session
+def test_k_per_layer_decides_bytes_and_the_least_capacity(tmp_path: Path, runners):
+    export = toy.write_export(tmp_path / "onnx", topk=[8, 300])
+    build.build("ort", build.parse_arguments(["--onnx", str(export), "--out", str(tmp_path / "engines")]))
+    engine = open_engine(tmp_path / "engines" / "ort" / "sparse")
+    assert (engine.topk, engine.max_topk) == ((8, 300), 300)
+    row, index_row = toy.HKV * toy.D * 4, toy.DI * 4
+    assert engine.cache_bytes_read(1000) == 2 * 1000 * index_row + (8 + 300) * 2 * row
+    assert engine.cache_bytes_read(100, queries=2) == 2 * 100 * index_row + (16 + 100) * 2 * row
+    session = Session(open_runner(engine.folder))
+    assert session.capacity == 512, "the bucket above the largest k"
+    assert Session(open_runner(engine.folder), capacity=5).capacity == 300
+    prompt = np.arange(8)
+    np.testing.assert_allclose(session.prefill([prompt]), Session(runners["dense"]).prefill([prompt]), atol=1e-4)
 
+
+@pytest.mark.parametrize("topk", [[8], [8, 0], [8, "16"], 0])
+def test_a_manifest_whose_k_cannot_be(engine_folder: Path, topk: object):
+    edit(engine_folder, topk=topk)
+    assert "misstates index_topk" in refusal(engine_folder)
+
+
+def test_half_precision_runs_on_the_cpu(tmp_path: Path, runners):
     export = toy.write_export(tmp_path / "onnx", dtype="fp16")
     build.build("ort", build.parse_arguments(["--onnx", str(export), "--out", str(tmp_path / "engines")]))
     prompt = np.arange(16)

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from dsa_export.files import sha256, write_manifest
+from dsa_export.topk import topk_per_layer
 from plugins.registry import DOMAIN, ONNX_OPSET, PLUGIN_ATTRIBUTES, function_protos
 
 E, LAYERS, HQ, HKV, D, HI, DI, V, MAX_POSITIONS = 32, 2, 4, 2, 16, 2, 8, 257, 4096
@@ -29,7 +30,7 @@ CACHE_SHAPES = {
 CACHES = {"dense": ("key", "value"), "sparse": ("key", "value", "index")}
 
 
-def write_export(out: Path, *, topk: int = 16, dtype: str = "fp32", seed: int = 0) -> Path:
+def write_export(out: Path, *, topk: int | list[int] = 16, dtype: str = "fp32", seed: int = 0) -> Path:
     """Writes an export folder by the contract of dsa_export.onnx and returns it."""
     weights = _weights(np.random.default_rng(seed))
     name, onnx_type = DTYPES[dtype]
@@ -116,7 +117,7 @@ class _Graph:
         return self("Constant", value_ints=values)
 
 
-def _model(variant: str, initializers: list[TensorProto], dtype: int, topk: int) -> onnx.ModelProto:
+def _model(variant: str, initializers: list[TensorProto], dtype: int, topk: int | list[int]) -> onnx.ModelProto:
     g = _Graph()
     hidden = g("Gather", "embed", "input_ids")
     last_axis, axis_1 = g.ints(-1), g.ints(1)
@@ -151,7 +152,7 @@ def _model(variant: str, initializers: list[TensorProto], dtype: int, topk: int)
             index = g("Squeeze", index, axis_1)
             w = g("MatMul", h, f"{i}.iw")
             dsa = {"domain": DOMAIN, **PLUGIN_ATTRIBUTES}
-            indices = g("IndexTopK", index_q, w, index, kv_lengths, k=topk, **dsa)
+            indices = g("IndexTopK", index_q, w, index, kv_lengths, k=topk_per_layer(topk, LAYERS)[i], **dsa)
             attended = g("SparseAttention", q, key, value, indices, scale=D**-0.5, **dsa)
         by_token = g("Reshape", g("Transpose", attended, perm=[0, 2, 1, 3]), g.ints(0, 0, -1))
         hidden = g("Add", hidden, g("MatMul", by_token, f"{i}.o"))

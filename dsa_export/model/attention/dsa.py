@@ -50,7 +50,7 @@ class SparseAttention(DenseAttention):
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__(config, layer)
         self.indexer = Indexer(config)
-        self.topk = config.index_topk
+        self.topk = config.topk_per_layer[layer]
         self.sparse = True
 
     @staticmethod
