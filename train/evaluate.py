@@ -71,12 +71,12 @@ def evaluate(
 
 def _decoded_tokens_per_second(model: DSAForCausalLM, input_ids: Tensor, tokens: int = 8) -> float:
     """One token at a time after the prompt input_ids [1, T]. The prompt is read in the masked form: it is not timed."""
-    cache = model.train()(input_ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model.train()(input_ids, use_cache=True, logits_to_keep=1).cache
     model.eval()
     seconds = []
     for _ in range(tokens):
         start = time.perf_counter()
-        model(input_ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids[:, -1:], cache=cache, use_cache=True)
         if input_ids.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
+from transformers.utils.deprecation import deprecate_kwarg
 
 from dsa_export.config import DSAConfig
 from dsa_export.model.attention import VARIANTS, Call
@@ -27,20 +28,20 @@ from dsa_export.topk import TopK, compact_topk, topk_per_layer
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """last_hidden_state [B, S, E]; past_key_values; aux_losses: the observer's scalars, averaged over the layers."""
+    """last_hidden_state [B, S, E]; cache; aux_losses: the observer's scalars, averaged over the layers."""
 
     last_hidden_state: Tensor | None = None
-    past_key_values: DSACache | None = None
+    cache: DSACache | None = None
     aux_losses: dict[str, Tensor] | None = None
 
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """loss (scalar, if labels were given), logits [B, S, V], past_key_values, aux_losses as in DecoderOutput."""
+    """loss (scalar, if labels were given), logits [B, S, V], cache, aux_losses as in DecoderOutput."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: DSACache | None = None
+    cache: DSACache | None = None
     aux_losses: dict[str, Tensor] | None = None
 
 
@@ -135,7 +136,7 @@ class DSAModel(DSAPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DSACache | None = None,
+        cache: DSACache | None = None,
         use_cache: bool | None = False,
         observer: Observer | None = None,
         **kwargs: Any,
@@ -151,12 +152,12 @@ class DSAModel(DSAPreTrainedModel):
 
         caches = None
         past_lengths = torch.zeros(B, dtype=torch.int64, device=input_ids.device)
-        if use_cache and past_key_values is None:
-            past_key_values = DSACache(self.cache_layouts)
-        if past_key_values is not None:
-            if not isinstance(past_key_values, DSACache):
-                raise ValueError(f"past_key_values must be a DSACache, got {type(past_key_values).__name__}")
-            caches = past_key_values.begin(B, S, self.dtype, input_ids.device)
+        if use_cache and cache is None:
+            cache = DSACache(self.cache_layouts)
+        if cache is not None:
+            if not isinstance(cache, DSACache):
+                raise ValueError(f"cache must be a DSACache, got {type(cache).__name__}")
+            caches = cache.begin(B, S, self.dtype, input_ids.device)
             past_lengths = caches[0].past_lengths
         if position_ids is not None:
             expected = past_lengths[:, None] + valid.cumsum(1) - 1
@@ -164,11 +165,11 @@ class DSAModel(DSAPreTrainedModel):
                 raise ValueError("position_ids must count each row's tokens from 0: packed rows are not supported")
 
         hidden, aux = self.run(input_ids, past_lengths, lengths, caches, observer)
-        if past_key_values is not None:
-            past_key_values.advance(lengths, S)
+        if cache is not None:
+            cache.advance(lengths, S)
         if padded:
             hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
-        return DecoderOutput(hidden, past_key_values if use_cache else None, aux)
+        return DecoderOutput(hidden, cache if use_cache else None, aux)
 
 
 def _valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
@@ -210,12 +211,13 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
         for layer, k in zip(self.model.layers, values, strict=True):
             setattr(layer.self_attn, "topk", k)  # noqa: B010 (torch types modules' attributes as modules)
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DSACache | None = None,
+        cache: DSACache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -229,15 +231,15 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
         # Training never keeps a cache; inference follows the configuration.
         keep = (self.config.use_cache and not self.training and observer is None) if use_cache is None else use_cache
         output = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, keep, observer
+            input_ids, attention_mask, position_ids, cache, keep, observer
         )  # fmt: skip
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, rows])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutput(loss, logits, output.past_key_values, output.aux_losses)
+        return CausalLMOutput(loss, logits, output.cache, output.aux_losses)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DSACache(self.model.cache_layouts)
+        if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = DSACache(self.model.cache_layouts)

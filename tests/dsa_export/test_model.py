@@ -85,8 +85,8 @@ def test_any_cut_into_chunks_equals_one_call(dsa_model, tokens, name, cuts):
     whole = model(tokens, use_cache=False).logits
     cache, parts, start = None, [], 0
     for length in cuts:
-        output = model(tokens[:, start : start + length], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, start + length
+        output = model(tokens[:, start : start + length], cache=cache, use_cache=True)
+        cache, start = output.cache, start + length
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
 
@@ -107,7 +107,7 @@ def test_rows_of_a_batch_do_not_see_each_other_or_padding(dsa_model, tokens, sid
     step = dsa_model(
         tokens[:, :1],
         attention_mask=torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1),
-        past_key_values=prompt.past_key_values,
+        cache=prompt.cache,
         use_cache=True,
     )
     for row, n in enumerate(lengths):
@@ -117,11 +117,11 @@ def test_rows_of_a_batch_do_not_see_each_other_or_padding(dsa_model, tokens, sid
 
 @torch.no_grad()
 def test_cached_index_keys_are_rotated_once(dsa_model, tokens):
-    whole = dsa_model(tokens, use_cache=True).past_key_values
-    stepped = dsa_model(tokens[:, :40], use_cache=True).past_key_values
+    whole = dsa_model(tokens, use_cache=True).cache
+    stepped = dsa_model(tokens[:, :40], use_cache=True).cache
     before = stepped.layers[0]["index"][:, :, :40].clone()
     for position in range(40, 60):
-        stepped = dsa_model(tokens[:, position : position + 1], past_key_values=stepped, use_cache=True).past_key_values
+        stepped = dsa_model(tokens[:, position : position + 1], cache=stepped, use_cache=True).cache
     assert torch.equal(stepped.layers[0]["index"][:, :, :40], before)
     for ours, theirs in zip(stepped.layers, whole.layers, strict=True):
         torch.testing.assert_close(ours["index"][:, :, :60], theirs["index"][:, :, :60], **EXACT)
@@ -130,9 +130,9 @@ def test_cached_index_keys_are_rotated_once(dsa_model, tokens):
 @torch.no_grad()
 def test_cache_grows_without_recomputation(dsa_model):
     tokens = torch.randint(3, 500, (1, 300))
-    cache = dsa_model(tokens[:, :250], use_cache=True).past_key_values
+    cache = dsa_model(tokens[:, :250], use_cache=True).cache
     assert cache.layers[0]["key"].shape[2] == 256
-    last = dsa_model(tokens[:, 250:], past_key_values=cache, use_cache=True)
+    last = dsa_model(tokens[:, 250:], cache=cache, use_cache=True)
     assert cache.layers[0]["key"].shape[2] == 512
     whole = dsa_model(tokens, use_cache=False).logits
     torch.testing.assert_close(last.logits, whole[:, 250:], **EXACT)
