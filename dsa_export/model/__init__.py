@@ -1,7 +1,7 @@
 """The model: a decoder with two independent slots (attention, feed-forward), its KV caches and its checkpoints."""
 
-from dsa_export.model.attention import AttentionTrace
+from dsa_export.model.attention import AttentionTrace, Selector
 from dsa_export.model.checkpoint import dense_twin, load_model, load_tokenizer
 from dsa_export.model.decoder import DSAForCausalLM
 
-__all__ = ["AttentionTrace", "DSAForCausalLM", "dense_twin", "load_model", "load_tokenizer"]
+__all__ = ["AttentionTrace", "DSAForCausalLM", "Selector", "dense_twin", "load_model", "load_tokenizer"]

@@ -18,7 +18,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from dsa_export.config import DSAConfig
 from dsa_export.model.attention import VARIANTS, Call
-from dsa_export.model.attention.base import Observer
+from dsa_export.model.attention.base import Observer, Selector
 from dsa_export.model.cache import CacheEntry, DSACache, LayerCache
 from dsa_export.model.feed_forward import GatedMLP
 from dsa_export.model.rope import RotaryTable
@@ -107,6 +107,7 @@ class DSAModel(DSAPreTrainedModel):
         lengths: Tensor,
         caches: list[LayerCache] | None = None,
         observer: Observer | None = None,
+        selector: Selector | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The step that the exported graphs hold: input_ids [B, S], padded on the right, after past_lengths [B] tokens.
 
@@ -123,6 +124,7 @@ class DSAModel(DSAPreTrainedModel):
             lengths=lengths,
             caches=caches,
             observer=observer,
+            selector=selector,
         )
         aux: list[dict[str, Tensor]] = []
         for layer in self.layers:
@@ -139,6 +141,7 @@ class DSAModel(DSAPreTrainedModel):
         cache: DSACache | None = None,
         use_cache: bool | None = False,
         observer: Observer | None = None,
+        selector: Selector | None = None,
         **kwargs: Any,
     ) -> DecoderOutput:
         """transformers' calling convention. attention_mask [B, past + S], 1 = token; 4-D masks are refused."""
@@ -164,7 +167,7 @@ class DSAModel(DSAPreTrainedModel):
             if not bool((position_ids.expand(B, S) == expected)[valid].all()):
                 raise ValueError("position_ids must count each row's tokens from 0: packed rows are not supported")
 
-        hidden, aux = self.run(input_ids, past_lengths, lengths, caches, observer)
+        hidden, aux = self.run(input_ids, past_lengths, lengths, caches, observer, selector)
         if cache is not None:
             cache.advance(lengths, S)
         if padded:
@@ -222,16 +225,22 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         observer: Observer | None = None,
+        selector: Selector | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
         """input_ids [B, S] → logits [B, S, V] (the last `logits_to_keep` positions, or those indexed; 0: all).
 
-        labels [B, S], -100 ignored, are shifted inside. `observer` sees every layer (see AttentionTrace).
+        labels [B, S], -100 ignored, are shifted inside. `observer` sees every layer (see AttentionTrace),
+        `selector` selects in place of the indexers where attention is sparse.
         """
         # Training never keeps a cache; inference follows the configuration.
-        keep = (self.config.use_cache and not self.training and observer is None) if use_cache is None else use_cache
+        keep = (
+            (self.config.use_cache and not self.training and not (observer or selector))
+            if use_cache is None
+            else use_cache
+        )
         output = self.model(
-            input_ids, attention_mask, position_ids, cache, keep, observer
+            input_ids, attention_mask, position_ids, cache, keep, observer, selector
         )  # fmt: skip
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, rows])

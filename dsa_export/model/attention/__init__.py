@@ -1,9 +1,9 @@
 """The attention slot. A variant is one file: a module class, its cache layout and a line in VARIANTS."""
 
-from dsa_export.model.attention.base import AttentionTrace, Call
+from dsa_export.model.attention.base import AttentionTrace, Call, Selector
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.attention.dsa import SparseAttention
 
 VARIANTS: dict[str, type[DenseAttention]] = {"dense": DenseAttention, "dsa": SparseAttention}
 
-__all__ = ["VARIANTS", "AttentionTrace", "Call", "DenseAttention", "SparseAttention"]
+__all__ = ["VARIANTS", "AttentionTrace", "Call", "Selector", "DenseAttention", "SparseAttention"]

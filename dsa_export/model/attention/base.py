@@ -16,7 +16,7 @@ from dsa_export.model.cache import LayerCache
 
 @dataclass
 class AttentionTrace:
-    """What a training observer sees of one layer of a call without cache (C = S). Tensors are not detached."""
+    """What observers and selectors see of one layer of a call without cache (C = S). Tensors are not detached."""
 
     layer: int
     q: Tensor  # [B, Hq, S, D], rotated
@@ -24,13 +24,16 @@ class AttentionTrace:
     index_q: Tensor  # [B, S, Hi, Di], rotated
     index_weights: Tensor  # [B, S, Hi], scale included
     index_k: Tensor  # [B, S, Di], rotated
-    indices: Tensor | None  # [B, S, K] int32; None where the core attended to everything
+    indices: Tensor | None  # [B, S, K] int32; None where the core attended to everything, or nothing is selected yet
     lengths: Tensor  # [B] int64, valid tokens per row (rows are padded on the right)
     scale: float  # of the main attention's scores
 
 
 Observer = Callable[[AttentionTrace], dict[str, Tensor]]
 """Called once per layer; returns named scalars, which the model averages over the layers (auxiliary losses)."""
+
+Selector = Callable[[AttentionTrace], Tensor]
+"""Selects in the indexer's place: returns indices [B, S, K] int32, -1 where a query has fewer than K keys."""
 
 
 @dataclass
@@ -43,3 +46,4 @@ class Call:
     lengths: Tensor  # [B] int64: valid tokens of this call
     caches: list[LayerCache] | None  # None: no past, nothing is kept
     observer: Observer | None = None
+    selector: Selector | None = None  # None: the layer's own indexer selects

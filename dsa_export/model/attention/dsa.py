@@ -6,6 +6,8 @@ before it is cached.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,22 +64,23 @@ class SparseAttention(DenseAttention):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
         all_index_k = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
-        indices = None
+        if call.caches is not None and (call.observer or call.selector):
+            raise ValueError("an observer or a selector needs a call without cache")
+        trace = AttentionTrace(
+            self.layer, q, k, index_q, index_weights, index_k, None, call.lengths, self.scale
+        )  # fmt: skip
         if self.sparse:
             with torch.no_grad():
-                indices = index_topk(index_q, index_weights, all_index_k, call.kv_lengths, self.topk)
+                if call.selector is None:
+                    indices = index_topk(index_q, index_weights, all_index_k, call.kv_lengths, self.topk)
+                else:
+                    indices = call.selector(trace)
+            trace = replace(trace, indices=indices)
             core = masked_attention if self.training else sparse_attention
             output = core(q, k, v, indices, self.scale)
         else:
             output = dense_attention(q, k, v, call.kv_lengths, self.scale)
-        if call.observer is None:
-            return output, {}
-        if call.caches is not None:
-            raise ValueError("an observer needs a call without cache")
-        trace = AttentionTrace(
-            self.layer, q, k, index_q, index_weights, index_k, indices, call.lengths, self.scale
-        )  # fmt: skip
-        return output, call.observer(trace)
+        return output, call.observer(trace) if call.observer else {}
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> Tensor:

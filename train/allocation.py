@@ -1,0 +1,79 @@
+"""k per layer under a total budget: each step of k goes to the layer where it catches the most attention mass."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from dsa_export.cli import UserError
+from dsa_export.files import MANIFEST, check_output, checkpoint_hash, output_folder, write_manifest
+from dsa_export.model.checkpoint import load_config
+from dsa_export.topk import compact_topk
+
+
+def allocate(caught: Tensor, budget: int, *, step: int, floor: int) -> list[int]:
+    """k of every layer with mean `budget`: greedy by the mass that the next `step` keys catch.
+
+    caught: [layers, T], the mean share of attention mass in the k best keys, at k = 1 … T. Every k is a multiple of
+    `step`, from `floor` up to T; what is left of the budget when every layer has T is not spent. The shares grow ever
+    more slowly with k, which makes greedy steps the best choice.
+    Raises UserError where no such choice exists.
+    """
+    layers, longest = caught.shape
+    if floor % step or floor < step:
+        raise UserError(f"--k-floor {floor} must be a multiple of --k-step {step}")
+    if budget < floor:
+        raise UserError(f"--k-budget {budget} is less than --k-floor {floor}")
+    if floor > longest:
+        raise UserError(f"--k-floor {floor} exceeds the measured length of {longest} tokens")
+    ks = [floor] * layers
+
+    def gain(layer: int) -> float:
+        """Of one more step, as a heap entry: the largest first."""
+        return float(caught[layer, ks[layer] - 1] - caught[layer, ks[layer] + step - 1])
+
+    steps = (budget * layers - sum(ks)) // step
+    heap = [(gain(layer), layer) for layer in range(layers) if floor + step <= longest]
+    heapq.heapify(heap)
+    while steps and heap:
+        _, layer = heapq.heappop(heap)
+        ks[layer] += step
+        steps -= 1
+        if ks[layer] + step <= longest:
+            heapq.heappush(heap, (gain(layer), layer))
+    return ks
+
+
+def write_topk(model: str, ks: Sequence[int], out: Path, **facts: Any) -> None:
+    """Writes the checkpoint `model` with k per layer to `out`: another config.json, all other files hard-linked.
+
+    Where links are impossible (another file system) the files are copied. Raises UserError if `model` is no folder.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(f"--write-topk needs a checkpoint folder, {model} is none")
+    if out.resolve() == folder.resolve():
+        raise UserError("--write-topk must not be the checkpoint itself")
+    check_output(out)
+    config = load_config(folder)
+    config.index_topk = compact_topk(ks)
+    with output_folder(out) as partial:
+        for file in sorted(folder.iterdir()):
+            if not file.is_file() or file.name in (MANIFEST, "config.json"):
+                continue
+            try:
+                os.link(file, partial / file.name)
+            except OSError:
+                shutil.copy2(file, partial / file.name)
+        logging.set_verbosity_error()
+        config.save_pretrained(partial)
+        write_manifest(
+            partial, "checkpoint", {"path": model, "sha256": checkpoint_hash(folder)}, topk=list(ks), **facts
+        )

@@ -1,0 +1,149 @@
+"""The ladder: what a model loses under selection, from the best possible selection down to a sliding window.
+
+    dense      everything visible: the model's own ceiling
+    full       its selection with k of at least the length: must equal dense, or the figures below mean nothing
+    best       the k keys of most attention mass (mean over the heads) in every layer
+    trained    the checkpoint's indexer
+    random     an untrained indexer of the same size
+    window     the last k keys
+
+All rungs of a window share one dense forward. Selections run in the masked form (the model's training mode): the same
+function of its inputs, and on a CPU the fast one. Logits are never held for a whole window.
+
+Shapes: T tokens of a window (one row), E hidden size, V vocabulary, N labelled tokens, K = k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsa_export.model import AttentionTrace, DSAForCausalLM, Selector
+from dsa_export.model.attention.dsa import Indexer
+from dsa_export.topk import TopK, topk_per_layer
+from plugins.index_topk.op import topk_lowest_index_first
+from train.data import IGNORED
+from train.selection import ROWS, attention_mass
+
+RUNGS = ("best", "trained", "random", "window")
+HEAD_ROWS = 256
+"""Rows whose logits are held at a time."""
+
+
+@dataclass
+class Score:
+    """Sums over labelled tokens: cross-entropy, KL(dense ‖ this) in nats, tokens that both predict alike."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    tokens: int = 0
+
+    def __iadd__(self, other: Score) -> Score:
+        self.loss, self.kl = self.loss + other.loss, self.kl + other.kl
+        self.agree, self.tokens = self.agree + other.agree, self.tokens + other.tokens
+        return self
+
+
+@torch.no_grad()
+def hidden_states(model: DSAForCausalLM, input_ids: Tensor, rung: str, topk: TopK) -> Tensor:
+    """input_ids [1, T] → the last hidden states [T, E] at one rung. "random" needs random_indexers() around it."""
+    ks = topk_per_layer(topk, len(model.model.layers))
+    selector: Selector | None = None
+    if rung == "best":
+        selector = lambda trace: best_selection(trace, ks[trace.layer])  # noqa: E731
+    elif rung == "window":
+        selector = lambda trace: window_selection(trace, ks[trace.layer])  # noqa: E731
+    model.train()
+    model.sparse = rung != "dense"
+    model.set_topk(ks)
+    return model.model(input_ids, selector=selector).last_hidden_state[0]
+
+
+def best_selection(trace: AttentionTrace, k: int) -> Tensor:
+    """The k visible keys of most attention mass, mean over the heads: indices [B, T, K]."""
+    B, _, T, _ = trace.q.shape
+    indices = torch.full((B, T, min(k, T)), -1, dtype=torch.int32, device=trace.q.device)
+    for b in range(B):
+        for start in range(0, T, ROWS):
+            stop = min(start + ROWS, T)
+            positions = torch.arange(start, stop, device=trace.q.device)[:, None]
+            visible = torch.arange(stop, device=trace.q.device) <= positions
+            mass = attention_mass(trace.q[b, :, start:stop], trace.k[b, :, :stop], trace.scale, visible)
+            best = topk_lowest_index_first(mass.masked_fill(~visible, -1), min(k, stop))
+            indices[b, start:stop, : best.shape[-1]] = torch.where(best <= positions, best, -1).int()
+    return indices
+
+
+def window_selection(trace: AttentionTrace, k: int) -> Tensor:
+    """The last k keys, the query's own included: indices [B, T, K]."""
+    B, _, T, _ = trace.q.shape
+    positions = torch.arange(T, device=trace.q.device)[:, None]
+    indices = positions - torch.arange(min(k, T), device=trace.q.device)
+    return torch.where(indices >= 0, indices, -1).int().expand(B, -1, -1)
+
+
+@contextmanager
+def random_indexers(model: DSAForCausalLM, seed: int = 0) -> Iterator[None]:
+    """Within the context every layer has an untrained indexer, initialised as training would begin with."""
+    layers: list[Any] = [layer.self_attn for layer in model.model.layers]
+    trained = [attention.indexer for attention in layers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for attention in layers:
+            fresh = Indexer(model.config)
+            fresh.apply(model._init_weights)
+            attention.indexer = fresh.to(attention.o_proj.weight)
+    try:
+        yield
+    finally:
+        for attention, indexer in zip(layers, trained, strict=True):
+            attention.indexer = indexer
+
+
+@torch.no_grad()
+def score(heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: Tensor) -> dict[str, Score]:
+    """Scores hidden states [T, E] by name against those named "dense"; labels [T], -100 ignored, are shifted here.
+
+    heads: the output layer of every name that does not use that of "dense".
+    """
+    rows = (labels[1:] != IGNORED).nonzero()[:, 0]
+    scores = {name: Score() for name in hidden}
+    for chunk in rows.split(HEAD_ROWS):
+        target = labels[chunk + 1]
+        dense = _log_probabilities(heads["dense"], hidden["dense"][chunk])
+        for name, states in hidden.items():
+            other = dense if name == "dense" else _log_probabilities(heads.get(name, heads["dense"]), states[chunk])
+            scores[name] += Score(
+                loss=-float(other.gather(1, target[:, None]).sum()),
+                kl=float((dense.exp() * (dense - other)).sum()),
+                agree=int((dense.argmax(-1) == other.argmax(-1)).sum()),
+                tokens=len(chunk),
+            )
+    return scores
+
+
+def _log_probabilities(head: nn.Linear, hidden: Tensor) -> Tensor:
+    return head(hidden).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def full_selection_error(model: DSAForCausalLM, input_ids: Tensor, dense: Tensor) -> tuple[float, float]:
+    """(largest difference, what rounding allows) of the logits with everything selected, k = T, from dense.
+
+    input_ids [1, T], dense [T, E] hidden states of the same tokens.
+    """
+    full = hidden_states(model, input_ids, "trained", input_ids.shape[1])
+    error = largest = 0.0
+    epsilon = torch.finfo(torch.float32).eps
+    for a, b in zip(full.split(HEAD_ROWS), dense.split(HEAD_ROWS), strict=True):
+        expected = model.lm_head(b)
+        error = max(error, float((model.lm_head(a) - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+        epsilon = torch.finfo(expected.dtype).eps
+    return error, max(1e-3, 16 * epsilon * largest)

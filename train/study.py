@@ -1,0 +1,223 @@
+"""The measurements of `python -m train.evaluate`: one record per length of text, one per task, length and k."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import exp
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsa_export.cli import UserError
+from dsa_export.model import DSAForCausalLM
+from dsa_export.topk import describe_topk
+from train import tasks
+from train.data import Windows
+from train.ladder import Score, full_selection_error, hidden_states, random_indexers, score
+from train.selection import SelectionMeter
+
+MAP_LAYERS = 4
+FULL_TOKENS = 4096
+"""The check that a full selection equals dense is made on so many tokens at most: it selects T of T."""
+
+Record = dict[str, Any]
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting of k to evaluate: the same for all layers, or (label "auto") one per layer."""
+
+    label: str
+    ks: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.ks) / len(self.ks)
+
+    def __str__(self) -> str:
+        return describe_topk(self.ks)
+
+
+@dataclass
+class Study:
+    """A model under evaluation; `base` is the checkpoint before training, to tell drift from sparsity."""
+
+    model: DSAForCausalLM
+    rungs: Sequence[str]
+    every: int
+    seed: int
+    base: DSAForCausalLM | None = None
+    tick: Tick = lambda: None
+    meters: list[SelectionMeter] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def meter(self, ks: Sequence[int], *, maps: bool = False) -> SelectionMeter:
+        config = self.model.config
+        layers = config.num_hidden_layers
+        shown = {round(i * (layers - 1) / max(1, MAP_LAYERS - 1)) for i in range(MAP_LAYERS)} if maps else ()
+        return SelectionMeter(layers, config.index_heads, ks, self.every, tuple(shown))
+
+    @torch.no_grad()
+    def dense_states(self, input_ids: Tensor, meter: SelectionMeter | None = None) -> Tensor:
+        """[1, T] → hidden states [T, E] with everything attended to; the meter watches the indexers."""
+        self.model.train()
+        self.model.sparse = False
+        states = self.model.model(input_ids, observer=meter).last_hidden_state[0]
+        self.tick()
+        return states
+
+    def forwards(self, choices: Sequence[Choice], windows: Windows) -> int:
+        """How often text() will call tick()."""
+        used = len(self._used(choices, windows.input_ids.shape[1]))
+        per_window = 1 + (self.base is not None) + used * ("trained" in self.rungs)
+        per_window += sum(c.label != "auto" for c in self._used(choices, windows.input_ids.shape[1])) * sum(
+            rung != "trained" for rung in self.rungs
+        )
+        return len(windows) * per_window + 1
+
+    @staticmethod
+    def _used(choices: Sequence[Choice], length: int) -> list[Choice]:
+        return [choice for choice in choices if min(choice.ks) < length]
+
+    def text(self, windows: Windows, choices: Sequence[Choice]) -> Record:
+        """The ladder at every k below the length, and what the indexers catch and select.
+
+        Raises UserError if a selection of everything does not equal dense attention, or no k is below the length.
+        """
+        length = windows.input_ids.shape[1]
+        used = self._used(choices, length)
+        uniform = [choice for choice in used if choice.label != "auto"]
+        if not uniform:
+            raise UserError(f"every k is at least the length of {length} tokens: nothing is left out; lower --topk")
+        heads: dict[str, nn.Linear] = {"dense": self.model.lm_head}
+        if self.base is not None:
+            heads["base"] = self.base.lm_head
+        meter = self.meter([choice.ks[0] for choice in uniform], maps=True)
+        self.meters.append(meter)
+        plan = [
+            (rung, choice)
+            for rung in self.rungs
+            for choice in (used if rung == "trained" else uniform)
+            if rung != "auto"
+        ]  # fmt: skip
+        sums: dict[str, Score] = defaultdict(Score)
+        check: Record = {}
+        for row in range(len(windows)):
+            batch = windows.batch(torch.tensor([row]), self.device)
+            input_ids = batch["input_ids"]
+            hidden = {"dense": self.dense_states(input_ids, meter)}
+            if row == 0:
+                check = self._check_full(input_ids[:, :FULL_TOKENS], hidden["dense"][:FULL_TOKENS])
+                self.tick()
+            for number, (rung, choice) in enumerate(plan):
+                with random_indexers(self.model, self.seed) if rung == "random" else nullcontext():
+                    hidden[str(number)] = hidden_states(self.model, input_ids, rung, choice.ks)
+                self.tick()
+            if self.base is not None:
+                with torch.no_grad():
+                    hidden["base"] = self.base.model(input_ids).last_hidden_state[0]
+                self.tick()
+            for name, one in score(heads, hidden, batch["labels"][0]).items():
+                sums[name] += one
+        means = {name: _means(one, sums["dense"]) for name, one in sums.items()}
+        ladder = [
+            {
+                "rung": "auto" if choice.label == "auto" else rung,
+                "k": list(choice.ks) if choice.label == "auto" else choice.ks[0],
+                "mean_k": choice.mean,
+                **means[str(number)],
+            }
+            for number, (rung, choice) in enumerate(plan)
+        ]
+        record: Record = {
+            "length": length,
+            "windows": len(windows),
+            "tokens": sums["dense"].tokens,
+            "full_selection": check,
+            "dense": means["dense"],
+            "base": means.get("base"),
+            "ladder": ladder,
+            "attention": meter.results(),
+            "heads": meter.heads(),
+        }
+        caught = meter.caught()
+        record["caught"] = [
+            {
+                "k": str(choice),
+                "mean_k": choice.mean,
+                "mass": float(torch.stack([caught[i, min(k, length) - 1] for i, k in enumerate(choice.ks)]).mean()),
+            }
+            for choice in used
+        ]
+        return record
+
+    def _check_full(self, input_ids: Tensor, dense: Tensor) -> Record:
+        error, tolerance = full_selection_error(self.model, input_ids, dense)
+        if not error <= tolerance:
+            raise UserError(
+                f"with everything selected the logits differ from dense by {error:.2g} (rounding allows "
+                f"{tolerance:.2g}): the sparse path of this model is wrong, no figure of it would mean anything"
+            )
+        return {"tokens": input_ids.shape[1], "max_abs_error": error, "tolerance": tolerance}
+
+    def caught(self, windows: Windows) -> Tensor:
+        """[layers, T]: share of attention mass in the indexer's k best keys at every k, in a text."""
+        meter = self.meter([1])
+        for row in range(len(windows)):
+            self.dense_states(windows.batch(torch.tensor([row]), self.device)["input_ids"], meter)
+        return meter.caught()
+
+    def task(self, name: str, length: int, samples: int, choices: Sequence[Choice], tokenizer: Any) -> list[Record]:
+        """One record per k: scores of dense and sparse on the same samples, and every answer."""
+        model, limit = self.model, tasks.TASKS[name].answer_tokens
+        ends = self.ends(tokenizer)
+        scores: dict[str, list[float]] = defaultdict(list)
+        answers: list[Record] = []
+        for number in range(samples):
+            sample, prompt = tasks.fit(name, length, tokenizer, self.seed + number)
+            ids = torch.tensor([prompt], device=self.device)
+            texts: dict[str, str] = {}
+            for label, ks in [("dense", None), *((str(c), c.ks) for c in choices)]:
+                model.sparse = ks is not None
+                model.set_topk(ks or choices[0].ks)
+                texts[label] = tokenizer.decode(tasks.answer(model, ids, limit, ends))
+                scores[label].append(tasks.recall(texts[label], sample.expected))
+                self.tick()
+            answers.append({"prompt_tokens": len(prompt), "expected": list(sample.expected), "answers": texts})
+        mean = {label: sum(values) / samples for label, values in scores.items()}
+        return [
+            {
+                "task": name,
+                "length": length,
+                "samples": samples,
+                "k": str(choice),
+                "dense": mean["dense"],
+                "sparse": mean[str(choice)],
+                "answers": answers if choice is choices[0] else None,
+            }
+            for choice in choices
+        ]
+
+    def ends(self, tokenizer: Any) -> set[int]:
+        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = configured if isinstance(configured, list) else [configured]
+        return {int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None}
+
+
+def _means(one: Score, dense: Score) -> Record:
+    loss = one.loss / one.tokens
+    return {
+        "loss": loss,
+        "perplexity": exp(loss),
+        "increase": one.loss / dense.loss - 1,
+        "kl": one.kl / one.tokens,
+        "top1": one.agree / one.tokens,
+    }
