@@ -31,7 +31,7 @@ from train.data import IGNORED, Windows, check_tokenizer, load_data
 from train.ladder import RUNGS
 from train.losses import IndexerObserver
 from train.study import Choice, Record, Study
-from train.tasks import TASKS
+from train.tasks import TASKS, fit
 
 CHECKPOINT = "ckpt"
 OUT = Path("out/evaluation")
@@ -200,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = options.pick_device(args.device)
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(tokenizer, config.vocab_size)
+    planned = [(name, length) for name in args.tasks for length in args.task_lengths]
+    for name, length in planned:
+        fit(name, length, tokenizer, args.seed)  # raises where a length is too short
     data = {
         length: load_data(
             args.data,
@@ -240,7 +243,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.set_topk(config.topk_per_layer)
             results["text"].append({**record, **decoding_speed(model, first), "data": source.facts})
             show(text_table(results["text"][-1]))
-        planned = [(name, length) for name in args.tasks for length in args.task_lengths]
         task = progress.add_task("tasks", total=len(planned) * args.samples * (1 + len(choices)), visible=bool(planned))
         study.tick = lambda: progress.advance(task)
         for name, length in planned:
@@ -294,6 +296,8 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         if max(values) > config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise UserError(f"--{name} {max(values)} is beyond the model's {limit} positions")
+    if args.auto and budget >= longest:
+        raise UserError(f"--k-budget {budget} leaves nothing to choose at {longest} tokens: measure a longer --length")
     if min(args.ks) >= min(args.length):
         raise UserError(f"k = {min(args.ks)} leaves nothing out of {min(args.length)} tokens: lower --topk")
     if not args.auto:
@@ -306,8 +310,6 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     args.k_floor = args.k_floor or args.k_step
     if args.write_topk:
         check_output(args.write_topk)
-    if budget >= longest:
-        raise UserError(f"--k-budget {budget} leaves nothing to choose at {longest} tokens: measure a longer --length")
 
 
 def trained_on(model: str) -> str | None:

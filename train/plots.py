@@ -46,11 +46,16 @@ def plot_losses(texts: Sequence[Mapping[str, Any]], path: Path) -> None:
         for rung, (colour, label) in RUNG_STYLES.items():
             points = [r for r in text["ladder"] if r["rung"] == rung]
             ks = [r["mean_k"] for r in points]
+            if not points:
+                continue
             axes.plot(ks, [r["loss"] for r in points], "*" if rung == "auto" else "o-", color=colour, label=label)
         axes.set_xscale("log", base=2)
         ticks = sorted({r["mean_k"] for r in text["ladder"]})
         axes.set_xticks(ticks, [f"{k:g}" for k in ticks])
+        axes.minorticks_off()
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.2f}")
+        axes.yaxis.set_minor_formatter("{x:.2f}")
         axes.set_ylabel("loss (log scale)")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
@@ -70,6 +75,7 @@ def plot_recall(texts: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes = figure.add_subplot(2 * len(texts), columns, 2 * row * columns + column, title=title)
             for name, style in (("best", "g--"), ("recall", "b-"), ("window", "r--"), ("normalised", "k:")):
                 axes.plot(by_layer[name], style, label={"recall": "indexer"}.get(name, name))
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set(ylim=(min(0.0, *by_layer["recall"]) - 0.02, 1.02), ylabel="share of attention mass")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
@@ -80,6 +86,7 @@ def plot_recall(texts: Sequence[Mapping[str, Any]], path: Path) -> None:
             below.plot(
                 [d / text["length"] for d in by_layer["mean_distance"]], label="mean distance / length of the text"
             )
+            below.xaxis.get_major_locator().set_params(integer=True)
             below.set_ylim(-0.02, 1.02)
             below.grid(alpha=0.3)
             below.legend(fontsize="small")
@@ -120,7 +127,7 @@ def plot_maps(maps: Mapping[int, Any], k: int, length: int, path: Path) -> None:
     """Selection maps {layer: [queries, keys]}: how dark a cell is says how many of its keys are selected."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(maps), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(maps), 5.3), layout="constrained")
     figure.suptitle(f"keys that the indexer selects, k = {k}, one text of {length:,} tokens")
     for column, (layer, image) in enumerate(sorted(maps.items()), start=1):
         axes = figure.add_subplot(1, len(maps), column, title=f"layer {layer}", xlabel="key", ylabel="query")

@@ -1,0 +1,239 @@
+"""python -m train.evaluate: the ladder, the measurements beside it, k by layer, and what the command writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsa_export.cli import UserError
+from dsa_export.model import load_model, load_tokenizer
+from train import evaluate as command
+from train.allocation import allocate
+from train.data import IGNORED, Windows
+from train.ladder import best_selection, hidden_states, random_indexers, score, window_selection
+from train.losses import IndexerObserver
+from train.selection import SelectionMeter
+from train.study import Choice, Study
+
+K, T = 8, 48
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with an indexer that nothing has trained: 2 layers, 2 heads of size 16, k = 8."""
+    folder = tmp_path_factory.mktemp("evaluate") / "ckpt"
+    torch.manual_seed(3)
+    load_model(tiny, index_heads=2, index_dim=16, index_topk=K).save_pretrained(folder)
+    load_tokenizer(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(checkpoint: Path):
+    return load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(3, 250, (1, T), generator=torch.Generator().manual_seed(4))
+
+
+def windows(ids: torch.Tensor) -> Windows:
+    return Windows(ids.int(), ids.int(), torch.tensor([ids.shape[1]] * len(ids)))
+
+
+# ---------------------------------------------------------------- the rungs
+
+
+def test_best_and_window_select_what_they_say(model, ids: torch.Tensor) -> None:
+    traces = []
+    model.train().sparse = False
+    with torch.no_grad():
+        model.model(ids, observer=lambda trace: traces.append(trace) or {})
+    for t in traces:
+        keys = t.k.repeat_interleave(2, dim=1)
+        hidden = ~torch.ones(T, T, dtype=torch.bool).tril()
+        mass = (t.q @ keys.transpose(-1, -2) * t.scale).masked_fill(hidden, -torch.inf).softmax(-1).mean(1)[0]
+        best, window = best_selection(t, K)[0], window_selection(t, K)[0]
+        for row in range(T):
+            expected = set(mass[row, : row + 1].topk(min(K, row + 1)).indices.tolist())
+            assert set(best[row].tolist()) - {-1} == expected
+            assert set(window[row].tolist()) - {-1} == set(range(max(0, row - K + 1), row + 1))
+
+
+@pytest.mark.parametrize("rung", ["best", "trained", "random", "window"])
+def test_no_rung_sees_the_future_and_all_are_dense_when_k_covers_the_text(model, ids, rung: str) -> None:
+    changed = ids.clone()
+    changed[:, 30:] = (changed[:, 30:] + 5) % 240 + 3
+    dense = hidden_states(model, ids, "dense", K)
+    with random_indexers(model):
+        before, after = (hidden_states(model, tokens, rung, [K, 5]) for tokens in (ids, changed))
+        everything = hidden_states(model, ids, rung, T)
+    torch.testing.assert_close(after[:30], before[:30], atol=1e-6, rtol=0)
+    assert (before - dense).abs().max() > 1e-3
+    torch.testing.assert_close(everything, dense, atol=1e-5, rtol=0)
+
+
+def test_random_indexers_are_new_repeatable_and_gone_afterwards(model) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = []
+    for _ in range(2):
+        with random_indexers(model, seed=7):
+            seen.append(model.model.layers[1].self_attn.indexer.q_proj.weight.clone())
+    name = "model.layers.1.self_attn.indexer.q_proj.weight"
+    assert torch.equal(*seen) and not torch.equal(seen[0], before[name])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor) -> None:
+    labels = ids[0].masked_fill(torch.arange(T) < 20, IGNORED)
+    states = {"dense": hidden_states(model, ids, "dense", K), "window": hidden_states(model, ids, "window", K)}
+    scores = score({"dense": model.lm_head}, states, labels)
+    with torch.no_grad():
+        dense, window = (model.lm_head(states[name])[19:-1].log_softmax(-1) for name in ("dense", "window"))
+    target = labels[20:]
+    assert scores["window"].tokens == len(target) == 28
+    loss = torch.nn.functional.nll_loss(window, target, reduction="sum")
+    assert scores["window"].loss == pytest.approx(float(loss), rel=1e-5)
+    kl = torch.nn.functional.kl_div(window, dense, reduction="sum", log_target=True)
+    assert scores["window"].kl == pytest.approx(float(kl), rel=1e-4)
+    assert scores["window"].agree == int((dense.argmax(-1) == window.argmax(-1)).sum())
+    assert scores["dense"].kl == 0 and scores["dense"].agree == 28
+
+
+def test_a_sparse_path_that_is_wrong_stops_the_evaluation(model, ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsa_export.model.attention import dsa
+
+    right = dsa.masked_attention
+    monkeypatch.setattr(dsa, "masked_attention", lambda q, k, v, i, scale: right(q, k, v, i, 1.1 * scale))
+    with pytest.raises(UserError, match="with everything selected the logits differ from dense"):
+        Study(model, ["trained"], 1, 0).text(windows(ids), [Choice("8", (K, K))])
+
+
+# ---------------------------------------------------------------- what the indexers catch
+
+
+def test_shares_are_those_of_the_training_loss(model, ids: torch.Tensor) -> None:
+    """Two independent computations: sorted and summed at every k here, by top-k in the loss."""
+    for k in (5, K, 20):
+        meter = SelectionMeter(2, 2, [k], every=1)
+        model.train().sparse = False
+        with torch.no_grad():
+            model.model(ids, observer=meter)
+            expected = model.model(ids, observer=IndexerObserver(k, measure_every=1)).aux_losses
+        [record] = meter.results()
+        assert record["queries"] == T - k
+        for ours, theirs in (("recall", "recall"), ("window", "recall_window"), ("best", "recall_best")):
+            assert record[ours] == pytest.approx(float(expected[theirs]), abs=1e-5)
+
+
+def test_selection_statistics(model, ids: torch.Tensor) -> None:
+    traces = []
+    model.train()
+    model.sparse = False
+    meter = SelectionMeter(2, 2, [K], every=1, map_layers=[1])
+    with torch.no_grad():
+        model.model(ids, observer=meter)
+        model.sparse = True
+        model.set_topk(K)
+        model.model(ids, observer=lambda trace: traces.append(trace) or {})
+    by_layer = meter.results()[0]["by_layer"]
+    chosen = traces[0].indices[0, K:]  # layer 0 sees the same hidden states in both runs
+    distance = torch.arange(K, T)[:, None] - chosen
+    assert by_layer["mean_distance"][0] == pytest.approx(float(distance.float().mean()), rel=1e-5)
+    assert by_layer["coverage"][0] == pytest.approx(len(set(chosen.flatten().tolist())) / T)
+    assert by_layer["share_within_window"][0] == pytest.approx(float((distance < K).float().mean()))
+    curve = meter.caught()
+    assert (curve.diff(dim=1) >= -1e-6).all() and torch.allclose(curve[:, -1], torch.ones(2).double(), atol=1e-5)
+    assert set(meter.maps) == {1} and meter.maps[1].shape == (T, T)
+    assert meter.maps[1].sum(1).tolist() == [min(K, row + 1) for row in range(T)]
+    shares = torch.tensor(meter.heads()["shares"])
+    torch.testing.assert_close(shares.sum(-1), torch.ones(2, 2))
+
+
+# ---------------------------------------------------------------- k by layer
+
+
+def test_the_budget_goes_where_it_catches_most() -> None:
+    k = torch.arange(1, 65) / 64
+    caught = torch.stack([k, k**0.1, k**0.5])  # layer 1 has caught most with the first keys
+    ks = allocate(caught, 24, step=8, floor=8)
+    assert sum(ks) == 3 * 24 and all(k % 8 == 0 for k in ks)
+    assert ks[1] == 8 and ks[0] > ks[2] > 8
+
+    def mass(ks: list[int]) -> float:
+        return sum(float(caught[layer, k - 1]) for layer, k in enumerate(ks))
+
+    others = [[a, b, 72 - a - b] for a in range(8, 65, 8) for b in range(8, 65, 8) if 8 <= 72 - a - b <= 64]
+    assert mass(ks) == pytest.approx(max(mass(other) for other in others))
+    assert allocate(caught, 64, step=8, floor=8) == [64, 64, 64]
+    for options, message in (
+        ({"budget": 4, "step": 8, "floor": 8}, "less than --k-floor"),
+        ({"budget": 24, "step": 8, "floor": 12}, "multiple of --k-step"),
+        ({"budget": 100, "step": 1, "floor": 80}, "exceeds the measured length"),
+    ):
+        with pytest.raises(UserError, match=message):
+            allocate(caught, **options)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def arguments(checkpoint: Path, records: Path, out: Path, *more: str) -> list[str]:
+    small = ["--length", "96", "--windows", "2", "--min-tokens", "1", "--device", "cpu"]
+    return ["--model", str(checkpoint), "--data", str(records), "--out", str(out), *small, *more]
+
+
+def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, tmp_path: Path, capsys) -> None:
+    out, by_layer = tmp_path / "evaluation", tmp_path / "by-layer"
+    options = ["--k", "12", "auto", "--k-budget", "24", "--k-step", "4", "--write-topk", str(by_layer)]
+    options += ["--base", str(tiny), "--tasks", "passkey", "--task-lengths", "400", "--samples", "1"]
+    command.main(arguments(checkpoint, records, out, *options))
+    shown = capsys.readouterr().out
+    assert "Everything selected equals dense" in shown and "dense, base" in shown and "passkey" in shown
+
+    assert json.loads((out / "manifest.json").read_text())["kind"] == "evaluation"
+    results = json.loads((out / "results.json").read_text())
+    [text] = results["text"]
+    rows = {(row["rung"], json.dumps(row["k"])): row for row in text["ladder"]}
+    chosen = results["auto"]["topk"]
+    assert sum(chosen) <= 2 * 24 and all(k % 4 == 0 for k in chosen)
+    assert {rung for rung, _ in rows} == {"best", "trained", "random", "window", "auto"}
+    assert ("auto", json.dumps(chosen)) in rows and ("window", "24") in rows
+    assert rows["best", "24"]["kl"] < rows["trained", "24"]["kl"]
+    assert text["base"]["loss"] == pytest.approx(text["dense"]["loss"], rel=1e-6), "nothing was trained: no drift"
+    assert text["full_selection"]["max_abs_error"] < 1e-3
+    assert [record["k"] for record in text["attention"]] == [12, 24]
+    assert results["tasks"][0]["answers"][0]["prompt_tokens"] <= 400
+    for name in ("loss", "recall", "heads", "maps", "tasks"):
+        assert (out / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    weights = [folder / "model.safetensors" for folder in (checkpoint, by_layer)]
+    assert weights[0].stat().st_ino == weights[1].stat().st_ino
+    assert [layer.self_attn.topk for layer in load_model(by_layer).model.layers] == chosen
+    load_tokenizer(by_layer)
+    assert load_model(checkpoint).config.index_topk == K
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--topk", "many"], "--topk takes whole numbers and `auto`"),
+        (["--topk", "0"], "--topk must be at least 1"),
+        (["--topk", "96"], "leaves nothing out of 96 tokens"),
+        (["--length", "9999"], "beyond the model's 512 positions"),
+        (["--k-budget", "9"], "--k-budget needs --k auto"),
+        (["--k", "auto", "--k-budget", "200"], "leaves nothing to choose"),
+        (["--model", "TINY"], "has no indexer: run `python -m train.warmup"),
+        (["--tasks", "kv", "--task-lengths", "60"], "too short for the task kv"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(checkpoint, tiny, records, tmp_path, more: list[str], message: str) -> None:
+    more = [str(tiny) if value == "TINY" else value for value in more]
+    with pytest.raises(UserError) as error:
+        command.main(arguments(checkpoint, records, tmp_path / "out", *more))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
