@@ -72,9 +72,32 @@ def mask_explicitly(model: onnx.ModelProto, capacity: int) -> None:
         node.attribute.extend([*kept, helper.make_attribute("is_causal", 0)])
 
 
+def take_general_branches(model: onnx.ModelProto) -> None:
+    """Requires: function bodies whose `If` nodes have an else-branch that is right in every case, as ours have.
+
+    Ensures: the bodies hold that branch's nodes instead. The other branch is a shortcut for CPUs with an operand order
+    that a GPU does not care about, and a conditional would split the engine.
+    """
+    for function in model.functions:
+        nodes = []
+        for node in function.node:
+            if node.op_type != "If":
+                nodes.append(node)
+                continue
+            branch = next(attribute.g for attribute in node.attribute if attribute.name == "else_branch")
+            renamed = dict(zip((value.name for value in branch.output), node.output, strict=True))
+            for inner in branch.node:
+                inner.output[:] = [renamed.get(name, name) for name in inner.output]
+                nodes.append(inner)
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        function.ClearField("node")
+        function.node.extend(kept)
+
+
 def write(graph: Graph, capacity: int, path: Path) -> None:
     """Writes the adapted graph to `path`; its weight file must be put beside it."""
     model = onnx.load(graph.path, load_external_data=False)
     fix_capacity(model, capacity)
     mask_explicitly(model, capacity)
+    take_general_branches(model)
     onnx.save(model, path)

@@ -21,7 +21,8 @@ from plugins.registry import PLUGIN_ATTRIBUTES
 SCORE_BYTES = 256 * 2**20
 """Upper bound of the scores that the torch form holds at a time; longer inputs are cut into tiles of query tokens."""
 
-# Dot products are rounded to the input type; ReLU, weights and sum are fp32, as in the torch form.
+# Dot products are rounded to the input type; ReLU, weights and sum are fp32, as in the torch form. With a single query
+# the keys stand on the left: CPU libraries repack the right operand, and the keys are large where the query is small.
 FUNCTION_BODY = """
 IndexTopK <k, plugin_version, plugin_namespace>
     (index_q, index_weights, index_k, kv_lengths) => (indices)
@@ -32,17 +33,7 @@ IndexTopK <k, plugin_version, plugin_namespace>
     Di = Shape <start = 3, end = 4> (index_q)
     rows_shape = Concat <axis = 0> (zero, minus_one, Di)
     rows = Reshape (index_q, rows_shape)
-    keys = Transpose <perm = [0, 2, 1]> (index_k)
-    dots = MatMul (rows, keys)
-    activations = Relu (dots)
-    B_S_Hi = Shape <start = 0, end = 3> (index_q)
-    head_shape = Concat <axis = 0> (B_S_Hi, minus_one)
-    by_head = Reshape (activations, head_shape)
-    by_head_f = Cast <to = 1> (by_head)
     weights_f = Cast <to = 1> (index_weights)
-    weights_row = Unsqueeze (weights_f, two)
-    score_row = MatMul (weights_row, by_head_f)
-    scores = Squeeze (score_row, two)
 
     zero_s = Constant <value_int = 0> ()
     one_s = Constant <value_int = 1> ()
@@ -50,6 +41,33 @@ IndexTopK <k, plugin_version, plugin_namespace>
     S = Squeeze (S_1)
     C_1 = Shape <start = 1, end = 2> (index_k)
     C = Squeeze (C_1)
+
+    decoding = Equal (S, one_s)
+    scores = If (decoding) <
+        then_branch = one_query () => (float[B, S, C] one_query_scores)
+        {
+            columns = Transpose <perm = [0, 2, 1]> (rows)
+            dots = MatMul (index_k, columns)
+            activations = Relu (dots)
+            by_slot = Cast <to = 1> (activations)
+            weights_column = Transpose <perm = [0, 2, 1]> (weights_f)
+            score_column = MatMul (by_slot, weights_column)
+            one_query_scores = Transpose <perm = [0, 2, 1]> (score_column)
+        },
+        else_branch = many_queries () => (float[B, S, C] many_queries_scores)
+        {
+            keys = Transpose <perm = [0, 2, 1]> (index_k)
+            dots = MatMul (rows, keys)
+            activations = Relu (dots)
+            B_S_Hi = Shape <start = 0, end = 3> (index_q)
+            head_shape = Concat <axis = 0> (B_S_Hi, minus_one)
+            by_head = Reshape (activations, head_shape)
+            by_head_f = Cast <to = 1> (by_head)
+            weights_row = Unsqueeze (weights_f, two)
+            score_row = MatMul (weights_row, by_head_f)
+            many_queries_scores = Squeeze (score_row, two)
+        }
+    >
     past = Sub (kv_lengths, S_1)
     past_column = Unsqueeze (past, minus_one)
     steps = Range (zero_s, S, one_s)

@@ -57,3 +57,16 @@ def test_no_attention_keeps_a_causality_that_nvidia_reads_otherwise(export, tmp_
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes["is_causal"] == 0 and len(node.input) == 4 and node.input[3].startswith("visible_slots/")
     assert all(size.dim_param != "capacity" for value in model.graph.input for size in value.type.tensor_type.shape.dim)
+
+
+def test_adapted_sparse_graph_is_the_same_function_without_conditionals(export, tmp_path):
+    graph = open_export(export).graphs["sparse"]
+    path = tmp_path / "model.onnx"
+    nvidia_graph.write(graph, CAPACITY, path)
+    link_or_copy(graph.path.parent / graph.weights, tmp_path / graph.weights)
+    operators = [[node.op_type for function in onnx.load(file, load_external_data=False).functions
+                  for node in function.node] for file in (graph.path, path)]  # fmt: skip
+    assert "If" in operators[0] and "If" not in operators[1]
+    rng = np.random.default_rng(1)
+    chunks = [(rng.integers(3, graph.model.vocab_size, (2, size)), np.full(2, size)) for size in (9, 1, 1)]
+    np.testing.assert_allclose(run(path, chunks), run(graph.path, chunks), atol=1e-5)
