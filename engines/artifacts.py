@@ -78,7 +78,8 @@ class Variant:
     """What dense and sparse graphs have in common for those who run them."""
 
     variant: str
-    dtype: str  # fp32 | fp16 | bf16
+    dtype: str  # fp32 | fp16 | bf16: activations, caches, and weights that are not quantised
+    precision: str  # of the weights: fp32 | fp16 | bf16 | int8 | int4
     topk: tuple[int, ...]  # k of every layer
     random_indexer: bool
     model: Model
@@ -248,6 +249,7 @@ def _variant_facts(variant: str, manifest: dict[str, Any], cache: list[dict[str,
     return {
         "variant": variant,
         "dtype": manifest["dtype"],
+        "precision": manifest["precision"],
         "topk": topk_per_layer(manifest["topk"], model["layers"]),
         "random_indexer": manifest["random_indexer"],
         "model": Model(**{name: model[name] for name in Model.__dataclass_fields__}),

@@ -21,11 +21,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.files import check_output, output_folder, read_manifest, write_manifest
@@ -341,13 +342,14 @@ def write_engine_manifest(
         backend=backend,
         variant=graph.variant,
         dtype=graph.dtype,
+        precision=graph.precision,
         topk=compact_topk(graph.topk),
         random_indexer=graph.random_indexer,
         model=asdict(graph.model),
         cache=[asdict(tensor) for tensor in graph.cache],
         limits=asdict(limits),
         versions={"runtime": runtime or runtime_version(backend), "python": platform.python_version()},
-        step_weight_bytes=step_weight_bytes(graph.path),
+        **asdict(step_weights(graph.path)),
         files={
             name: {"bytes": (folder / name).stat().st_size, "sha256": digest or content_hash(folder / name)}
             for name, digest in files.items()
@@ -360,26 +362,26 @@ def source_of(graph: Graph, export: Export) -> dict[str, str]:
     return {"path": str(export.folder), "sha256": graph.sha256, "weights_sha256": graph.weights_sha256}
 
 
-def step_weight_bytes(path: Path) -> int:
-    """Bytes of weights that one call of a graph must read. Tables that are only looked up (embedding, angles) do not
-    count: a token reads one row of them."""
-    import onnx
+@dataclass(frozen=True)
+class StepWeights:
+    """Weights that one call of a graph must read, scales of quantised ones included. Tables that are only looked up
+    (embedding, angles) do not count: a token reads one row of them."""
 
-    model = onnx.load(path, load_external_data=False)
+    step_weight_bytes: int
+    step_weights: int
+
+
+def step_weights(path: Path) -> StepWeights:
+    model = ir.load(path)
     lookups = {"Gather": (0,), "RotaryEmbedding": (1, 2)}
     read = {
-        name
-        for node in model.graph.node
-        for position, name in enumerate(node.input)
-        if position not in lookups.get(node.op_type, ())
+        value.name
+        for node in model.graph
+        for position, value in enumerate(node.inputs)
+        if value is not None and position not in lookups.get(node.op_type, ())
     }
-    total = 0
-    for tensor in model.graph.initializer:
-        if tensor.name not in read:
-            continue
-        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        total += int(np.prod(tensor.dims, dtype=np.int64)) * width
-    return total
+    tensors = [v.const_value for name, v in model.graph.initializers.items() if name in read and v.const_value]
+    return StepWeights(sum(tensor.nbytes for tensor in tensors), sum(tensor.size for tensor in tensors))
 
 
 def cpu_name() -> str:
@@ -405,7 +407,7 @@ def report(folder: Path) -> None:
     manifest = read_manifest(folder, "engine", "python -m engines.build")
     mib = sum(facts["bytes"] for facts in manifest["files"].values()) / 2**20
     k = describe_topk(manifest["topk"])
-    console.print(f"wrote {folder}: {manifest['variant']}, {manifest['dtype']}, k = {k}, {mib:,.1f} MiB")
+    console.print(f"wrote {folder}: {manifest['variant']}, {manifest['precision']}, k = {k}, {mib:,.1f} MiB")
 
 
 BUILDERS = {"ort": build_ort, "tensorrt-rtx": build_tensorrt_rtx, "tensorrt": build_tensorrt}

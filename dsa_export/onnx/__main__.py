@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output, checkpoint_hash, output_folder, sha256, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.checkpoint import has_indexer, load_config
-from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, export_graph, save_graphs
+from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import compare_graphs
-from dsa_export.onnx.parity import check_parity, parity_text
+from dsa_export.onnx.parity import DECODED_TOKENS, check_parity, decoded_logits, parity_text
+from dsa_export.onnx.quantise import BITS, BLOCK_SIZES, Scheme, quantise, untie
 from dsa_export.topk import compact_topk, describe_topk
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,7 +34,24 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="ckpt", help="checkpoint folder or hub name (default: ckpt)")
     parser.add_argument("--out", type=Path, default=Path("out/onnx"), help="output folder (default: out/onnx)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of weights and caches (default: fp32)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="type of weights, activations and caches (default: fp32)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=BITS,
+        help="quantise the weights of the linear layers, the indexer's excepted, in blocks (default: no)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        default=32,
+        help="input features that share one scale; fewer: more accurate, larger (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-lm-head", action="store_true", help="with --weights: leave the output projection in --dtype"
+    )
     parser.add_argument(
         "--topk",
         type=int,
@@ -65,41 +85,51 @@ def main() -> None:
     console.print(f"Loading {arguments.model}")
     model = load_model(arguments.model, dtype=DTYPES[arguments.dtype], index_topk=arguments.topk)
     model.requires_grad_(False)
+    scheme = Scheme(arguments.weights, arguments.block_size, not arguments.keep_lm_head) if arguments.weights else None
+    if scheme and scheme.lm_head:
+        untie(model)
 
     with output_folder(arguments.out) as out:
         models = {"dense": dense_twin(model), "sparse": model}
-        graphs = {}
-        for variant, variant_model in models.items():
-            with console.status(f"Exporting the {variant} graph"):
-                graphs[variant] = export_graph(variant_model)
+        with console.status("Exporting the graphs"):
+            sparse = export_graph(model)
+            graphs = {"dense": dense_from_sparse(sparse), "sparse": sparse}
+        length = min(max(model.config.topk_per_layer) + 64, MAX_PARITY_PROMPT) + DECODED_TOKENS
+        text = tokenizer(parity_text(), add_special_tokens=False).input_ids[:length]
+        unquantised: dict[str, Tensor] = {}
+        if scheme:
+            with console.status("Quantising the weights"):
+                unquantised = {variant: decoded_logits(m, text) for variant, m in models.items()}
+                quantise(graphs.values(), dict(model.named_parameters()), scheme)
         with console.status("Writing the weights"):
             save_graphs(graphs, out)
-        del graphs
+        del graphs, sparse
         tokenizer.save_pretrained(out)
 
         same = compare_graphs(*(ir.load(out / variant / MODEL_FILE) for variant in models))
         console.print(f"Identical operators: {same}")
-        length = min(max(model.config.topk_per_layer) + 64, MAX_PARITY_PROMPT)
-        prompt = tokenizer(parity_text(), add_special_tokens=False).input_ids[:length]
         parity = {}
         for variant, variant_model in models.items():
             with console.status(f"Checking the {variant} graph against torch"):
-                parity[variant] = check_parity(variant_model, out / variant, prompt, out / "parity")
+                parity[variant] = check_parity(
+                    variant_model, out / variant, text, out / "parity", unquantised.get(variant)
+                )
             console.print(describe(variant, parity[variant]))
         if not all(result["passed"] for result in parity.values()):
             raise UserError("the exported graphs do not compute what torch computes (figures above): nothing was kept")
-        write_export_manifest(out, arguments, model, models, parity, vars(same))
+        write_export_manifest(out, arguments, model, models, parity, vars(same), scheme)
     size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
     console.print(
         f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
-        f"(k = {describe_topk(model.config.topk_per_layer)}, {arguments.dtype}) with {size:.0f} MiB of shared weights"
+        f"(k = {describe_topk(model.config.topk_per_layer)}, {precision_of(arguments)}) "
+        f"with {size:.0f} MiB of shared weights"
     )
     if not has_indexer(config):
         console.print("The indexer is random: time these graphs, do not use what they say")
 
 
 def describe(variant: str, result: dict[str, Any]) -> str:
-    """One line for people."""
+    """Two lines for people."""
     text = (
         f"Parity {variant}: largest logit error {result['max_abs_error']:.1e} (allowed {result['tolerance']:.1e}) over "
         f"{result['prompt_tokens']} prefilled + {result['decoded_tokens']} decoded tokens, greedy tokens "
@@ -109,7 +139,17 @@ def describe(variant: str, result: dict[str, Any]) -> str:
     if sets:
         text += f"; selected sets identical in {sets['identical']} of {sets['rows']} rows"
         text += f", {sets['ties']} tied, {sets['different']} different"
-    return text + (": ok" if result["passed"] else ": FAILED")
+    text += ": ok" if result["passed"] else ": FAILED"
+    quality = result["quality"]
+    return (
+        f"{text}\nQuality {variant}: loss {quality['loss']:.4f} (unquantised torch {quality['reference_loss']:.4f}), "
+        f"{quality['greedy_agreement']:.0%} of the greedy tokens, over {quality['tokens']} tokens of text"
+    )
+
+
+def precision_of(arguments: argparse.Namespace) -> str:
+    """The precision of the weights: fp32 | fp16 | bf16 | int8 | int4."""
+    return arguments.weights or arguments.dtype
 
 
 def write_export_manifest(
@@ -119,6 +159,7 @@ def write_export_manifest(
     models: dict[str, DSAForCausalLM],
     parity: dict[str, Any],
     identical: dict[str, int],
+    scheme: Scheme | None,
 ) -> None:
     config = model.config
     folder = Path(arguments.model)
@@ -130,6 +171,8 @@ def write_export_manifest(
         {"path": str(arguments.model), "sha256": checkpoint_hash(folder) if folder.is_dir() else None},
         random_indexer=not has_indexer(load_config(arguments.model)),
         dtype=arguments.dtype,
+        precision=precision_of(arguments),
+        quantisation=asdict(scheme) if scheme else None,
         topk=compact_topk(config.topk_per_layer),
         model={
             "hidden_size": config.hidden_size,

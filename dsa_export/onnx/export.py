@@ -98,6 +98,30 @@ def export_graph(model: DSAForCausalLM) -> ir.Model:
     return passes.finish(program.model, graph_shapes, weight_prefix="model.")
 
 
+def dense_from_sparse(sparse: ir.Model) -> ir.Model:
+    """The dense graph of the same model: every SparseAttention becomes Attention over the whole cache.
+
+    Spares torch a second export. That this is the dense model's graph is for the parity check to say, which runs it
+    against the dense torch model.
+    """
+    dense = sparse.clone()
+    for value in [value for value in dense.graph.outputs if value.name.endswith(".index")]:
+        dense.graph.outputs.remove(value)
+    for node in list(dense.graph):
+        if node.op_type != "SparseAttention":
+            continue
+        q, k, v, indices = node.inputs
+        kv_lengths = indices.producer().inputs[3]
+        attributes = {"is_causal": 1, "scale": node.attributes["scale"].as_float()}
+        name = node.name.replace("SparseAttention", "Attention")
+        attention = ir.node("Attention", [q, k, v, None, None, None, kv_lengths], attributes, name=name)
+        ir.convenience.replace_nodes_and_values(
+            dense.graph, node, [node], [attention], list(node.outputs), list(attention.outputs)
+        )
+    passes.remove_unused(dense)
+    return dense
+
+
 def save_graphs(graphs: dict[str, ir.Model], out: Path) -> None:
     """Writes out/<variant>/model.onnx for every graph and one model.onnx.data, hard-linked into each folder.
 

@@ -1,11 +1,14 @@
 """Does the exported graph compute what the torch model computes?
 
-ONNX Runtime prefills real text in chunks and decodes greedily; torch then runs the whole sequence in one call without a
-cache. Logits must agree at every decoded position, the greedy tokens must be torch's, and each query's selected set
-must be torch's, save where scores tie within rounding.
+ONNX Runtime prefills real text in chunks and then takes the text's next tokens one at a time; torch runs the whole text
+in one call without a cache. Logits must agree at every one of these positions, the preferred token must be torch's, and
+each query's selected set must be torch's, save where scores tie within rounding.
 
 fp32: error at most 1e-3. fp16: at most twice the error that torch's own fp16 run has against fp32. bf16, which ONNX
 Runtime lacks on CPUs: the graph is upcast, so the bf16 weights are checked in fp32 arithmetic, error at most 1e-3.
+Quantised weights: the same, in the arithmetic of the unquantised type, against torch with the values that the integers
+stand for. What quantisation costs is measured apart, with the kernels that deployment uses, against the unquantised
+model: see `quality`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dsa_export.model import AttentionTrace, DSAForCausalLM
 from dsa_export.onnx import passes
@@ -39,29 +43,30 @@ def parity_text() -> str:
     return (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
 
 
-def check_parity(model: DSAForCausalLM, graph_folder: Path, prompt: list[int], scratch: Path) -> dict[str, Any]:
+def check_parity(
+    model: DSAForCausalLM, graph_folder: Path, text: list[int], scratch: Path, unquantised: Tensor | None = None
+) -> dict[str, Any]:
     """Runs the check for one variant (model and graph_folder/model.onnx) and returns its figures, "passed" among them.
 
-    `scratch` is a folder for temporary graphs. Memory: the torch model and one ONNX Runtime session.
+    text: the last DECODED_TOKENS are fed one at a time. `scratch` is a folder for temporary graphs. unquantised:
+    decoded_logits() of the model before its weights were quantised. Memory: the torch model and one ONNX Runtime
+    session.
     """
-    session = _session(model, graph_folder, scratch)
-    tokens, ort_logits, ort_indices = _run_onnx(model, session, prompt)
+    session = _session(model, graph_folder, scratch, fuse=False)
+    ort_logits, ort_indices = _run_onnx(model, session, text)
     del session
-    first = len(prompt) - 1
     wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    logits, traces = _run_torch(wide, tokens[:-1])
-    expected = logits[first:]
+    expected, traces = _run_torch(wide, text)
     error = float((ort_logits - expected).abs().max())
     tolerance = TOLERANCE
     if model.dtype == torch.float16:
-        own_error = float((_run_torch(model, tokens[:-1])[0][first:] - expected).abs().max())
+        own_error = float((_run_torch(model, text)[0] - expected).abs().max())
         tolerance = max(TOLERANCE, 2 * own_error)
     best = expected.topk(2).values
-    chosen = torch.tensor(tokens[len(prompt) :])
-    wrong = (chosen != expected.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * tolerance)
+    wrong = (ort_logits.argmax(-1) != expected.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * tolerance)
     result: dict[str, Any] = {
-        "prompt_tokens": len(prompt),
-        "decoded_tokens": len(chosen),
+        "prompt_tokens": len(text) - DECODED_TOKENS,
+        "decoded_tokens": DECODED_TOKENS,
         "max_abs_error": error,
         "tolerance": tolerance,
         "greedy_tokens_differ": int(wrong.sum()),
@@ -72,11 +77,37 @@ def check_parity(model: DSAForCausalLM, graph_folder: Path, prompt: list[int], s
         result["selected_sets"] = sets
         # In fp16 the scores themselves are rounded: which sets differ is reported, the logits decide.
         result["passed"] &= sets["different"] == 0 or model.dtype == torch.float16
+    if unquantised is not None:
+        expected = unquantised
+        ort_logits, _ = _run_onnx(model, _session(model, graph_folder, scratch, fuse=True), text)
+    result["quality"] = _quality(ort_logits, expected, text)
     return result
 
 
-def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path) -> ort.InferenceSession:
-    """The graph with its selections as extra outputs (indices.{layer}), bf16 raised to fp32."""
+def decoded_logits(model: DSAForCausalLM, text: list[int]) -> Tensor:
+    """Torch's logits [DECODED_TOKENS, V] fp32 that predict the last tokens of the text."""
+    wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    return _run_torch(wide, text, traced=False)[0]
+
+
+def _quality(logits: Tensor, reference: Tensor, text: list[int]) -> dict[str, float]:
+    """What the graph as deployed gives away against the unquantised torch model, over the text's last tokens."""
+    targets = torch.tensor(text[-DECODED_TOKENS:])
+    return {
+        "tokens": len(targets),
+        "max_abs_error": float((logits - reference).abs().max()),
+        "mean_abs_error": float((logits - reference).abs().mean()),
+        "greedy_agreement": float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
+        "loss": float(cross_entropy(logits, targets)),
+        "reference_loss": float(cross_entropy(reference, targets)),
+    }
+
+
+def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: bool) -> ort.InferenceSession:
+    """The graph with its selections as extra outputs (indices.{layer}), bf16 raised to fp32.
+
+    fuse: let ONNX Runtime replace DequantizeLinear and MatMul by its kernel, which rounds the activations too.
+    """
     graph = ir.load(graph_folder / MODEL_FILE)
     for layer, node in enumerate(node for node in graph.graph if node.op_type == "IndexTopK"):
         output = node.outputs[0]
@@ -94,6 +125,7 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path) -> ort.In
     path = folder / "parity.onnx"
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse else "1")
     try:
         ir.save(graph, path, external_data=external)
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -103,11 +135,9 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path) -> ort.In
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run_onnx(
-    model: DSAForCausalLM, session: ort.InferenceSession, prompt: list[int]
-) -> tuple[list[int], Tensor, list[Tensor]]:
-    """Chunked prefill and greedy decoding: all tokens, logits [decoded, V], indices [T, K] of every layer."""
-    capacity = -(-max(len(prompt) + DECODED_TOKENS, *model.config.topk_per_layer) // CHUNK) * CHUNK
+def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """Chunked prefill, then single tokens: logits [DECODED_TOKENS, V], indices [T, K] of every layer."""
+    capacity = -(-max(len(text), *model.config.topk_per_layer) // CHUNK) * CHUNK
     dtype = np.float16 if model.dtype == torch.float16 else np.float32
     binding = session.io_binding()
     for name, entry in cache_names(model):
@@ -117,10 +147,11 @@ def _run_onnx(
     layers = sum(output.name.startswith("indices.") for output in session.get_outputs())
     shaped_by_the_call = ["logits", *(f"indices.{layer}" for layer in range(layers))]
 
-    tokens, done, logits = list(prompt), 0, []
+    done, logits = 0, []
     indices: list[list[Tensor]] = [[] for _ in range(layers)]
-    while len(tokens) < len(prompt) + DECODED_TOKENS:
-        chunk = tokens[done : done + CHUNK]
+    prompt = len(text) - DECODED_TOKENS
+    while done < len(text) - 1:
+        chunk = text[done : min(done + CHUNK, prompt)] if done < prompt else text[done : done + 1]
         binding.bind_cpu_input("input_ids", np.array([chunk], np.int64))
         binding.bind_cpu_input("past_lengths", np.array([done], np.int64))
         binding.bind_cpu_input("input_lengths", np.array([len(chunk)], np.int64))
@@ -131,22 +162,26 @@ def _run_onnx(
         done += len(chunk)
         for layer in range(layers):
             indices[layer].append(torch.from_numpy(outputs[f"indices.{layer}"].numpy()[0].copy()))
-        if done == len(tokens):
+        if done >= prompt:
             logits.append(torch.from_numpy(outputs["logits"].numpy()[0, 0].astype(np.float32)))
-            tokens.append(int(logits[-1].argmax()))
-    return tokens, torch.stack(logits), [torch.cat(layer) for layer in indices]
+    return torch.stack(logits), [torch.cat(layer) for layer in indices]
 
 
 @torch.no_grad()
-def _run_torch(model: DSAForCausalLM, tokens: list[int]) -> tuple[Tensor, list[AttentionTrace]]:
-    """Logits [T, V] fp32 and the layers' traces of one whole call without cache."""
+def _run_torch(model: DSAForCausalLM, text: list[int], *, traced: bool = True) -> tuple[Tensor, list[AttentionTrace]]:
+    """Logits [DECODED_TOKENS, V] fp32 and, if wanted, the layers' traces of one whole call without cache."""
     traces: list[AttentionTrace] = []
 
     def observe(trace: AttentionTrace) -> dict[str, Tensor]:
         traces.append(trace)
         return {}
 
-    output = model(torch.tensor([tokens]), use_cache=False, observer=observe)
+    output = model(
+        torch.tensor([text[:-1]]),
+        use_cache=False,
+        observer=observe if traced else None,
+        logits_to_keep=DECODED_TOKENS,
+    )
     return output.logits[0].float(), traces
 
 

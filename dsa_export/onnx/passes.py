@@ -134,19 +134,31 @@ def append_functions(model: ir.Model) -> None:
         model.opset_imports[DOMAIN] = 1
 
 
+def remove_unused(model: ir.Model) -> None:
+    """Ensures that every node, weight, function and input leads to an output."""
+    for tidy in (common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass()):
+        tidy(model)
+    for value in [value for value in model.graph.inputs if not value.uses()]:
+        model.graph.inputs.remove(value)
+
+
 def upcast_bf16(model: ir.Model) -> None:
     """Ensures that nothing in the graph is bf16: weights, inputs and casts become fp32 (for runtimes without bf16)."""
     bf16, fp32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and tensor.dtype == bf16:
+        if tensor is None:
+            continue
+        if tensor.dtype == bf16:
             value.const_value = ir.LazyTensor(
-                lambda tensor=tensor, name=value.name: ir.tensor(_read(tensor).astype("float32"), name=name),
+                lambda tensor=tensor, name=value.name: ir.tensor(_read(tensor).numpy().astype("float32"), name=name),
                 dtype=fp32,
                 shape=ir.Shape(tensor.shape),
                 name=value.name,
             )
             value.type = ir.TensorType(fp32)
+        else:
+            value.const_value = _read(tensor)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.dtype == bf16:
             value.type = ir.TensorType(fp32)
@@ -162,9 +174,14 @@ def upcast_bf16(model: ir.Model) -> None:
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
 
 
-def _read(tensor: ir.TensorProtocol) -> np.ndarray:
-    """A tensor's values. onnx_ir itself does not read a weight file that has several hard links, as ours has."""
+def _read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor, mapped if external: onnx_ir itself reads no weight file that has several hard links, as ours has."""
     if not isinstance(tensor, ir.ExternalTensor):
-        return tensor.numpy()
-    shape = tuple(int(size) for size in tensor.shape)
-    return np.memmap(tensor.path, tensor.dtype.numpy(), mode="r", offset=int(tensor.offset or 0), shape=shape)
+        return tensor
+    offset, shape = int(tensor.offset or 0), ir.Shape(tensor.shape)
+    if tensor.dtype == ir.DataType.INT4:
+        packed = np.memmap(tensor.path, np.uint8, mode="r", offset=offset, shape=(tensor.nbytes,))
+        return ir.PackedTensor(packed, tensor.dtype, shape=shape, name=tensor.name)
+    sizes = tuple(int(size) for size in tensor.shape)
+    values = np.memmap(tensor.path, tensor.dtype.numpy(), mode="r", offset=offset, shape=sizes)
+    return ir.Tensor(values, dtype=tensor.dtype, shape=shape, name=tensor.name)

@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from dsa_export.cli import UserError
+from dsa_export.config import DSAConfig
 from dsa_export.files import read_manifest
-from dsa_export.model import dense_twin, load_model, load_tokenizer
+from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.onnx import passes
-from dsa_export.onnx.export import export_graph
+from dsa_export.onnx.export import dense_from_sparse, export_graph
 from dsa_export.onnx.identical import compare_folder, compare_graphs
 from dsa_export.onnx.parity import check_parity
+from dsa_export.onnx.quantise import Scheme, quantise, untie
 from tests.conftest import build_qwen
 from tests.dsa_export.conftest import Graph, export_command
 
+LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 EXACT = {"atol": 2e-5, "rtol": 0}
 TOKENS = torch.randint(3, 500, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -159,12 +162,70 @@ def test_lower_precisions_pass_their_parity(dsa_folder, tmp_path, dtype):
     compare_folder(tmp_path / "onnx")
 
 
+@pytest.mark.parametrize(("weights", "block"), [("int4", "32"), ("int8", "128")])
+def test_quantised_weights(dsa_folder, tmp_path, weights, block):
+    """One standard form; the graph computes what its integers stand for; the indexer and the embedding stay."""
+    out = tmp_path / "onnx"
+    result = export_command(
+        "--model", str(dsa_folder), "--out", str(out), "--weights", weights, "--block-size", block
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    manifest = read_manifest(out, "onnx", "test")
+    assert (manifest["precision"], manifest["dtype"]) == (weights, "fp32")
+    assert manifest["quantisation"] == {"weights": weights, "block_size": int(block), "lm_head": True}
+    for variant in ("dense", "sparse"):
+        parity = manifest["parity"][variant]
+        assert parity["passed"] and parity["max_abs_error"] < 1e-4 < parity["quality"]["max_abs_error"]
+        model = onnx.load(out / variant / "model.onnx", load_external_data=False)
+        kind = {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}
+        quantised = {name for name in kind if kind[name] == weights.upper()}
+        assert quantised == {f"model.layers.{i}.{name}.weight" for i in range(2) for name in LINEAR} | {
+            "lm_head.weight"
+        }
+        assert {node.domain for node in model.graph.node} <= {"", "dsa"}
+    loss = manifest["parity"]["dense"]["quality"]
+    assert abs(loss["loss"] - loss["reference_loss"]) < (0.1 if weights == "int4" else 0.02)
+    compare_folder(out)
+
+
+def test_a_quantised_tied_embedding_stays_exact():
+    config = DSAConfig(
+        vocab_size=64, hidden_size=32, head_dim=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, index_heads=2, index_dim=16, index_topk=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = DSAForCausalLM(config).requires_grad_(False).eval()
+    embedding = model.model.embed_tokens.weight.clone()
+    untie(model)
+    graph = export_graph(model)
+    count = quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=True))
+    assert count == 8
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    head = graph.graph.initializers
+    scales = head["lm_head.weight.scales"].const_value.numpy()
+    values = head["lm_head.weight"].const_value.numpy().astype(np.float32) * scales.repeat(32, 0)
+    np.testing.assert_array_equal(model.lm_head.weight.numpy(), values.T)
+    step = np.abs(scales).repeat(32, 0).T
+    assert (np.abs(model.lm_head.weight.numpy() - embedding.numpy()) <= step * 1.01).all()
+    assert not np.array_equal(model.lm_head.weight.numpy(), embedding.numpy())
+
+
 # The proof of identical operators, and that it can fail.
 
 
 @pytest.fixture
 def graphs(dsa_model):
+    """Both by torch's exporter, where the command derives one from the other: so the proof has something to prove."""
     return {"dense": export_graph(dense_twin(dsa_model)), "sparse": export_graph(dsa_model)}
+
+
+def test_the_derived_dense_graph_is_the_exported_one(graphs):
+    derived = dense_from_sparse(graphs["sparse"])
+    nodes = [sorted((node.name, node.op_type) for node in graph.graph) for graph in (derived, graphs["dense"])]
+    assert nodes[0] == nodes[1]
+    assert [value.name for value in derived.graph.inputs] == [value.name for value in graphs["dense"].graph.inputs]
+    assert derived.opset_imports == graphs["dense"].opset_imports and not derived.functions
+    compare_graphs(derived, graphs["sparse"])
 
 
 def test_graphs_differ_in_the_core_only(export):

@@ -1,0 +1,125 @@
+"""Weight-only quantisation of exported graphs in ONNX's standard form: DequantizeLinear in blocks, then MatMul.
+
+A block is `block_size` consecutive input features of one output feature; it has one scale and no zero point. ONNX
+Runtime fuses the pair into its MatMulNBits kernel when it loads the graph, NVIDIA's parsers read the int4 form. The
+integers come from ONNX Runtime's own quantiser. The indexer keeps its type: what it loses, no later layer can mend.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from dsa_export.model.checkpoint import INDEXER
+from dsa_export.model.decoder import DSAForCausalLM
+
+BITS = {"int4": 4, "int8": 8}
+BLOCK_SIZES = (32, 64, 128)
+LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which weights become what: `weights` is a key of BITS."""
+
+    weights: str
+    block_size: int
+    lm_head: bool
+
+
+def quantise(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme) -> int:
+    """Quantises the weights of all MatMul nodes outside the indexer, the same weight of several graphs once.
+
+    Requires weights [K, N] as initializers with the names of `parameters` [N, K], the torch model's, which are
+    overwritten with what the integers stand for: the torch model then is the reference of the quantised graphs.
+    Returns the number of quantised weights.
+    """
+    done: dict[str, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
+    for graph in graphs:
+        for node in list(graph.graph):
+            weight = node.inputs[1] if node.op_type == "MatMul" else None
+            if weight is None or weight.const_value is None or weight.name not in parameters:
+                continue
+            if INDEXER in weight.name or (weight.name == LM_HEAD and not scheme.lm_head):
+                continue
+            if weight.name not in done:
+                integers, scales = _quantise(weight.const_value, scheme)
+                parameters[weight.name].data.copy_(_dequantise(integers, scales, scheme.block_size).T)
+                done[weight.name] = integers, scales
+            _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
+    return len(done)
+
+
+def untie(model: DSAForCausalLM) -> None:
+    """Gives the output projection a weight of its own: the embedding is looked up, not multiplied, and stays exact."""
+    if model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+
+
+def _quantise(weight: ir.TensorProtocol, scheme: Scheme) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
+    """weight [K, N] → int4 or int8 [K, N], scales [⌈K / block⌉, N] of the weight's type."""
+    # The module calls logging.basicConfig(level=INFO) when it is imported, which does nothing if there is a handler.
+    logging.getLogger().addHandler(logging.NullHandler())
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+        QuantFormat,
+    )
+
+    values = weight.numpy().astype(np.float32)
+    K, N = values.shape
+    bits = BITS[scheme.weights]
+    # The quantiser writes DequantizeLinear's layout for 4 bits only.
+    layout = QuantFormat.QDQ if bits == 4 else QuantFormat.QOperator
+    config = DefaultWeightOnlyQuantConfig(scheme.block_size, is_symmetric=True, quant_format=layout, bits=bits)
+    packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(values)
+    integers: ir.TensorProtocol
+    if bits == 4:
+        integers = ir.PackedTensor(packed, ir.DataType.INT4, shape=ir.Shape((K, N)), name=weight.name)
+    else:
+        signed = (packed.reshape(N, -1)[:, :K] ^ 0x80).view(np.int8)  # offset binary → two's complement
+        integers = ir.tensor(np.ascontiguousarray(signed.T), name=weight.name)
+        scales = np.ascontiguousarray(scales.reshape(N, -1).T)
+    narrow = ir.tensor(scales.astype(weight.dtype.numpy()), dtype=weight.dtype, name=f"{weight.name}.scales")
+    return integers, narrow
+
+
+def _dequantise(integers: ir.TensorProtocol, scales: ir.TensorProtocol, block_size: int) -> Tensor:
+    """[K, N] fp32."""
+    values = torch.from_numpy(integers.numpy().astype(np.int8)).float()
+    for block, scale in zip(values.split(block_size), torch.from_numpy(scales.numpy().astype(np.float32)), strict=True):
+        block *= scale
+    return values
+
+
+def _insert_dequantisation(
+    model: ir.Model,
+    node: ir.Node,
+    weight: ir.Value,
+    integers: ir.TensorProtocol,
+    scales: ir.TensorProtocol,
+    block_size: int,
+) -> None:
+    """Ensures that `node` multiplies with DequantizeLinear(integers, scales); the integers get the weight's name."""
+    name = weight.name
+    assert name is not None
+    del model.graph.initializers[name]
+    inputs = [
+        ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        for tensor in (integers, scales)
+    ]
+    for value in inputs:
+        model.graph.register_initializer(value)
+    dequantise = ir.node(
+        "DequantizeLinear", inputs, {"axis": 0, "block_size": block_size}, name=f"{node.name}/DequantizeLinear"
+    )
+    dequantise.outputs[0].name = f"{name}.dequantised"
+    node.replace_input_with(1, dequantise.outputs[0])
+    model.graph.insert_before(node, dequantise)
