@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from dsa_export.cli import console, run
 from dsa_export.files import MANIFEST
 from train.data import IGNORED, Malformed, Windows, documents
-from train.options import Recipe, argument_parser, check, identity, is_done, pick_device, resolve, train, training_data
+from train.options import Recipe, argument_parser, identity, is_done, resolve, start, train, training_data
 from train.trainer import Batch, Settings, Stage, adamw
 
 OUT = "out/base"
@@ -173,21 +173,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    check(args)
+    processes = start(args)
     resolve(args, SMALL, None, small_config())
     source = {"path": "from scratch", "sha256": None}
     run_identity = identity("base", args)
-    if is_done(args.out, None, run_identity, args.overwrite):
+    if is_done(args.out, None, run_identity, args.overwrite, processes):
         return
 
     texts = (d.answer for d in documents(args.data, Malformed(args.allow_malformed)) if not d.is_held_out())
     tokenizer = train_tokenizer(texts, VOCABULARY)
-    data = training_data(args, tokenizer, train_on_prompt=True)
+    data = training_data(args, tokenizer, processes, train_on_prompt=True)
     data = replace(data, train=with_repeats(data.train, args.seed))
     torch.manual_seed(args.seed)
     model = Qwen2ForCausalLM(small_config())
     start_with_induction(model)
-    model.to(pick_device(args.device))
     stage = Stage(
         name="base",
         groups=parameter_groups,
@@ -196,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate=evaluate,
         optimizers=muon_and_adamw,
     )
-    train(stage, model, tokenizer, data, source, run_identity, args)
+    train(stage, model, tokenizer, data, source, run_identity, args, processes)
 
 
 def ensure() -> str:

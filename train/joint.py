@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,18 @@ from dsa_export.cli import UserError, run
 from dsa_export.model import load_model, load_tokenizer
 from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
 from train import warmup
+from train.adapters import ADAPTER, add_adapters, merge_adapters
 from train.data import check_tokenizer
 from train.evaluate import evaluate
 from train.options import (
     DTYPES,
     Recipe,
     argument_parser,
-    check,
     identity,
     is_done,
     model_source,
-    pick_device,
     resolve,
+    start,
     train,
     training_data,
 )
@@ -38,10 +39,10 @@ SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64)
 REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024)
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def parameter_groups(model: nn.Module, lora: bool = False) -> dict[str, list[nn.Parameter]]:
     named = list(model.named_parameters())
     return {
-        "base": [p for name, p in named if INDEXER not in name],
+        "base": [p for name, p in named if (ADAPTER in name if lora else INDEXER not in name)],
         "indexer": [p for name, p in named if INDEXER in name],
     }
 
@@ -57,12 +58,19 @@ def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
     result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
+    result.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="train the base through LoRA adapters of this rank, merged at the end: much less memory; wants a higher "
+        "--lr, such as 1e-4 [all its parameters]",
+    )
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    check(args)
+    processes = start(args)
     if args.model is None and not Path(warmup.OUT).is_dir():
         warmup.main([])
     name = args.model or warmup.OUT
@@ -73,22 +81,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.topk = args.topk or config.index_topk
     source = model_source(name)
     run_identity = identity("joint", args)
-    if is_done(args.out, source["sha256"], run_identity, args.overwrite):
+    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
         return
 
-    device = pick_device(args.device)
     tokenizer = load_tokenizer(name)
     check_tokenizer(tokenizer, config.vocab_size)
-    data = training_data(args, tokenizer)
-    model = load_model(name, index_topk=args.topk).to(device)
+    data = training_data(args, tokenizer, processes)
+    model = load_model(name, index_topk=args.topk)
     stage = Stage(
         name="joint",
-        groups=parameter_groups,
+        groups=partial(parameter_groups, lora=args.lora_rank is not None),
         terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries),
         losses=("cross_entropy", "kl"),
         evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
     )
-    train(stage, model, tokenizer, data, source, run_identity, args)
+    if args.lora_rank is not None:
+        stage = replace(stage, prepare=partial(add_adapters, rank=args.lora_rank), finish=merge_adapters)
+    train(stage, model, tokenizer, data, source, run_identity, args, processes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from transformers import Qwen2Config
 from dsa_export.cli import UserError, console
 from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, read_manifest
 from dsa_export.model.checkpoint import load_config
+from train import distributed
 from train.data import TrainingData, load_data
+from train.distributed import Processes
 from train.trainer import Settings, Stage, Trainer, first_difference
 
 SMALL_HIDDEN_SIZE = 256
@@ -74,9 +76,16 @@ def argument_parser(
     where.add_argument("--overwrite", action="store_true", help="start again, replacing a finished or stopped run")
 
     run = parser.add_argument_group("training")
-    run.add_argument("--steps", type=int, metavar="N", help=f"updates {default('steps')}")
+    end = run.add_mutually_exclusive_group()
+    end.add_argument("--steps", type=int, metavar="N", help=f"updates {default('steps')}")
+    end.add_argument("--max-tokens", type=int, metavar="N", help="as many updates as read at most this many tokens")
     run.add_argument("--batch-size", type=int, metavar="N", help=f"windows per micro-batch {default('batch_size')}")
-    run.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches per update [1]")
+    run.add_argument(
+        "--accumulation",
+        type=int,
+        metavar="N",
+        help="micro-batches per update, dealt out to the processes: the same update whatever their number [one each]",
+    )
     run.add_argument(
         "--length",
         type=int,
@@ -98,7 +107,14 @@ def argument_parser(
     run.add_argument("--warmup-steps", type=int, metavar="N", help="linear rise of the learning rate [steps / 20]")
     run.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm [1.0]")
     run.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the computation; weights stay fp32 [fp32]")
+    run.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
+    run.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="how the processes of `accelerate launch` or torchrun share the model: ddp, a copy each; fsdp, weights, "
+        "gradients and optimizer in shards (FSDP2) [ddp, or what accelerate launch --use_fsdp says]",
+    )
     run.add_argument("--seed", type=int, default=0, help="[0]")
     run.add_argument("--max-minutes", type=float, metavar="M", help="end after this much training time [no limit]")
     run.add_argument("--save-every", type=int, default=50, metavar="N", help="steps between saved states [50]")
@@ -139,10 +155,26 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
     )
 
 
+def start(args: argparse.Namespace) -> Processes:
+    """Checks the arguments and joins the processes that a launcher started. Raises UserError with one line."""
+    check(args)
+    processes = distributed.start(args.device, args.parallel)
+    several = processes.count > 1
+    if args.accumulation is None:
+        args.accumulation = processes.count
+    _require(
+        args.accumulation % processes.count == 0,
+        f"--accumulation {args.accumulation} cannot be dealt out to {processes.count} processes",
+    )
+    _require(not several or getattr(args, "model", "") is not None, "several processes need a --model to start from")
+    return processes
+
+
 def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
-    at_least_one = "kl_queries steps batch_size accumulation save_every held_out max_rows topk index_heads index_dim"
-    for name, least in [("warmup_steps", 0), *((name, 1) for name in at_least_one.split())]:
+    training = "steps max_tokens batch_size accumulation kl_queries lora_rank save_every held_out max_rows"
+    at_least_one = f"{training} topk index_heads index_dim".split()
+    for name, least in [("warmup_steps", 0), *((name, 1) for name in at_least_one)]:
         value = getattr(args, name, None)
         _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     lengths = args.length or [2]
@@ -166,6 +198,10 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
     args.length = list(args.length)
+    if args.max_tokens is not None:
+        per_update = len(args.length) / sum(1 / length for length in args.length) * args.batch_size * args.accumulation
+        args.steps = int(args.max_tokens / per_update)
+        _require(args.steps > 0, f"--max-tokens {args.max_tokens} is less than one update ({per_update:.0f} tokens)")
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 20
     _require(
@@ -193,21 +229,25 @@ def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, confi
     }
 
 
-def training_data(args: argparse.Namespace, tokenizer: Any, **options: Any) -> TrainingData:
+def training_data(
+    args: argparse.Namespace, tokenizer: Any, processes: Processes, *, train_on_prompt: bool = False
+) -> TrainingData:
+    """The first process tokenizes and writes the cache, the others read it."""
     settings = settings_of(args)
-    data = load_data(
-        args.data,
-        tokenizer,
-        args.length[-1],
-        train_windows=-(-settings.tokens_before(args.steps) // args.length[-1]),
-        held_out_windows=args.held_out,
-        min_tokens=args.min_tokens,
-        max_rows=args.max_rows,
-        packing=args.packing,
-        seed=args.seed,
-        allow_malformed=args.allow_malformed,
-        **options,
-    )
+    with processes.first_goes_first():
+        data = load_data(
+            args.data,
+            tokenizer,
+            args.length[-1],
+            train_windows=-(-settings.tokens_before(args.steps) // args.length[-1]),
+            held_out_windows=args.held_out,
+            min_tokens=args.min_tokens,
+            max_rows=args.max_rows,
+            packing=args.packing,
+            seed=args.seed,
+            allow_malformed=args.allow_malformed,
+            train_on_prompt=train_on_prompt,
+        )
     windows, lengths = len(data.train), len(args.length)
     _require(
         windows >= lengths, f"{args.data} fills {windows} windows of {args.length[-1]} tokens, --length wants {lengths}"
@@ -223,9 +263,12 @@ def train(
     source: dict[str, Any],
     identity: dict[str, Any],
     args: argparse.Namespace,
+    processes: Processes,
 ) -> None:
     """Runs a stage by the arguments and writes args.out."""
-    trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity, processes)
     trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
     trainer.run()
 
@@ -248,23 +291,21 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a finished or stopped run must share with this one to be reused. --max-minutes and the like are free."""
-    free = {"out", "overwrite", "max_minutes", "save_every", "device", "model"}
+    free = {
+        "out",
+        "overwrite",
+        "max_minutes",
+        "save_every",
+        "device",
+        "model",
+        "parallel",
+        "gradient_checkpointing",
+        "max_tokens",
+    }
     return {
         "stage": stage,
         "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in free},
     }
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises UserError if there is no such device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def model_source(name: str) -> dict[str, Any]:
@@ -274,14 +315,18 @@ def model_source(name: str) -> dict[str, Any]:
     return {"path": name, "sha256": getattr(load_config(name), "_commit_hash", None)}
 
 
-def is_done(out: Path, source_sha256: str | None, identity: dict[str, Any], overwrite: bool) -> bool:
+def is_done(
+    out: Path, source_sha256: str | None, identity: dict[str, Any], overwrite: bool, processes: Processes
+) -> bool:
     """Whether `out` holds the result of this very command: then says so, and there is nothing to do.
 
     With `overwrite`, forgets what a stopped run left. Raises UserError if `out` is not ours, or holds something else.
     """
     check_output(out)
     if overwrite:
-        shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)
+        if processes.is_first:
+            shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)
+        processes.wait()
         return False
     if not (out / MANIFEST).is_file():
         return False

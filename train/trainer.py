@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import signal
+import statistics
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, console, progress_bar
-from dsa_export.files import output_folder, write_manifest
+from dsa_export.files import PARTIAL, output_folder, write_manifest
 from train import precision
 from train.checkpoint import STATE, load_state, save_checkpoint, save_state
 from train.data import IGNORED, TrainingData, Windows
+from train.distributed import Processes, Spread, collect, like, load_optimizer_state, optimizer_state
 from train.plots import plot_metrics
 
 METRICS = "metrics.jsonl"
+
+EXPLODED_STEPS, EXPLODED_FACTOR, EXPLODED_MARGIN = 10, 3.0, 1.0
+"""A trained loss has exploded if its mean over the last 10 steps is more than 3 times that over the first 10, plus 1.
+
+A single odd window is no explosion, nor is a tiny loss that triples."""
+
 Batch = dict[str, Tensor]
 
 
@@ -47,6 +55,10 @@ class Stage:
     optimizers: Callable[[dict[str, list[nn.Parameter]], Settings], list[torch.optim.Optimizer]] = lambda groups, s: [
         adamw([p for parameters in groups.values() for p in parameters], s)
     ]
+    prepare: Callable[[nn.Module], None] = lambda model: None
+    """Changes the model in place before it trains (adapters), after the evaluation before."""
+    finish: Callable[[nn.Module], None] = lambda model: None
+    """Takes that back before the result is evaluated and saved."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class Settings:
     """T, tokens per window. With several the windows grow: every length gets the same number of tokens."""
     batch_size: int = 1
     accumulation: int = 1
+    """Micro-batches of an update, over all processes."""
     lr: float = 1e-3
     schedule: str = "cosine"
     warmup_steps: int = 0
@@ -127,75 +140,93 @@ class Trainer:
     out: Path
     source: dict[str, Any]
     identity: dict[str, Any]
+    processes: Processes
     max_minutes: float | None = None
     save_every: int = 50
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the evaluation of the result. Raises UserError, KeyboardInterrupt, OSError."""
-        with output_folder(self.out, keep_partial=True) as folder:
-            self.folder = folder
+        self.folder = self.out.with_name(self.out.name + PARTIAL)
+        first = self.processes.is_first
+        with output_folder(self.out, keep_partial=True) if first else nullcontext():
+            self.processes.wait()
             self._prepare()
             with _stop_requests() as stop_requested:
                 self._train(stop_requested)
-            after = self._evaluate("after")
-            save_checkpoint(folder, self.model, self.tokenizer)
-            plot_metrics(self._read_metrics(), folder / "loss.png", f"{self.stage.name}: {self.source['path']}")
-            write_manifest(
-                folder,
-                "checkpoint",
-                self.source,
-                **self.identity,
-                data=self.data.facts,
-                steps_done=self.step,
-                seconds=round(self.seconds, 1),
-                before=self.before,
-                after=after,
-                **self.facts,
-            )
-        (self.out / STATE).unlink(missing_ok=True)
-        self._report(after)
+            self.model = self.spread.gather()
+            after = {}
+            if first:
+                self.stage.finish(self.model)
+                after = self._evaluate("after")
+                self._write(after)
+        if first:
+            (self.out / STATE).unlink(missing_ok=True)
+            self._report(after)
+        self.processes.leave()
         return after
+
+    def _write(self, after: dict[str, float]) -> None:
+        save_checkpoint(self.folder, self.model, self.tokenizer)
+        plot_metrics(self._read_metrics(), self.folder / "loss.png", f"{self.stage.name}: {self.source['path']}")
+        write_manifest(
+            self.folder,
+            "checkpoint",
+            self.source,
+            **self.identity,
+            data=self.data.facts,
+            processes=self.processes.count,
+            steps_done=self.step,
+            seconds=round(self.seconds, 1),
+            before=self.before,
+            after=after,
+            **self.facts,
+        )
 
     def _prepare(self) -> None:
         settings = self.settings
-        self.device = next(self.model.parameters()).device
+        self.device = self.processes.device
         self.step, self.seconds = 0, 0.0
+        self.before: dict[str, float] = {}
         phases = settings.phases()
         self.phases = list(zip(phases, self.data.train.cut([p.length for p in phases]), strict=True))
         precision.prepare(self.model, settings.dtype)
-        groups = self.stage.groups(self.model)
-        trained = {id(p) for parameters in groups.values() for p in parameters}
+        state = load_state(self.folder)
+        torch.manual_seed(settings.seed)
+        if state is None and self.processes.is_first:
+            (self.folder / METRICS).write_text("")
+            self.before = self._evaluate("before")
+        self.processes.wait()
+
+        self.stage.prepare(self.model)
+        trained = {id(p) for parameters in self.stage.groups(self.model).values() for p in parameters}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.groups = groups
-        self.optimizers = self.stage.optimizers(groups, settings)
+        self.spread = Spread(self.model, self.processes)
+        self.groups = self.stage.groups(self.spread.model)
+        self.trained = {name: p for name, p in self.spread.model.named_parameters() if p.requires_grad}
+        self.optimizers = self.stage.optimizers(self.groups, settings)
         self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        state = load_state(self.folder)
-        if state is None:
-            (self.folder / METRICS).write_text("")
-            torch.manual_seed(settings.seed)
-            self.before = self._evaluate("before")
-        else:
+        if state is not None:
             self._restore(state)
+        self.processes.wait()
+        self.history = [m for m in self._read_metrics() if "evaluation" not in m]
 
     # ------------------------------------------------------------ the loop
 
     def _train(self, stop_requested: Callable[[], bool]) -> None:
         settings = self.settings
-        self.model.train()
+        self.spread.model.train()
         shown = [*self.stage.losses, "recall"]
-        with progress_bar("terms") as progress, (self.folder / METRICS).open("a") as metrics_file:
+        with progress_bar("terms") as progress:
             task = progress.add_task(self.stage.name, total=settings.steps, completed=self.step, terms="")
             last_line = time.monotonic()
-            while self.step < settings.steps and not self._out_of_time():
+            while self.step < settings.steps and not self.processes.any(self._out_of_time()):
                 start = time.perf_counter()
                 metrics = self._step()
                 self.step += 1
                 self.seconds += time.perf_counter() - start
-                metrics_file.write(json.dumps(metrics | {"seconds": round(self.seconds, 3)}) + "\n")
-                metrics_file.flush()
+                self._log(metrics | {"seconds": round(self.seconds, 3)})
 
                 terms = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
                 progress.update(task, completed=self.step, terms=terms)
@@ -204,16 +235,16 @@ class Trainer:
                     console.print(f"{self.stage.name} {self.step}/{settings.steps}  {terms}  {self._eta()}")
                     last_line = time.monotonic()
 
-                stop = stop_requested()
+                stop = self.processes.any(stop_requested())
                 if self.step % self.save_every == 0 or self.step == settings.steps or stop:
-                    save_state(self.folder, self._state())
+                    self._save()
                 if stop:
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step} of {settings.steps}; the state is saved in {self.folder}: "
                         "the same command goes on from there"
                     )
         if self.step < settings.steps:
-            save_state(self.folder, self._state())
+            self._save()
             console.print(f"{self.max_minutes:g} minutes are over: ending after step {self.step}")
 
     def _out_of_time(self) -> bool:
@@ -228,42 +259,57 @@ class Trainer:
                 group["lr"] = peak * factor
         phase, windows = next((p, w) for p, w in self.phases if self.step < p.end)
         rows = [settings.rows(self.step - phase.first, i, len(windows)) for i in range(settings.accumulation)]
-        batches = [windows.batch(r, self.device) for r in rows]
-        labels = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
-        tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+        batches = [windows.batch(r, self.device) for r in rows[self.processes.rank :: self.processes.count]]
+        counts = [
+            {"labels": int((batch["labels"][:, 1:] != IGNORED).sum()), "tokens": int(batch["attention_mask"].sum())}
+            for batch in batches
+        ]
+        totals = self.processes.sum({unit: sum(count[unit] for count in counts) for unit in ("labels", "tokens")})
         sums: dict[str, float] = defaultdict(float)
-        for batch, batch_labels, batch_tokens in zip(batches, labels, tokens, strict=True):
+        for batch, count in zip(batches, counts, strict=True):
             with precision.autocast(self.device, settings.dtype):
-                terms = self.stage.terms(self.model, batch)
+                terms = self.spread.run(self.stage.terms, batch)
             loss = torch.zeros((), device=self.device)
             for name, term in terms.items():
-                share = batch_labels / sum(labels) if name == "cross_entropy" else batch_tokens / sum(tokens)
+                unit = "labels" if name == "cross_entropy" else "tokens"
+                share = count[unit] / totals[unit]
                 sums[name] += term.item() * share
                 if name in self.stage.losses:
                     loss = loss + term * share
-            if not math.isfinite(loss.item()):
-                self._diverged(rows, "loss", loss.item())
-            loss.backward()
+            self.spread.backward(loss, last=batch is batches[-1])
+        means = self.processes.sum(sums)
         norms = {
-            f"grad_norm_{name}": nn.utils.clip_grad_norm_(parameters, settings.clip).item()
+            f"grad_norm_{name}": collect(nn.utils.clip_grad_norm_(parameters, settings.clip)).item()
             for name, parameters in self.groups.items()
         }
-        for name, norm in norms.items():
-            if not math.isfinite(norm):
-                self._diverged(rows, name, norm)
+        self._check_divergence(rows, means, norms)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        return {"step": self.step + 1, **sums, **norms, "lr": settings.lr * factor, "tokens": sum(tokens)}
+        self.spread.model.zero_grad(set_to_none=True)
+        metrics = {"step": self.step + 1, **means, **norms, "lr": settings.lr * factor, "tokens": int(totals["tokens"])}
+        self.history.append(metrics)
+        return metrics
 
-    def _diverged(self, rows: list[Tensor], what: str, value: float) -> None:
-        self.model.zero_grad(set_to_none=True)
-        save_state(self.folder, self._state())
-        windows = ", ".join(str(row) for row in torch.cat(rows).tolist())
-        raise UserError(
-            f"{what} is {value} at step {self.step + 1} (windows {windows}); the weights before this step are saved in "
-            f"{self.folder / STATE}: start again with a lower --lr and --overwrite"
-        )
+    def _check_divergence(self, rows: list[Tensor], losses: dict[str, float], norms: dict[str, float]) -> None:
+        """Stops the run at a value that is not finite or a loss that explodes; the state before this step is saved."""
+        trained = {name: losses[name] for name in self.stage.losses}
+        problems = [f"{name} is {value}" for name, value in {**trained, **norms}.items() if not math.isfinite(value)]
+        at_first = self.history[:EXPLODED_STEPS] or [losses]
+        lately = [*self.history[1 - EXPLODED_STEPS :], losses]
+        for name in trained:
+            first, last = (statistics.fmean(metrics[name] for metrics in part) for part in (at_first, lately))
+            if last > EXPLODED_FACTOR * first + EXPLODED_MARGIN:
+                problems.append(
+                    f"{name} explodes ({first:.3g} at first, {last:.3g} in the last {EXPLODED_STEPS} steps)"
+                )
+        if problems:
+            self.spread.model.zero_grad(set_to_none=True)
+            self._save()
+            windows = ", ".join(str(row) for row in torch.cat(rows).tolist())
+            raise UserError(
+                f"{problems[0]} at step {self.step + 1} (windows {windows}); the weights before this step are saved in "
+                f"{self.folder / STATE}: start again with a lower --lr and --overwrite"
+            )
 
     def _eta(self) -> str:
         left = self.seconds / self.step * (self.settings.steps - self.step)
@@ -272,9 +318,9 @@ class Trainer:
     # ------------------------------------------------------------ evaluation and report
 
     def _evaluate(self, when: str) -> dict[str, float]:
-        result = self.stage.evaluate(self.model, self.data.held_out)
-        with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps({"evaluation": when, "step": self.step, **result}) + "\n")
+        """By the first process alone."""
+        result = self.stage.evaluate(self.model.to(self.device), self.data.held_out)
+        self._log({"evaluation": when, "step": self.step, **result})
         if not console.is_terminal:
             console.print(f"{when}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return result
@@ -290,14 +336,21 @@ class Trainer:
 
     # ------------------------------------------------------------ state
 
+    def _save(self) -> None:
+        state = self._state()
+        if self.processes.is_first:
+            save_state(self.folder, state)
+
     def _state(self) -> dict[str, Any]:
+        """The same whatever the number of processes. Every process must call it; the first one's is complete."""
+        keep = self.processes.is_first
         return {
             "identity": json.dumps(self._full_identity()),
             "step": self.step,
             "seconds": self.seconds,
             "before": self.before,
-            "weights": {name: parameter.detach() for name, parameter in self.trained.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "weights": {name: collect(parameter, keep) for name, parameter in self.trained.items()},
+            "optimizers": [optimizer_state(optimizer, keep) for optimizer in self.optimizers],
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -311,20 +364,26 @@ class Trainer:
             )
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(state["weights"][name])
+                parameter.copy_(like(parameter, state["weights"][name]))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer_state(optimizer, saved)
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step, self.seconds, self.before = state["step"], state["seconds"], state["before"]
-        kept = [m for m in self._read_metrics() if m["step"] <= self.step and m.get("evaluation") != "after"]
-        (self.folder / METRICS).write_text("".join(json.dumps(m) + "\n" for m in kept))
+        if self.processes.is_first:
+            kept = [m for m in self._read_metrics() if m["step"] <= self.step and m.get("evaluation") != "after"]
+            (self.folder / METRICS).write_text("".join(json.dumps(m) + "\n" for m in kept))
         console.print(f"resuming from step {self.step} of {self.settings.steps} ({self.folder})")
 
     def _full_identity(self) -> dict[str, Any]:
         facts = {"model": self.source["sha256"], "data": self.data.facts["sha256"]}
         return json.loads(json.dumps(self.identity | facts, default=str))
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.processes.is_first:
+            with (self.folder / METRICS).open("a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         lines = (self.folder / METRICS).read_text().splitlines(keepends=True)

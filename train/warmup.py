@@ -22,13 +22,12 @@ from train.options import (
     Recipe,
     add_indexer_arguments,
     argument_parser,
-    check,
     identity,
     indexer_options,
     is_done,
     model_source,
-    pick_device,
     resolve,
+    start,
     train,
     training_data,
 )
@@ -68,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    check(args)
+    processes = start(args)
     name = args.model or base.ensure()
     config = load_config(name)
     resolve(args, SMALL, REAL, config)
@@ -77,15 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         setattr(args, {"index_topk": "topk"}.get(option, option), value)
     source = model_source(name)
     run_identity = identity("warmup", args)
-    if is_done(args.out, source["sha256"], run_identity, args.overwrite):
+    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
         return
 
-    device = pick_device(args.device)
     tokenizer = load_tokenizer(name)
     check_tokenizer(tokenizer, config.vocab_size)
-    data = training_data(args, tokenizer)
+    data = training_data(args, tokenizer, processes)
     torch.manual_seed(args.seed)
-    model = load_model(name, **indexer).to(device)
+    model = load_model(name, **indexer)
     stage = Stage(
         name="warmup",
         groups=indexer_parameters,
@@ -93,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses=("kl",),
         evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
     )
-    train(stage, model, tokenizer, data, source, run_identity, args)
+    train(stage, model, tokenizer, data, source, run_identity, args, processes)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,26 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
 
 
+def test_a_loss_that_explodes_stops_and_a_single_odd_batch_does_not(
+    tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = warmup.warmup_terms
+    calls = 0
+
+    def growing(model, batch, **options):
+        nonlocal calls
+        calls += 1
+        terms = healthy(model, batch, **options)
+        factor = 6 if calls == 11 else 20 if calls > 20 else 1
+        return terms | {"kl": terms["kl"] * factor}
+
+    monkeypatch.setattr(warmup, "warmup_terms", growing)
+    with pytest.raises(UserError, match=r"kl explodes \(.* at first, .*\) at step 2[1-9] \(windows .*lower --lr"):
+        warmup.main(command(tiny, records, tmp_path / "w", 60))
+    state = checkpoint.load_state(tmp_path / "w.partial")
+    assert state is not None and state["step"] == calls - 1 > 20
+
+
 def test_a_full_disk_leaves_the_previous_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save_state(tmp_path, {"step": 1, "x": torch.zeros(1000)})
 

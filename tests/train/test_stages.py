@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from dsa_export.cli import UserError
 from dsa_export.model import AttentionTrace, load_model
+from dsa_export.model.checkpoint import load_config
 from train import joint, warmup
 from train.data import IGNORED, Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
+from train.options import resolve, settings_of
 from train.trainer import Settings
 
 INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
@@ -223,6 +225,55 @@ def test_a_model_without_indexer_is_refused(tiny: Path, records: Path, tmp_path:
         joint.main(["--model", str(tiny), "--data", str(records), "--out", str(tmp_path / "c"), *SHORT])
 
 
+def joint_of(warm: Path, records: Path, out: Path, *arguments: str) -> Path:
+    joint.main(["--model", str(warm), "--data", str(records), "--out", str(out), *SHORT, *arguments])
+    return out
+
+
+def test_lora_changes_the_matrices_by_its_rank_and_leaves_a_plain_checkpoint(
+    warm: Path, records: Path, tmp_path: Path
+) -> None:
+    out = joint_of(warm, records, tmp_path / "lora", "--lora-rank", "3", "--lr", "1e-2")
+    before, after = weights(warm), weights(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        change = after[name] - tensor
+        if ".indexer." in name:
+            assert (change != 0).any(), name
+        elif "_proj.weight" in name:
+            assert torch.linalg.matrix_rank(change, atol=1e-5) == 3, name
+        else:
+            assert torch.equal(change, torch.zeros_like(change)), name
+    # The evaluation is of the checkpoint as it was written.
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["after"]["loss_sparse"] < manifest["before"]["loss_sparse"]
+    again = joint_of(out, records, tmp_path / "again", "--steps", "1")
+    written = json.loads((again / "manifest.json").read_text())["before"]
+    assert written["loss_sparse"] == pytest.approx(manifest["after"]["loss_sparse"], rel=1e-5)
+
+
+def test_gradient_checkpointing_saves_less_and_changes_nothing(warm: Path) -> None:
+    saved, results = [], []
+    for checkpointing in (False, True):
+        model = load_model(warm).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            terms = joint.joint_terms(model, batch(), 8)
+        saved.append(sum(kept.values()))
+        (terms["cross_entropy"] + terms["kl"]).backward()
+        results.append([terms["kl"], *(p.grad for p in model.parameters())])
+    assert saved[1] < 0.6 * saved[0]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # ---------------------------------------------------------------- evaluation
 
 
@@ -310,6 +361,16 @@ def test_accumulation_equals_one_large_batch(tiny: Path, records: Path, tmp_path
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
     first = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])["kl"] for folder in (one, four)]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("lengths, steps", [([64], 15), ([32, 64], 23)])
+def test_max_tokens_sets_the_steps(lengths: list[int], steps: int, tiny: Path) -> None:
+    given = ["--max-tokens", "2000", "--batch-size", "2", "--accumulation", "1", "--length", *map(str, lengths)]
+    args = warmup.parser().parse_args(given)
+    resolve(args, warmup.SMALL, warmup.REAL, load_config(tiny))
+    assert args.steps == steps
+    tokens = settings_of(args).tokens_before(steps)
+    assert 2000 - 3 * 2 * lengths[-1] < tokens <= 2000 + 2 * lengths[-1]
 
 
 def test_bf16_computation_keeps_fp32_weights(tiny: Path, records: Path, tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Two processes do what one does: the losses, the weights, the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsa_export.cli import UserError
+from tests.train.test_resume import interrupt_at
+from train import distributed, joint, warmup
+
+SETTINGS = ["--device", "cpu", "--min-tokens", "1", "--held-out", "2", "--batch-size", "1", "--accumulation", "4",
+            "--packing", "cut", "--length", "100",
+            "--schedule", "constant", "--warmup-steps", "0", "--lr", "1e-2"]  # fmt: skip
+INDEXER = ["--topk", "8", "--index-heads", "2", "--index-dim", "16"]
+TORCHRUN = [
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--rdzv-backend",
+    "c10d",
+    "--rdzv-endpoint",
+    "localhost:0",
+]
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+
+
+def launch(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *launcher, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert len(metrics(a)) == len(metrics(b))
+    for one, other in zip(metrics(a), metrics(b), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"evaluation", "seconds", "tokens_per_s_dense", "tokens_per_s_sparse"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    weights = load_file(b / "model.safetensors")
+    for name, tensor in load_file(a / "model.safetensors").items():
+        # A step of Adam moves a weight by about the learning rate, whatever its gradient: where that is noise, apart.
+        assert (weights[name] - tensor).abs().mean() < 0.01 * 1e-2, name
+
+
+@pytest.fixture(scope="module")
+def warm(tiny: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "warmup"
+    warmup.main(["--model", str(tiny), "--data", str(records), "--out", str(out), "--steps", "3", *SETTINGS, *INDEXER])
+    return out
+
+
+def test_the_warm_up_under_accelerate_launch(tiny: Path, records: Path, warm: Path, tmp_path: Path) -> None:
+    """Rows of different lengths: a mean of the processes' means would be another loss."""
+    arguments = ["--model", str(tiny), "--data", str(records), "--out", str(tmp_path / "two"), "--steps", "3"]
+    result = launch([*ACCELERATE, "-m", "train.warmup"], [*arguments, *SETTINGS, *INDEXER])
+    assert result.returncode == 0, result.stderr
+    assert_same_run(warm, tmp_path / "two")
+    assert result.stdout.count("written:") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def stop_during(step: int) -> str:
+    """Python that lets every process be interrupted in the middle of a step."""
+    return f"""
+import os, signal, sys
+from dsa_export.cli import run
+from train import joint, trainer
+
+original = trainer.Trainer._step
+
+def step_and_interrupt(self):
+    if self.step + 1 == {step}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(self)
+
+trainer.Trainer._step = step_and_interrupt
+"""
+
+
+def test_one_process_starts_two_with_shards_go_on_one_ends(records: Path, warm: Path, tmp_path: Path) -> None:
+    """FSDP2, gradient checkpointing: the same losses and weights, and a state that any number of processes takes."""
+    settings = ["--model", str(warm), "--data", str(records), "--steps", "4", *SETTINGS]
+    joint.main([*settings, "--out", str(tmp_path / "whole")])
+    settings += ["--out", str(tmp_path / "parts")]
+    with pytest.raises(KeyboardInterrupt, match="after step 1 of 4"), pytest.MonkeyPatch.context() as patch:
+        interrupt_at(1, patch)
+        joint.main(settings)
+    script = tmp_path / "joint.py"
+    script.write_text(stop_during(3) + "run(joint.main)\n")
+    stopped = launch([*TORCHRUN, str(script)], [*settings, "--parallel", "fsdp", "--gradient-checkpointing"])
+    assert stopped.returncode == 1 and "stopped after step 3 of 4" in stopped.stderr, stopped.stderr
+    joint.main(settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--parallel", "fsdp"], "--parallel fsdp needs several processes"),
+        (["--accumulation", "3"], "--accumulation 3 cannot be dealt out to 2 processes"),
+        ([], "several processes need a --model"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_processes(
+    arguments: list[str], message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ["--model", str(tiny)] if arguments else []
+    if message.startswith("--parallel"):
+        with pytest.raises(UserError, match=message):
+            warmup.main([*model, *arguments])
+        return
+    monkeypatch.setattr(distributed, "start", lambda *_: distributed.Processes(torch.device("cpu"), 0, 2))
+    with pytest.raises(UserError, match=message):
+        warmup.main([*model, *arguments])
