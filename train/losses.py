@@ -29,8 +29,11 @@ from dsa_export.model import AttentionTrace
 from dsa_export.topk import TopK
 from plugins.index_topk.op import topk_lowest_index_first
 
-TILE = 256
-"""Query rows handled at a time. Peak extra memory is about (2 Hq / Hkv + 2 Hi) · TILE · T · 4 bytes."""
+TILE = {"cpu": 128, "cuda": 512}
+"""R, query rows handled at a time: little enough for a CPU's caches, enough to fill a GPU. See peak_bytes()."""
+
+LOWEST = -1e30
+"""Stands for the logarithm of a probability of 0 where it is multiplied by 0."""
 
 
 def indexer_kl_reference(
@@ -62,6 +65,16 @@ def indexer_kl_reference(
     t = torch.arange(T)
     valid = (t < lengths[:, None]) & (t % every == first)
     return kl_per_row[valid].mean()
+
+
+def peak_bytes(T: int, Hq: int, Hkv: int, D: int, Hi: int, Di: int, device: str = "cpu") -> int:
+    """What indexer_kl and its backward hold at most, beside their inputs, for one row of T tokens in fp32.
+
+    A tile keeps p, and first the scores and the probabilities of one KV head's group, then the indexer's activations
+    and five [R, T] of its scores, all within the call. The gradients of the inputs stay, twice while they are scaled.
+    """
+    tile = TILE[device] * T * (1 + max(2 * Hq // Hkv, Hi + 5))
+    return 4 * (tile + 2 * T * (Hi * Di + Hi + Di))
 
 
 @dataclass(frozen=True)
@@ -138,31 +151,33 @@ class _IndexerKL(torch.autograd.Function):
         for b, ordinal, rows in _tiles(queries):
             # From here on: R = len(rows) query rows, which see no key beyond C = stop.
             stop = int(rows[-1]) + 1
-            q_HRD, k_HCD = q[b][:, rows], k[b, :, :stop]
+            q_HRD, k_HCD = q[b][:, rows] * scale, k[b, :, :stop]
             index_q_RHD, index_k_CD = index_q[b, rows], index_k[b, :stop]
             weights_RH = index_weights[b, rows].to(accumulator)
             visible = torch.arange(stop, device=q.device) <= rows[:, None]
             support = visible if indices is None else _selection_mask(indices[b, rows], stop)
+            certain = int(rows[0]) + 1 if indices is None else 0  # so many keys, from the left, count for every row
 
-            p = _mean_attention(q_HRD, k_HCD, scale, support).to(accumulator)
+            p = _mean_attention(q_HRD, k_HCD, support, certain).to(accumulator)
             activations_RHC = (index_q_RHD @ index_k_CD.T).relu_().to(accumulator)
-            scores = torch.bmm(weights_RH[:, None], activations_RHC)[:, 0].masked_fill_(~support, -torch.inf)
+            scores = _mask(torch.bmm(weights_RH[:, None], activations_RHC)[:, 0], support, certain)
             log_student = scores.log_softmax(-1)
-            kl += (torch.xlogy(p, p) - p * log_student.masked_fill(~support, 0)).sum()
+            kl += (torch.xlogy(p, p) - p * log_student.clamp(min=LOWEST)).sum()
 
             if measure_every:
                 some = slice(-(ordinal + 1) % measure_every, None, measure_every)
-                dense = p[some] if indices is None else _mean_attention(q_HRD[:, some], k_HCD, scale, visible[some])
+                dense = p[some] if indices is None else _mean_attention(q_HRD[:, some], k_HCD, visible[some])
                 shares.add(dense, rows[some, None], None if indices is None else support[some], scores[some])
 
             if with_gradient:
-                d_scores = (log_student.exp() - p) / valid_rows  # 0 outside the support: exp(-inf) = 0 = p
+                d_scores = log_student.exp_().sub_(p).div_(valid_rows)  # 0 outside the support: exp(-inf) = 0 = p
                 d_index_weights[b, rows] = torch.bmm(activations_RHC, d_scores[..., None])[..., 0].to(index_q.dtype)
-                d_activations = weights_RH[..., None] * d_scores[:, None]
-                d_dots = torch.ops.aten.threshold_backward(d_activations, activations_RHC, 0)  # ReLU's
-                d_dots_rows = d_dots.to(index_q.dtype).flatten(0, 1)
-                d_index_q[b, rows] = (d_dots_rows @ index_k_CD).view_as(index_q_RHD)
-                d_index_k[b, :stop] += d_dots_rows.T @ index_q_RHD.flatten(0, 1)
+                # ReLU's gradient, in place. The weights are the same for all keys: they multiply the small products.
+                torch.ops.aten.threshold_backward(d_scores[:, None], activations_RHC, 0, grad_input=activations_RHC)
+                d_activations = activations_RHC.to(index_q.dtype).flatten(0, 1)
+                weights_RH1 = index_weights[b, rows, :, None]
+                d_index_q[b, rows] = (d_activations @ index_k_CD).view_as(index_q_RHD) * weights_RH1
+                d_index_k[b, :stop] += d_activations.T @ (index_q_RHD * weights_RH1).flatten(0, 1)
 
         ctx.save_for_backward(d_index_q, d_index_weights, d_index_k.to(index_k.dtype))
         result, measured = kl / valid_rows, shares.means()
@@ -179,8 +194,9 @@ class _IndexerKL(torch.autograd.Function):
 def _tiles(queries: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
     """(row b of the batch, number of queries of b before this tile, positions [R] of the tile's queries)."""
     for b, positions in enumerate(queries):
-        for start in range(0, len(positions), TILE):
-            yield b, start, positions[start : start + TILE]
+        rows = TILE[positions.device.type]
+        for start in range(0, len(positions), rows):
+            yield b, start, positions[start : start + rows]
 
 
 def _selection_mask(indices: Tensor, keys: int) -> Tensor:
@@ -190,15 +206,19 @@ def _selection_mask(indices: Tensor, keys: int) -> Tensor:
     return mask.scatter_(-1, slots, True)[:, :keys]
 
 
-def _mean_attention(q_HRD: Tensor, k_HCD: Tensor, scale: float, support: Tensor) -> Tensor:
-    """Attention probabilities over `support` [R, C], mean over the query heads: [R, C], one KV head at a time."""
+def _mask(scores: Tensor, support: Tensor, certain: int) -> Tensor:
+    """scores [..., R, C] with -inf outside the support [R, C], in place; the first `certain` columns are inside."""
+    scores[..., certain:].masked_fill_(~support[:, certain:], -torch.inf)
+    return scores
+
+
+def _mean_attention(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0) -> Tensor:
+    """Attention probabilities over the support [R, C], mean over the query heads: [R, C]. q is scaled already."""
     Hq, R, D = q_HRD.shape
     Hkv, C, _ = k_HCD.shape
     p = torch.zeros(R, C, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
-    hidden = torch.zeros_like(p).masked_fill_(~support, -torch.inf)
-    for q_GRD, k_CD in zip((q_HRD * scale).view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):
-        scores = (q_GRD @ k_CD.T).to(p.dtype).add_(hidden)
-        p += scores.softmax(-1).sum(0)
+    for q_GRD, k_CD in zip(q_HRD.view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):  # one KV head's group at a time
+        p += _mask((q_GRD @ k_CD.T).to(p.dtype), support, certain).softmax(-1).sum(0)
     return p.div_(Hq)
 
 

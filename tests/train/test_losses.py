@@ -17,7 +17,7 @@ SCALE = 0.3
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "TILE", 16)
+    monkeypatch.setitem(losses.TILE, "cpu", 16)
 
 
 def inputs(B: int = 3, T: int = 50, Hi: int = 3, Di: int = 8, Hq: int = 6, Hkv: int = 2, dtype=torch.float32, seed=0):
@@ -50,7 +50,7 @@ def test_loss_and_gradients_equal_the_definition(k: int | None, lengths: list[in
 
 
 def test_gradcheck_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "TILE", 4)
+    monkeypatch.setitem(losses.TILE, "cpu", 4)
     tensors = inputs(B=2, T=7, Hi=2, Di=2, dtype=torch.float64)
     lengths = torch.tensor([7, 3])
     assert torch.autograd.gradcheck(lambda *student: indexer_kl(*student, *tensors[3:], lengths, SCALE).kl, tensors[:3])
@@ -155,7 +155,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.
                     self.numel = max(self.numel, tensor.numel())
             return result
 
-    monkeypatch.setattr(losses, "TILE", 32)
+    monkeypatch.setitem(losses.TILE, "cpu", 32)
     T = 512
     tensors = inputs(B=1, T=T, Hi=4, Hq=8, Hkv=2)
     with Largest() as largest:
