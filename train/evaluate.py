@@ -28,6 +28,7 @@ from dsa_export.topk import describe_topk
 from train import options, plots, precision
 from train.allocation import allocate, write_topk
 from train.data import IGNORED, Windows, check_tokenizer, load_data
+from train.distributed import pick_device
 from train.ladder import RUNGS
 from train.losses import IndexerObserver
 from train.study import Choice, Record, Study
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.model)
     resolve(args, config)
     assert isinstance(config, DSAConfig)
-    device = options.pick_device(args.device)
+    device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(tokenizer, config.vocab_size)
     planned = [(name, length) for name in args.tasks for length in args.task_lengths]
