@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsa_export.cli import UserError, console, progress_bar, run
 from dsa_export.config import DSAConfig
-from dsa_export.files import MANIFEST, check_output, output_folder, write_atomically, write_manifest
+from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, write_atomically, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config
 from dsa_export.topk import describe_topk
@@ -234,7 +234,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             study.tick = lambda: progress.advance(task)
             chosen = allocate(study.caught(windows), args.k_budget, step=args.k_step, floor=args.k_floor)
             choices.append(Choice("auto", tuple(chosen)))
-            results["auto"] = {"budget": args.k_budget, "step": args.k_step, "floor": args.k_floor, "topk": chosen}
+            results["auto"] = {
+                "budget": args.k_budget,
+                "step": args.k_step,
+                "floor": args.k_floor,
+                "topk": chosen,
+                "chosen_on": data[max(args.length)].facts["sha256"],  # training text: the ladder is on held-out text
+            }
             console.print(f"k by layer: {' '.join(map(str, chosen))} (mean {sum(chosen) / len(chosen):.0f})")
         for length, source in data.items():
             task = progress.add_task(f"text, {length:,} tokens", total=study.forwards(choices, source.held_out))
@@ -252,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             show(task_table(results["tasks"]))
         write_results(out, results, study, args)
     if args.write_topk:
-        write_topk(args.model, results["auto"]["topk"], args.write_topk, budget=args.k_budget, data=args.data)
+        write_topk(args.model, results["auto"]["topk"], args.write_topk, budget=args.k_budget, data={"path": args.data})
         console.print(
             f"Wrote {args.write_topk}/: the same weights with k by layer; export it with --model {args.write_topk}"
         )
@@ -315,11 +321,9 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
 
 def trained_on(model: str) -> str | None:
     """The data that the checkpoint's manifest names, if there is one."""
-    path = Path(model) / MANIFEST
-    if not path.is_file():
+    if not (Path(model) / MANIFEST).is_file():
         return None
-    data = json.loads(path.read_text()).get("data")
-    return data.get("path") if isinstance(data, dict) else None
+    return read_manifest(Path(model), "checkpoint", "python -m train.warmup").get("data", {}).get("path")
 
 
 def write_results(out: Path, results: Record, study: Study, args: argparse.Namespace) -> None:

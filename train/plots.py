@@ -65,6 +65,7 @@ def plot_losses(texts: Sequence[Mapping[str, Any]], path: Path) -> None:
 def plot_recall(texts: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Shares of attention mass by layer: a row per length, a panel per k, with the selection statistics below."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = max(len(text["attention"]) for text in texts)
     figure = Figure(figsize=(5 * columns, 3.6 * 2 * len(texts)), layout="constrained")
@@ -75,7 +76,7 @@ def plot_recall(texts: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes = figure.add_subplot(2 * len(texts), columns, 2 * row * columns + column, title=title)
             for name, style in (("best", "g--"), ("recall", "b-"), ("window", "r--"), ("normalised", "k:")):
                 axes.plot(by_layer[name], style, label={"recall": "indexer"}.get(name, name))
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set(ylim=(min(0.0, *by_layer["recall"]) - 0.02, 1.02), ylabel="share of attention mass")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
@@ -86,7 +87,7 @@ def plot_recall(texts: Sequence[Mapping[str, Any]], path: Path) -> None:
             below.plot(
                 [d / text["length"] for d in by_layer["mean_distance"]], label="mean distance / length of the text"
             )
-            below.xaxis.get_major_locator().set_params(integer=True)
+            below.xaxis.set_major_locator(MaxNLocator(integer=True))
             below.set_ylim(-0.02, 1.02)
             below.grid(alpha=0.3)
             below.legend(fontsize="small")

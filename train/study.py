@@ -76,16 +76,13 @@ class Study:
 
     def forwards(self, choices: Sequence[Choice], windows: Windows) -> int:
         """How often text() will call tick()."""
-        used = len(self._used(choices, windows.input_ids.shape[1]))
-        per_window = 1 + (self.base is not None) + used * ("trained" in self.rungs)
-        per_window += sum(c.label != "auto" for c in self._used(choices, windows.input_ids.shape[1])) * sum(
-            rung != "trained" for rung in self.rungs
-        )
+        per_window = 1 + (self.base is not None) + len(self._plan(choices, windows.input_ids.shape[1]))
         return len(windows) * per_window + 1
 
-    @staticmethod
-    def _used(choices: Sequence[Choice], length: int) -> list[Choice]:
-        return [choice for choice in choices if min(choice.ks) < length]
+    def _plan(self, choices: Sequence[Choice], length: int) -> list[tuple[str, Choice]]:
+        """The (rung, k) to run at a length: those that leave something out; k by layer for the trained indexer only."""
+        used = [choice for choice in choices if min(choice.ks) < length]
+        return [(rung, c) for rung in self.rungs for c in used if rung == "trained" or c.label != "auto"]
 
     def text(self, windows: Windows, choices: Sequence[Choice]) -> Record:
         """The ladder at every k below the length, and what the indexers catch and select.
@@ -93,7 +90,7 @@ class Study:
         Raises UserError if a selection of everything does not equal dense attention, or no k is below the length.
         """
         length = windows.input_ids.shape[1]
-        used = self._used(choices, length)
+        used = [choice for choice in choices if min(choice.ks) < length]
         uniform = [choice for choice in used if choice.label != "auto"]
         if not uniform:
             raise UserError(f"every k is at least the length of {length} tokens: nothing is left out; lower --topk")
@@ -102,12 +99,7 @@ class Study:
             heads["base"] = self.base.lm_head
         meter = self.meter([choice.ks[0] for choice in uniform], maps=True)
         self.meters.append(meter)
-        plan = [
-            (rung, choice)
-            for rung in self.rungs
-            for choice in (used if rung == "trained" else uniform)
-            if rung != "auto"
-        ]  # fmt: skip
+        plan = self._plan(choices, length)
         sums: dict[str, Score] = defaultdict(Score)
         check: Record = {}
         for row in range(len(windows)):
