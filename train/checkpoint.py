@@ -20,9 +20,9 @@ from dsa_export.files import PARTIAL
 STATE = "state.pt"
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes state.pt under a temporary name and renames it: whatever happens, a whole state is there."""
-    path = folder / STATE
+def save_state(folder: Path, state: dict[str, Any], name: str = STATE) -> None:
+    """Writes a state under a temporary name and renames it: whatever happens, a whole state is there."""
+    path = folder / name
     partial = path.with_name(path.name + PARTIAL)
     try:
         with disk_errors(path), partial.open("wb") as file:
@@ -35,15 +35,16 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         raise
 
 
-def load_state(folder: Path) -> dict[str, Any] | None:
+def load_state(folder: Path, name: str = STATE) -> dict[str, Any] | None:
     """The last state saved in a folder, or None. Raises UserError if it cannot be read."""
-    path = folder / STATE
+    path = folder / name
     if not path.is_file():
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): --overwrite starts again") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}): remove it, or start again with --overwrite") from None
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:

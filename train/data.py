@@ -7,7 +7,8 @@ Sources (`--data`):
     any other file              one plain text document
     hf://…, https://…           JSON lines, streamed
 
-Everything is read as a stream and only as far as needed. A document is held out for evaluation if its own hash says so:
+Everything is read as a stream and only as far as needed; the tokens are cached, and a stopped run goes on tokenizing
+where it was. A document is held out for evaluation if its own hash says so:
 wherever it stands in the source, it is never trained on.
 """
 
@@ -17,6 +18,7 @@ import glob
 import hashlib
 import json
 import sysconfig
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa_export.cli import UserError, progress_bar
+from dsa_export.cli import UserError, console, progress_bar
 from dsa_export.files import write_atomically
+from train.checkpoint import load_state, save_state
 
 IGNORED = -100
 """Label of a token that does not count in the cross-entropy (prompt, padding)."""
@@ -37,6 +40,12 @@ HELD_OUT_SHARE = 20
 
 POOL = 4
 """Windows are drawn at random from this many times what is needed, so that a few long documents do not fill a run."""
+
+CACHE = Path("out/data")
+"""Where tokens and the standard library's records are kept, unless told otherwise."""
+
+SNAPSHOT_SECONDS = 30
+"""Tokens that a killed run loses at most."""
 
 TEXT_SUFFIXES = frozenset(
     [
@@ -200,7 +209,7 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
         raise UserError(f"cannot read {address}: {str(error).splitlines()[0]}") from None
 
 
-def stdlib_records(folder: Path = Path("out/data")) -> Path:
+def stdlib_records(folder: Path = CACHE) -> Path:
     """Writes the standard library's modules as deepctrl-sft-data records, once, and returns the file.
 
     Each asks to continue a module from its first lines. Left out: tests, and tables that are no language.
@@ -332,6 +341,7 @@ def load_data(
     seed: int = 0,
     allow_malformed: bool = False,
     train_on_prompt: bool = False,
+    cache: Path | None = None,
 ) -> TrainingData:
     """Reads as much of the source as the run needs.
 
@@ -343,6 +353,8 @@ def load_data(
         packing: "pack": documents end to end, cut every T tokens, the rest of the last window dropped;
             "cut": one window per document, its first T tokens, padded if shorter.
         train_on_prompt: label the prompt too (training from scratch).
+        cache: folder of the tokens of earlier runs with the same source (files of the same path, size and time),
+            tokenizer and options; any seed. None: neither read nor write them.
 
     Raises UserError: nothing to read, too many malformed lines, nothing left after filtering, too little text.
     """
@@ -351,28 +363,54 @@ def load_data(
     builders = {name: _WindowBuilder(length, packing) for name in wanted}
     rows = dict.fromkeys(wanted, 0)
     read = short = 0
-    with progress_bar() as progress:
-        task = progress.add_task("read data", total=sum(wanted.values()))
-        for document in documents(source, malformed):
-            read += 1
-            split = "held-out" if document.is_held_out() else "train"
-            full = {name: len(builders[name]) >= wanted[name] for name in wanted}
-            full["train"] |= rows["train"] >= max_rows
-            if all(full.values()):
-                break
-            if full[split]:
-                continue
-            ids, labels = encode(document, tokenizer, train_on_prompt=train_on_prompt)
-            if len(ids) < min_tokens:
-                short += 1
-                continue
-            rows[split] += 1
-            builders[split].add(ids, labels)
-            progress.update(task, completed=sum(min(len(builders[name]), wanted[name]) for name in wanted))
-    malformed.check()
-    for name, builder in builders.items():
-        if len(builder) == 0 and wanted[name]:
-            raise UserError(_nothing_left(name, source, read, short, min_tokens, rows[name], builder.tokens, length))
+    options = [length, wanted, min_tokens, max_rows, packing, allow_malformed, train_on_prompt]
+    name = f"tokens-{_fingerprint(source, tokenizer, options)}.pt"
+    known = load_state(cache, name) if cache else None
+    if known:
+        rows, short = known["rows"], known["short"]
+        for split, builder in builders.items():
+            builder.restore(known["builders"][split])
+
+    def state(done: bool) -> dict[str, Any]:
+        tokens = {split: builder.state() for split, builder in builders.items()}
+        bad = {"lines": malformed.lines, "count": malformed.count, "first": malformed.first}
+        return {"done": done, "read": read, "rows": rows, "short": short, "malformed": bad, "builders": tokens}
+
+    if known and known["done"]:
+        read, malformed = known["read"], Malformed(allow_malformed, **known["malformed"])
+        console.print(f"{source}: {read} documents, tokenized before ({cache}/{name})")
+    else:
+        tokenized = known["read"] if known else 0
+        saved = time.monotonic()
+        with progress_bar() as progress:
+            task = progress.add_task("read data", total=sum(wanted.values()))
+            for document in documents(source, malformed):
+                read += 1
+                if read <= tokenized:
+                    continue
+                split = "held-out" if document.is_held_out() else "train"
+                full = {name: len(builders[name]) >= wanted[name] for name in wanted}
+                full["train"] |= rows["train"] >= max_rows
+                if all(full.values()):
+                    break
+                if full[split]:
+                    continue
+                ids, labels = encode(document, tokenizer, train_on_prompt=train_on_prompt)
+                if len(ids) < min_tokens:
+                    short += 1
+                    continue
+                rows[split] += 1
+                builders[split].add(ids, labels)
+                progress.update(task, completed=sum(min(len(builders[name]), wanted[name]) for name in wanted))
+                if cache and time.monotonic() - saved > SNAPSHOT_SECONDS:
+                    _save_tokens(cache, name, state(done=False))
+                    saved = time.monotonic()
+        malformed.check()
+        if cache:
+            _save_tokens(cache, name, state(done=True))
+    for split, builder in builders.items():
+        if len(builder) == 0 and wanted[split]:
+            raise UserError(_nothing_left(split, source, read, short, min_tokens, rows[split], builder.tokens, length))
     train = builders["train"].windows(train_windows, seed)
     held_out = builders["held-out"].windows(held_out_windows, seed)
     facts = {
@@ -388,6 +426,22 @@ def load_data(
         "malformed": malformed.summary() if malformed.count else None,
     }
     return TrainingData(train, held_out, facts)
+
+
+def _fingerprint(source: str, tokenizer: Any, options: list[Any]) -> str:
+    """What the tokens hang on. Large files are not read for it: their path, size and time of change stand for them."""
+    address: Any = source
+    if "://" not in source:
+        path = stdlib_records() if source == "stdlib" else Path(source)
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        address = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    words = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps([address, words, options]).encode()).hexdigest()[:16]
+
+
+def _save_tokens(cache: Path, name: str, state: dict[str, Any]) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    save_state(cache, state, name)
 
 
 def _nothing_left(
@@ -439,6 +493,16 @@ class _WindowBuilder:
         id_row = torch.tensor(ids + [0] * padding, dtype=torch.int32)
         label_row = torch.tensor(labels + [IGNORED] * padding, dtype=torch.int32)
         self.rows.append((id_row, label_row, len(ids)))
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as torch.save keeps it."""
+        ids, labels, lengths = zip(*self.rows, strict=True) if self.rows else ([], [], [])
+        packed = [torch.stack(list(part)) if part else torch.zeros(0, self.length) for part in (ids, labels)]
+        return {"tokens": self.tokens, "pending": self.pending, "rows": [*packed, list(lengths)]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.tokens, self.pending = state["tokens"], state["pending"]
+        self.rows = list(zip(*state["rows"], strict=True))
 
     def windows(self, count: int, seed: int) -> Windows:
         """`count` of the windows (or all, if fewer), drawn and ordered by the seed."""

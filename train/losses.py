@@ -67,7 +67,7 @@ def indexer_kl_reference(
     return kl_per_row[valid].mean()
 
 
-def peak_bytes(T: int, Hq: int, Hkv: int, D: int, Hi: int, Di: int, device: str = "cpu") -> int:
+def peak_bytes(T: int, Hq: int, Hkv: int, Hi: int, Di: int, device: str = "cpu") -> int:
     """What indexer_kl and its backward hold at most, beside their inputs, for one row of T tokens in fp32.
 
     A tile keeps p, and first the scores and the probabilities of one KV head's group, then the indexer's activations
@@ -178,6 +178,8 @@ class _IndexerKL(torch.autograd.Function):
                 weights_RH1 = index_weights[b, rows, :, None]
                 d_index_q[b, rows] = (d_activations @ index_k_CD).view_as(index_q_RHD) * weights_RH1
                 d_index_k[b, :stop] += d_activations.T @ (index_q_RHD * weights_RH1).flatten(0, 1)
+                del d_activations, d_scores
+            del p, activations_RHC, scores, log_student  # or they would live on beside the next tile's
 
         ctx.save_for_backward(d_index_q, d_index_weights, d_index_k.to(index_k.dtype))
         result, measured = kl / valid_rows, shares.means()

@@ -16,7 +16,7 @@ from dsa_export.cli import UserError, console
 from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, read_manifest
 from dsa_export.model.checkpoint import load_config
 from train import distributed
-from train.data import TrainingData, load_data
+from train.data import CACHE, TrainingData, load_data
 from train.distributed import Processes
 from train.trainer import Settings, Stage, Trainer, first_difference
 
@@ -128,6 +128,9 @@ def argument_parser(
     )
     rows.add_argument(
         "--max-rows", type=int, default=20_000, metavar="N", help="documents to train on, at most [20000]"
+    )
+    rows.add_argument(
+        "--cache", type=Path, default=CACHE, metavar="DIR", help=f"where tokens are kept for the next run [{CACHE}]"
     )
     rows.add_argument("--held-out", type=int, metavar="N", help=f"windows to evaluate on {default('held_out')}")
     rows.add_argument(
@@ -247,6 +250,7 @@ def training_data(
             seed=args.seed,
             allow_malformed=args.allow_malformed,
             train_on_prompt=train_on_prompt,
+            cache=args.cache,
         )
     windows, lengths = len(data.train), len(args.length)
     _require(
@@ -301,6 +305,7 @@ def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:
         "parallel",
         "gradient_checkpointing",
         "max_tokens",
+        "cache",
     }
     return {
         "stage": stage,

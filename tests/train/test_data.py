@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dsa_export.cli import UserError
+from train import data
 from train.data import (
     IGNORED,
     Document,
@@ -268,6 +269,63 @@ def test_the_same_seed_draws_the_same_windows(records: Path, tokenizer) -> None:
     a, b, c = (load(str(records), tokenizer, seed=seed) for seed in (0, 0, 1))
     assert a.facts["sha256"] == b.facts["sha256"] != c.facts["sha256"]
     assert torch.equal(a.train.input_ids, b.train.input_ids)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
+    """The documents that were tokenized."""
+    seen: list[Document] = []
+
+    def counted(document: Document, *args, **options):
+        seen.append(document)
+        return encode(document, *args, **options)
+
+    monkeypatch.setattr(data, "encode", counted)
+    return seen
+
+
+def test_a_second_run_does_not_tokenize_again(tmp_path: Path, records: Path, tokenizer, encoded: list) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [*[record(f"Answer number {i}.") for i in range(150)], "oops"])
+    options = {"cache": tmp_path / "cache", "train_windows": 1000}
+    first = load(source, tokenizer, **options)
+    count = len(encoded)
+    again, reseeded = load(source, tokenizer, **options), load(source, tokenizer, **options, seed=1)
+    assert len(encoded) == count > 100
+    assert again.facts == first.facts and "line 151" in again.facts["malformed"]
+    assert torch.equal(again.train.input_ids, first.train.input_ids)
+    assert torch.equal(again.held_out.labels, first.held_out.labels)
+    assert reseeded.facts["sha256"] == load(source, tokenizer, seed=1, train_windows=1000).facts["sha256"]
+    del encoded[:]
+    load(source, tokenizer, **options, packing="cut")
+    assert len(encoded) == count
+    write_jsonl(tmp_path / "d.jsonl", [record(f"Another number {i}.") for i in range(150)])
+    assert load(source, tokenizer, **options).facts["sha256"] != first.facts["sha256"]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".pt"]
+
+
+def test_tokenizing_goes_on_where_it_was_stopped(
+    tmp_path: Path, records: Path, tokenizer, encoded: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load(str(records), tokenizer, train_windows=1000)
+    count = len(encoded)
+    monkeypatch.setattr(data, "SNAPSHOT_SECONDS", 0)
+    del encoded[:]
+    counted = data.encode
+
+    def stopped(*args, **options):
+        if len(encoded) == 40:
+            raise KeyboardInterrupt
+        return counted(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "encode", stopped)
+        load(str(records), tokenizer, train_windows=1000, cache=tmp_path)
+    rest = load(str(records), tokenizer, train_windows=1000, cache=tmp_path)
+    assert len(encoded) == count
+    assert rest.facts == whole.facts and torch.equal(rest.train.labels, whole.train.labels)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer) -> None:
