@@ -7,7 +7,11 @@ read from here by everything that needs it: sessions, profiles and byte accounti
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
+import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,15 +176,9 @@ def open_export(folder: Path) -> Export:
     return Export(folder, graphs, manifest)
 
 
-def open_engine(folder: Path, *, verify: bool = True) -> Engine:
-    """Opens an engine folder after checking that what it holds can be run here.
-
-    verify: compare the hashes of the files too, not only their sizes (reads the weights once).
-    Raises UserError, saying what to rebuild, if the folder is not an engine's, if the installed runtime is of another
-    version, or if a file was changed since the build.
-    """
+def read_engine(folder: Path) -> Engine:
+    """What an engine folder says of itself. Raises UserError if it is not one; checks nothing else."""
     manifest = read_manifest(folder, "engine", "python -m engines.build")
-    again = f"run `{rebuild_command(folder, manifest)}`"
     try:
         engine = Engine(
             **_variant_facts(manifest["variant"], manifest, manifest["cache"]),
@@ -189,15 +187,37 @@ def open_engine(folder: Path, *, verify: bool = True) -> Engine:
             limits=Limits(**manifest["limits"]),
             manifest=manifest,
         )
-        built_with = manifest["versions"]["runtime"]
-        files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        # What open_engine() checks and what runners read.
+        for facts in (*manifest["files"].values(), manifest["source"], *filter(None, [manifest["plugin"]])):
+            str(facts["sha256"])
+        str(manifest["versions"]["runtime"]), list(manifest["compute_capability"]), list(manifest["profiles"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / MANIFEST} lacks or misstates {error}: {again}") from None
-    installed = runtime_version(engine.backend)
+        again = rebuild_command(folder, manifest)
+        raise UserError(f"{folder / MANIFEST} lacks or misstates {error}: run `{again}`") from None
+    return engine
+
+
+def open_engine(folder: Path, *, verify: bool = True) -> Engine:
+    """Opens an engine folder after checking that what it holds can be run here.
+
+    verify: compare the hashes of the files too, not only their sizes (reads the weights once).
+    Raises UserError, saying what to rebuild, if the folder is not an engine's, if the installed runtime, the GPU or
+    the plugin library is another, if its export was made again, or if a file was changed since the build.
+    """
+    engine = read_engine(folder)
+    manifest = engine.manifest
+    again = f"run `{rebuild_command(folder, manifest)}`"
+    built_with, installed = str(manifest["versions"]["runtime"]), runtime_version(engine.backend)
     parts = RUNTIMES[engine.backend][1]
-    if installed.split(".")[:parts] != str(built_with).split(".")[:parts]:
+    if installed.split(".")[:parts] != built_with.split(".")[:parts]:
         raise UserError(f"{folder} was built with {engine.backend} {built_with}, installed is {installed}: {again}")
-    check_files(files if verify else {path: (size, None) for path, (size, _) in files.items()}, again)
+    check_machine(engine, again)
+    check_source(engine, again)
+    files = {
+        folder / name: (facts["bytes"], facts["sha256"] if verify else None)
+        for name, facts in manifest["files"].items()
+    }
+    check_files(files, again)
     return engine
 
 
@@ -222,6 +242,46 @@ def runtime_version(backend: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     raise UserError(f"backend {backend} needs {distributions[0]}: pip install {distributions[0]}")
+
+
+def check_machine(engine: Engine, again: str) -> None:
+    """Raises UserError if the GPU or the plugin library is not what the engine was built for."""
+    built_for, plugin = engine.manifest["compute_capability"], engine.manifest["plugin"]
+    gpu = installed_gpu() if built_for else None
+    if gpu is not None and gpu not in built_for:
+        built = " and ".join(built_for)
+        raise UserError(f"{engine.folder} was built for compute capability {built}, this GPU has {gpu}: {again}")
+    if plugin and Path(plugin["path"]).is_file() and content_hash(Path(plugin["path"])) != plugin["sha256"]:
+        raise UserError(f"{engine.folder} was built with another {plugin['path']} than the present one: {again}")
+
+
+def check_source(engine: Engine, again: str) -> None:
+    """Raises UserError if the export that the engine came from is still there and holds another graph by now."""
+    source = engine.manifest["source"]
+    try:
+        graphs = json.loads((Path(source["path"]) / MANIFEST).read_text())["graphs"]
+        present = graphs[engine.variant]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # moved away: an engine does not need its export
+    if present != source["sha256"]:
+        raise UserError(f"{source['path']} was exported again since {engine.folder} was built: {again}")
+
+
+def installed_gpu() -> str | None:
+    """Compute capability of the first GPU, e.g. "9.0"; None where nvidia-smi names none."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system allows none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:

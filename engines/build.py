@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +29,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dsa_export.cli import UserError, console, run
-from dsa_export.files import check_output, output_folder, read_manifest, write_manifest
+from dsa_export.files import PARTIAL, check_output, output_folder, read_manifest, write_manifest
 from dsa_export.topk import compact_topk, describe_topk
-from engines import nvidia_graph, trtexec
+from engines import memory, nvidia_graph, triton, trtexec
 from engines.artifacts import (
     BACKENDS,
     VARIANTS,
@@ -39,10 +39,13 @@ from engines.artifacts import (
     Graph,
     Limits,
     content_hash,
+    installed_gpu,
+    link_or_copy,
     open_export,
+    read_engine,
     runtime_version,
 )
-from engines.profiles import as_json, profiles
+from engines.profiles import Profile, as_json, profiles
 
 PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
 DEFAULT_MAX_BATCH = 8
@@ -54,6 +57,8 @@ CHECK_TOKENS = 4
 
 def main() -> None:
     args = parse_arguments()
+    if args.triton_repository:
+        triton.check_options(args.backend, args.plans)
     if args.print_trtexec:
         print_trtexec(args)
         return
@@ -68,7 +73,14 @@ def build(backend: str, args: argparse.Namespace) -> None:
     limits = limits_of(export, args)
     for variant in args.variant:
         check_output(args.out / backend / variant)
+        needed = memory.estimate(export.graphs[variant], limits, export.manifest["weights"]["bytes"])
+        console.print(f"{backend} {variant} will need {needed} at {limits.max_batch} x {limits.max_context:,} tokens")
+        memory.check(backend, needed)
     BUILDERS[backend](export, limits, args)
+    if args.triton_repository:
+        for variant in args.variant:
+            engine = read_engine(args.out / backend / variant)
+            console.print(f"wrote {triton.write_model(engine, args.triton_repository)}")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -83,10 +95,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--max-context", type=positive, metavar="N",
         help="tokens per row; the fixed cache capacity of NVIDIA engines (default: the model's limit)",
     )  # fmt: skip
+    add(
+        "--beyond-positions", action="store_true",
+        help="accept a --max-context beyond the model's positions: good for timings only, what it says there means "
+        "nothing (recorded in the manifest)",
+    )  # fmt: skip
     add("--prefill-chunk", type=positive, default=128, metavar="N", help="tokens per call (default: %(default)s)")
     add(
         "--compute-capability", nargs="+", default=[], metavar="X.Y",
         help="tensorrt-rtx: GPUs to build for, e.g. 8.9 12.0 (default: left open)",
+    )  # fmt: skip
+    add(
+        "--plans", choices=("one", "two"), default="one",
+        help="NVIDIA: one plan with a profile for decoding and one for prefill chunks, or a plan for each, which lets "
+        "each be tuned alone and holds the weights twice (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--timing-cache", type=Path, metavar="FILE",
+        help="tensorrt: measured kernel times, read and written, so that the next build is faster "
+        "(default: OUT/tensorrt/timing.cache)",
+    )  # fmt: skip
+    add(
+        "--triton-repository", type=Path, metavar="DIR",
+        help="also write the engines as models for Triton Inference Server (ort, tensorrt)",
     )  # fmt: skip
     add("--plugin-library", type=Path, default=PLUGIN_LIBRARY, metavar="FILE", help="tensorrt (default: %(default)s)")
     add("--serialize-plugins", action="store_true", help="tensorrt: put the plugin library into the plan")
@@ -94,6 +125,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.backend = list(dict.fromkeys(args.backend))
     args.variant = list(dict.fromkeys(args.variant))
+    args.timing_cache = args.timing_cache or args.out / "tensorrt" / "timing.cache"
     for capability in args.compute_capability:
         if not re.fullmatch(r"\d+\.\d", capability):
             parser.error(f"--compute-capability: {capability!r} is not of the form X.Y")
@@ -117,8 +149,11 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
         raise UserError(f"{export.folder} holds no {missing[0]} graph: choose another --variant")
     positions = graph.model.max_position_embeddings
     context = args.max_context or positions
-    if context > positions:
-        raise UserError(f"--max-context {context} exceeds the model's {positions} positions: choose a smaller one")
+    if context > positions and not args.beyond_positions:
+        raise UserError(
+            f"--max-context {context} exceeds the model's {positions} positions: choose a smaller one, or pass "
+            "--beyond-positions if only timings are wanted"
+        )
     if graph.max_topk > context and "sparse" in args.variant:
         raise UserError(
             f"k = {graph.max_topk} exceeds the capacity of {context} tokens: choose a larger --max-context, "
@@ -165,24 +200,25 @@ def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace)
     runtime_version("tensorrt-rtx")
     for variant in args.variant:
         graph = export.graphs[variant]
-        shapes = profiles(graph, limits)
+        plans = plans_of(graph, limits, args)
         with output_folder(args.out / "tensorrt-rtx" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
             try:
-                build_plan(
-                    onnx,
-                    folder / "engine.plan",
-                    shapes,
-                    product="tensorrt-rtx",
-                    title=f"tensorrt-rtx {variant}",
-                    compute_capabilities=args.compute_capability,
-                    decompose_attention=graph.dtype == "fp32",
-                )
+                for file, shapes in plans.items():
+                    build_plan(
+                        onnx,
+                        folder / file,
+                        shapes,
+                        product="tensorrt-rtx",
+                        title=f"tensorrt-rtx {variant} {file}",
+                        compute_capabilities=args.compute_capability,
+                        decompose_attention=graph.dtype == "fp32",
+                    )
             except UserError as error:
                 hint = ONE_KV_HEAD if graph.model.kv_heads == 1 and limits.max_batch > 1 else ""
                 raise UserError(f"{error}{hint}") from None
             write_engine_manifest(
-                folder, "tensorrt-rtx", graph, export, limits, {"engine.plan": None},
-                compute_capability=args.compute_capability, profiles=[as_json(profile) for profile in shapes],
+                folder, "tensorrt-rtx", graph, export, limits, dict.fromkeys(plans),
+                compute_capability=args.compute_capability, profiles=profile_table(plans),
             )  # fmt: skip
         report(args.out / "tensorrt-rtx" / variant)
 
@@ -204,21 +240,23 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
     for variant in args.variant:
         graph = export.graphs[variant]
         with output_folder(args.out / "tensorrt" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
-            job = trtexec_job(graph, limits, args, onnx, folder)
-            if binary:
-                flavour = "10.16" if version.startswith("10.") else "11.x"
-                run_trtexec(binary, trtexec.build_command(job, flavour), folder)
-            else:
-                build_with_python(job, f"tensorrt {variant}")
-            if job.plugin_library:
-                from engines.nvidia import check_plugin_layers
+            jobs = trtexec_jobs(graph, limits, args, onnx, folder)
+            for job in jobs:
+                with timing_cache(args.timing_cache, job.timing_cache):
+                    if binary:
+                        flavour = "10.16" if version.startswith("10.") else "11.x"
+                        run_trtexec(binary, trtexec.build_command(job, flavour), folder)
+                    else:
+                        build_with_python(job, f"tensorrt {variant} {job.plan.name}")
+                if job.plugin_library:
+                    from engines.nvidia import check_plugin_layers
 
-                check_plugin_layers(job.layers.read_text(), graph.model.layers)
+                    check_plugin_layers(job.layers.read_text(), graph.model.layers)
             write_engine_manifest(
-                folder, "tensorrt", graph, export, limits, {"engine.plan": None},
+                folder, "tensorrt", graph, export, limits, {job.plan.name: None for job in jobs},
                 runtime=version, compute_capability=[gpu_compute_capability()],
-                plugin={"path": str(library), "sha256": content_hash(library)} if job.plugin_library else None,
-                profiles=[as_json(profile) for profile in job.profiles],
+                plugin={"path": str(library), "sha256": content_hash(library)} if variant == "sparse" else None,
+                profiles=profile_table({job.plan.name: job.profiles for job in jobs}),
             )  # fmt: skip
         report(args.out / "tensorrt" / variant)
 
@@ -246,6 +284,7 @@ def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
         plugin_library=job.plugin_library,
         serialize_plugins=job.serialize_plugins,
         decompose_attention=job.dtype == "fp32",
+        timing_cache=job.timing_cache,
     )
     job.layers.write_text(inspect(job.plan, "tensorrt", job.plugin_library))
 
@@ -268,28 +307,61 @@ def print_trtexec(args: argparse.Namespace) -> None:
         with output_folder(target) as folder:
             nvidia_graph.write(graph, limits.max_context, folder / "model.onnx")
             link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
-            job = trtexec_job(graph, limits, args, target / "model.onnx", target)
-            trtexec.write_inputs(job, folder)
+            jobs = trtexec_jobs(graph, limits, args, target / "model.onnx", target)
+            for job in jobs:
+                trtexec.write_inputs(job, folder)
             write_manifest(folder, "trtexec", source_of(graph, export), limits=asdict(limits), variant=variant)
-        print(f"# {variant}\n{trtexec.printed(job, target)}\n", flush=True)
-        if job.plugin_library and not job.plugin_library.is_file():
-            print(f"# {job.plugin_library} is not there yet: make plugins\n", flush=True)
+        print(f"# {variant}\n{trtexec.printed(jobs, target)}\n", flush=True)
+        if variant == "sparse" and not args.plugin_library.is_file():
+            print(f"# {args.plugin_library} is not there yet: make plugins\n", flush=True)
 
 
-def trtexec_job(graph: Graph, limits: Limits, args: argparse.Namespace, onnx: Path, folder: Path) -> trtexec.TrtexecJob:
-    return trtexec.TrtexecJob(
-        onnx=onnx,
-        plan=folder / "engine.plan",
-        layers=folder / "layers.json",
-        profiles=profiles(graph, limits),
-        limits=limits,
-        plugin_library=args.plugin_library if graph.variant == "sparse" else None,
-        serialize_plugins=args.serialize_plugins,
-        dtype=graph.dtype,
-    )
+def trtexec_jobs(
+    graph: Graph, limits: Limits, args: argparse.Namespace, onnx: Path, folder: Path
+) -> list[trtexec.TrtexecJob]:
+    """One job per plan."""
+    return [
+        trtexec.TrtexecJob(
+            onnx=onnx,
+            plan=folder / file,
+            layers=folder / f"{Path(file).stem}.layers.json",
+            timing_cache=folder / "timing.cache",
+            profiles=shapes,
+            limits=limits,
+            plugin_library=args.plugin_library if graph.variant == "sparse" else None,
+            serialize_plugins=args.serialize_plugins,
+            dtype=graph.dtype,
+        )
+        for file, shapes in plans_of(graph, limits, args).items()
+    ]
+
+
+@contextmanager
+def timing_cache(shared: Path, private: Path) -> Iterator[None]:
+    """Gives a build its own copy of the timing cache; a build that succeeds replaces the shared file with it."""
+    if shared.is_file():
+        shutil.copyfile(shared, private)
+    yield
+    if private.is_file():
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        partial = shared.with_name(shared.name + PARTIAL)
+        shutil.copyfile(private, partial)
+        partial.replace(shared)
+        private.unlink()
 
 
 # Shared
+
+
+def plans_of(graph: Graph, limits: Limits, args: argparse.Namespace) -> dict[str, list[Profile]]:
+    """Plan file -> the profiles in it."""
+    shapes = profiles(graph, limits)
+    return {"engine.plan": shapes} if args.plans == "one" else {f"{one.name}.plan": [one] for one in shapes}
+
+
+def profile_table(plans: Mapping[str, Sequence[Profile]]) -> list[dict[str, Any]]:
+    """The manifest's list: name, plan file, number within the plan, shapes."""
+    return [as_json(profile, file, number) for file, group in plans.items() for number, profile in enumerate(group)]
 
 
 def build_each_in_its_own_process(args: argparse.Namespace) -> None:
@@ -313,14 +385,6 @@ def adapted_graph(graph: Graph, limits: Limits, folder: Path) -> Iterator[Path]:
         nvidia_graph.write(graph, limits.max_context, path)
         link_or_copy(graph.path.parent / graph.weights, path.parent / graph.weights)
         yield path
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system allows none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def write_engine_manifest(
@@ -348,6 +412,7 @@ def write_engine_manifest(
         model=asdict(graph.model),
         cache=[asdict(tensor) for tensor in graph.cache],
         limits=asdict(limits),
+        beyond_positions=limits.max_context > graph.model.max_position_embeddings,
         versions={"runtime": runtime or runtime_version(backend), "python": platform.python_version()},
         **asdict(step_weights(graph.path)),
         files={
@@ -396,11 +461,10 @@ def cpu_name() -> str:
 
 def gpu_compute_capability() -> str:
     """Compute capability of the first GPU, e.g. "9.0"."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        raise UserError("nvidia-smi names no GPU: a TensorRT engine is built on the machine that runs it") from None
+    capability = installed_gpu()
+    if capability is None:
+        raise UserError("nvidia-smi names no GPU: a TensorRT engine is built on the machine that runs it")
+    return capability
 
 
 def report(folder: Path) -> None:

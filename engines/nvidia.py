@@ -36,12 +36,14 @@ def build_plan(
     plugin_library: Path | None = None,
     serialize_plugins: bool = False,
     decompose_attention: bool = False,
+    timing_cache: Path | None = None,
 ) -> None:
     """Builds an engine from a graph of engines.nvidia_graph and writes the plan.
 
     product: "tensorrt-rtx" (needs no GPU) or "tensorrt". compute_capabilities: e.g. "8.9"; none leaves them open
     (TensorRT-RTX only). plugin_library: TensorRT only. decompose_attention: there is no fused attention in fp32, so
-    the builder may then take it apart.
+    the builder may then take it apart. timing_cache: a file that is read, if it is there, and written (TensorRT only:
+    TensorRT-RTX times nothing while it builds).
     Raises UserError if the product is not installed or refuses the graph, KeyboardInterrupt on Ctrl-C.
     """
     trt = _import(product)
@@ -66,11 +68,14 @@ def build_plan(
                 profiles=ranges,
                 progress_monitor=monitor,
                 profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
+                load_timing_cache=str(timing_cache) if timing_cache and timing_cache.is_file() else None,
             )(builder, network)
             _set_compute_capabilities(trt, config, compute_capabilities)
             if plugin_library and serialize_plugins:
                 config.plugins_to_serialize = [str(plugin_library.resolve())]
-            plan = engine_bytes_from_network((builder, network, parser), config)
+            plan = engine_bytes_from_network(
+                (builder, network, parser), config, save_timing_cache=str(timing_cache) if timing_cache else None
+            )
         except PolygraphyException as error:
             reason = errors[0].removeprefix("[E] ") if errors else str(error)
             raise UserError(f"{product} {trt.__version__} could not build {onnx_path}: {reason}") from None

@@ -40,5 +40,7 @@ def _profile(name: str, variant: Variant, limits: Limits, tokens: tuple[int, int
     return Profile(name, {key: (lowest[key], best[key], highest[key]) for key in lowest})
 
 
-def as_json(profile: Profile) -> dict[str, object]:
-    return {"name": profile.name, "shapes": {key: [list(s) for s in shapes] for key, shapes in profile.shapes.items()}}
+def as_json(profile: Profile, plan: str, number: int) -> dict[str, object]:
+    """plan, number: the file that holds the profile, and its place there."""
+    shapes = {key: [list(s) for s in shapes] for key, shapes in profile.shapes.items()}
+    return {"name": profile.name, "plan": plan, "number": number, "shapes": shapes}

@@ -28,6 +28,7 @@ class TrtexecJob:
     onnx: Path
     plan: Path
     layers: Path  # trtexec writes what the engine consists of here (JSON)
+    timing_cache: Path  # read, if it is there, and written
     profiles: Sequence[Profile]
     limits: Limits
     plugin_library: Path | None
@@ -45,6 +46,7 @@ def build_command(job: TrtexecJob, version: str) -> list[str]:
     command += _plugins(job)
     if job.plugin_library and job.serialize_plugins:
         command.append(f"--setPluginsToSerialize={job.plugin_library}")
+    command.append(f"--timingCacheFile={job.timing_cache}")
     command += ["--profilingVerbosity=detailed", f"--exportLayerInfo={job.layers}"]
     for number, profile in enumerate(job.profiles):
         command.append(f"--profile={number}")
@@ -84,13 +86,14 @@ def write_inputs(job: TrtexecJob, inputs: Path) -> None:
             (inputs / f"{profile.name}.{name}.bin").write_bytes(value.tobytes())
 
 
-def printed(job: TrtexecJob, inputs: Path) -> str:
-    """All commands for both versions, ready to be pasted into a shell."""
+def printed(jobs: Sequence[TrtexecJob], inputs: Path) -> str:
+    """All commands of a variant for both versions, ready to be pasted into a shell."""
+    names = " and ".join(profile.name for job in jobs for profile in job.profiles)
     blocks = []
     for version in VERSIONS:
-        lines = [f"# TensorRT {version}: build, then time {' and '.join(profile.name for profile in job.profiles)}"]
-        commands = [build_command(job, version)]
-        commands += [time_command(job, version, number, inputs) for number in range(len(job.profiles))]
+        lines = [f"# TensorRT {version}: build, then time {names}"]
+        commands = [build_command(job, version) for job in jobs]
+        commands += [time_command(job, version, n, inputs) for job in jobs for n in range(len(job.profiles))]
         lines += [" \\\n  ".join(shlex.quote(word) for word in command) for command in commands]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

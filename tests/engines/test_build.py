@@ -87,6 +87,21 @@ def test_several_backends_in_one_command(export: Path, tmp_path: Path):
         assert open_engine(tmp_path / "engines" / backend / "dense").backend == backend
 
 
+def test_contexts_beyond_the_models_positions_are_for_timings(export: Path, tmp_path: Path, capsys):
+    options = ["--onnx", str(export), "--out", str(tmp_path), "--variant", "dense", "--max-context", "5000"]
+    assert run_command(build.main, [*options, "--beyond-positions"], capsys)[0] == 0
+    engine = open_engine(tmp_path / "ort/dense")
+    assert engine.limits.max_context == 5000 and engine.manifest["beyond_positions"] is True
+
+
+def test_a_build_without_enough_memory_is_refused(export: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("engines.memory.available_memory", lambda: 1000)
+    code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(tmp_path / "engines")], capsys)
+    assert code == 1
+    assert "this machine has 0 MiB" in one_line(error)
+    assert not leftovers(tmp_path / "engines")
+
+
 def damage_nothing(folder: Path) -> None:
     pass
 

@@ -128,6 +128,7 @@ echo "&&&& RUNNING TensorRT.trtexec [TensorRT v{version}] # $0"
 printf '%s\\n' "$@" > {folder}/arguments
 for word in "$@"; do case "$word" in
   --saveEngine=*) echo plan > "${{word#*=}}";;
+  --timingCacheFile=*) echo times >> "${{word#*=}}";;
   --exportLayerInfo=*) cp {folder}/layers.json "${{word#*=}}";;
 esac; done
 [ {code} = 0 ] || echo "[11/22/2026-05:00:00] [E] Error[9]: Out of memory"
@@ -161,6 +162,89 @@ def test_building_with_trtexec(trtexec, options, tmp_path: Path, capsys, version
     assert engine["compute_capability"] == ["9.0"]
     assert engine["versions"]["runtime"] == ("10.16.0" if flag else "11.4.0")
     assert json.loads((tmp_path / "engines/tensorrt/dense/manifest.json").read_text())["plugin"] is None
+
+
+def test_the_timing_cache_is_read_and_replaced_by_a_build_that_succeeds(trtexec, options, tmp_path: Path, capsys):
+    arguments = trtexec()
+    cache = tmp_path / "times" / "timing.cache"
+    options = [*options, "--timing-cache", str(cache), "--variant", "dense"]
+    assert run_command(build.main, options, capsys)[0] == 0
+    assert "--timingCacheFile=" in arguments.read_text()
+    assert cache.read_text() == "times\n"
+    assert run_command(build.main, options, capsys)[0] == 0
+    assert cache.read_text() == "times\ntimes\n", "the second build started from the first one's times"
+    trtexec(code=3)
+    assert run_command(build.main, options, capsys)[0] == 1
+    assert cache.read_text() == "times\ntimes\n"
+    assert [path.name for path in cache.parent.iterdir()] == ["timing.cache"]
+    assert {path.name for path in (tmp_path / "engines/tensorrt/dense").iterdir()} >= {"engine.plan", "manifest.json"}
+
+
+def test_two_plans_hold_one_profile_each(trtexec, options, tmp_path: Path, capsys):
+    trtexec()
+    code, _, error = run_command(build.main, [*options, "--plans", "two", "--variant", "sparse"], capsys)
+    assert (code, error) == (0, "")
+    manifest = json.loads((tmp_path / "engines/tensorrt/sparse/manifest.json").read_text())
+    assert set(manifest["files"]) == {"decode.plan", "prefill.plan"}
+    table = [(entry["name"], entry["plan"], entry["number"]) for entry in manifest["profiles"]]
+    assert table == [("decode", "decode.plan", 0), ("prefill", "prefill.plan", 0)]
+
+
+@pytest.fixture
+def opened(trtexec, options, tmp_path: Path, capsys, monkeypatch):
+    """The folder of a sparse engine that opens here."""
+    trtexec()
+    assert run_command(build.main, options, capsys)[0] == 0
+    monkeypatch.setattr("engines.artifacts.runtime_version", lambda backend: "11.4.0")
+    folder = tmp_path / "engines" / "tensorrt" / "sparse"
+    open_engine(folder)
+    return folder
+
+
+def test_an_engine_for_another_gpu_is_refused(opened: Path, monkeypatch):
+    monkeypatch.setattr("engines.artifacts.installed_gpu", lambda: "8.9")
+    with pytest.raises(UserError, match=r"for compute capability 9\.0, this GPU has 8\.9: run `python -m engines"):
+        open_engine(opened)
+
+
+def test_an_engine_with_another_plugin_library_is_refused(opened: Path, tmp_path: Path):
+    (tmp_path / "libdsa_plugins.so").write_bytes(b"plugins, compiled again")
+    with pytest.raises(UserError, match=r"built with another .*libdsa_plugins.so than the present one"):
+        open_engine(opened)
+
+
+def test_an_engine_of_an_older_export_is_refused(opened: Path, tmp_path: Path):
+    manifest = json.loads((opened / "manifest.json").read_text())
+    export = tmp_path / "onnx"
+    export.mkdir()
+    manifest["source"]["path"] = str(export)
+    (opened / "manifest.json").write_text(json.dumps(manifest))
+    open_engine(opened)  # the export is not there any more, which is none of the engine's business
+    (export / "manifest.json").write_text(json.dumps({"graphs": {"sparse": {"sha256": "other"}}}))
+    with pytest.raises(UserError, match="was exported again since"):
+        open_engine(opened)
+
+
+def test_an_engine_that_cannot_fit_is_refused_before_the_build(trtexec, options, tmp_path, capsys, monkeypatch):
+    arguments = trtexec()
+    monkeypatch.setattr("engines.memory.gpu_memory", lambda: 2**20)
+    code, output, error = run_command(build.main, options, capsys)
+    assert code == 1
+    assert "tensorrt dense will need" in output
+    assert "the GPU has 1 MiB: choose a smaller --max-batch or --max-context" in one_line(error)
+    assert not arguments.exists()
+
+
+def test_triton_serves_the_plan_with_the_caches_as_state(trtexec, options, tmp_path: Path, capsys):
+    trtexec()
+    repository = tmp_path / "models"
+    code, _, error = run_command(build.main, [*options, "--triton-repository", str(repository)], capsys)
+    assert (code, error) == (0, "")
+    assert (repository / "sparse_tensorrt" / "1" / "model.plan").read_text() == "plan\n"
+    text = (repository / "sparse_tensorrt" / "config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"' in text and 'profile: [ "0", "1" ]' in text and "kind: KIND_GPU" in text
+    assert f'plugins="{tmp_path / "libdsa_plugins.so"}"' in text
+    assert "plugins=" not in (repository / "dense_tensorrt" / "config.pbtxt").read_text()
 
 
 def test_an_engine_without_the_plugins_is_refused(trtexec, options, tmp_path: Path, capsys):

@@ -1,0 +1,76 @@
+"""What an engine will need, said before it is built; what cannot fit is refused before the time is spent."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsa_export.cli import UserError
+from engines.artifacts import Graph, Limits
+
+HOST_BYTES_PER_WEIGHT_BYTE = 4
+"""TensorRT-RTX holds several copies while it builds: 9 GB for the 2.4 GB of Qwen2.5-0.5B in fp32."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. caches: what every row's full context takes. workspace: one layer's, for the largest call."""
+
+    weights: int
+    caches: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.caches + self.workspace
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "caches": self.caches, "workspace": self.workspace}
+        text = " + ".join(f"{size / MIB:,.0f} MiB {name}" for name, size in parts.items())
+        return f"{text} = {self.total / MIB:,.0f} MiB"
+
+
+def estimate(graph: Graph, limits: Limits, weight_bytes: int) -> Estimate:
+    """What the engine needs when it serves `limits` fully; the caches of ONNX Runtime grow with use up to that."""
+    tokens = limits.max_batch * limits.max_context
+    queries = limits.max_batch * limits.prefill_chunk
+    return Estimate(
+        weights=weight_bytes,
+        caches=tokens * graph.cache_bytes_per_token(),
+        workspace=queries * graph.workspace_bytes_per_query(limits.max_context),
+    )
+
+
+def check(backend: str, needed: Estimate) -> None:
+    """Raises UserError if the engine cannot be built or held by this machine, as far as that can be read."""
+    if backend == "tensorrt":
+        free, needs, where = gpu_memory(), needed.total, "the GPU"
+    else:
+        factor = HOST_BYTES_PER_WEIGHT_BYTE if backend == "tensorrt-rtx" else 1
+        free, needs, where = available_memory(), factor * needed.weights, "this machine"
+    if free is not None and needs > free:
+        raise UserError(
+            f"{backend} needs about {needs / MIB:,.0f} MiB and {where} has {free / MIB:,.0f} MiB: choose a smaller "
+            "--max-batch or --max-context, or export with --weights int4"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process can have; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU; None where nvidia-smi does not say."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        return int(answer[0]) * MIB
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        return None
