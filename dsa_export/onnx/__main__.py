@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         choices=BITS,
-        help="quantise the weights of the linear layers, the indexer's excepted, in blocks (default: no)",
+        help="quantise the weights of the linear layers, except the indexer's, in blocks (default: no)",
     )
     parser.add_argument(
         "--block-size",
@@ -51,6 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--keep-lm-head", action="store_true", help="with --weights: leave the output projection in --dtype"
+    )
+    parser.add_argument(
+        "--int8-indexer",
+        action="store_true",
+        help="with --weights: the indexer's projections in int8, which matters for speed at short contexts "
+        "(default: they stay in --dtype)",
     )
     parser.add_argument(
         "--topk",
@@ -85,7 +91,10 @@ def main() -> None:
     console.print(f"Loading {arguments.model}")
     model = load_model(arguments.model, dtype=DTYPES[arguments.dtype], index_topk=arguments.topk)
     model.requires_grad_(False)
-    scheme = Scheme(arguments.weights, arguments.block_size, not arguments.keep_lm_head) if arguments.weights else None
+    scheme = None
+    if arguments.weights:
+        lm_head, indexer = not arguments.keep_lm_head, arguments.int8_indexer
+        scheme = Scheme(arguments.weights, arguments.block_size, lm_head, indexer)
     if scheme and scheme.lm_head:
         untie(model)
 

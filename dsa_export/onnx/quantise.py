@@ -2,7 +2,8 @@
 
 A block is `block_size` consecutive input features of one output feature; it has one scale and no zero point. ONNX
 Runtime fuses the pair into its MatMulNBits kernel when it loads the graph, NVIDIA's parsers read the int4 form. The
-integers come from ONNX Runtime's own quantiser. The indexer keeps its type: what it loses, no later layer can mend.
+integers come from ONNX Runtime's own quantiser. The indexer keeps its type, or takes int8 at most: what it loses, no
+later layer can mend.
 """
 
 from __future__ import annotations
@@ -26,15 +27,22 @@ LM_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which weights become what: `weights` is a key of BITS."""
+    """Which weights become what: `weights` is a key of BITS; the indexer's become int8 or stay."""
 
     weights: str
     block_size: int
     lm_head: bool
+    indexer: bool
+
+    def bits(self, name: str) -> int | None:
+        """Bits of a weight of this name; None leaves it as it is."""
+        if INDEXER in name:
+            return BITS["int8"] if self.indexer else None
+        return None if name == LM_HEAD and not self.lm_head else BITS[self.weights]
 
 
 def quantise(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme) -> int:
-    """Quantises the weights of all MatMul nodes outside the indexer, the same weight of several graphs once.
+    """Quantises the weights of all MatMul nodes that the scheme names, the same weight of several graphs once.
 
     Requires weights [K, N] as initializers with the names of `parameters` [N, K], the torch model's, which are
     overwritten with what the integers stand for: the torch model then is the reference of the quantised graphs.
@@ -46,10 +54,11 @@ def quantise(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], schem
             weight = node.inputs[1] if node.op_type == "MatMul" else None
             if weight is None or weight.const_value is None or weight.name not in parameters:
                 continue
-            if INDEXER in weight.name or (weight.name == LM_HEAD and not scheme.lm_head):
+            bits = scheme.bits(weight.name)
+            if bits is None:
                 continue
             if weight.name not in done:
-                integers, scales = _quantise(weight.const_value, scheme)
+                integers, scales = _quantise(weight.const_value, bits, scheme.block_size)
                 parameters[weight.name].data.copy_(_dequantise(integers, scales, scheme.block_size).T)
                 done[weight.name] = integers, scales
             _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
@@ -63,7 +72,7 @@ def untie(model: DSAForCausalLM) -> None:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
 
 
-def _quantise(weight: ir.TensorProtocol, scheme: Scheme) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
+def _quantise(weight: ir.TensorProtocol, bits: int, block_size: int) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
     """weight [K, N] → int4 or int8 [K, N], scales [⌈K / block⌉, N] of the weight's type."""
     # The module calls logging.basicConfig(level=INFO) when it is imported, which does nothing if there is a handler.
     logging.getLogger().addHandler(logging.NullHandler())
@@ -75,10 +84,9 @@ def _quantise(weight: ir.TensorProtocol, scheme: Scheme) -> tuple[ir.TensorProto
 
     values = weight.numpy().astype(np.float32)
     K, N = values.shape
-    bits = BITS[scheme.weights]
     # The quantiser writes DequantizeLinear's layout for 4 bits only.
     layout = QuantFormat.QDQ if bits == 4 else QuantFormat.QOperator
-    config = DefaultWeightOnlyQuantConfig(scheme.block_size, is_symmetric=True, quant_format=layout, bits=bits)
+    config = DefaultWeightOnlyQuantConfig(block_size, is_symmetric=True, quant_format=layout, bits=bits)
     packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(values)
     integers: ir.TensorProtocol
     if bits == 4:

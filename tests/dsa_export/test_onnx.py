@@ -162,18 +162,21 @@ def test_lower_precisions_pass_their_parity(dsa_folder, tmp_path, dtype):
     compare_folder(tmp_path / "onnx")
 
 
-@pytest.mark.parametrize(("weights", "block"), [("int4", "32"), ("int8", "128")])
-def test_quantised_weights(dsa_folder, tmp_path, weights, block):
-    """One standard form; the graph computes what its integers stand for; the indexer and the embedding stay."""
+@pytest.mark.parametrize(("weights", "block", "indexer"), [("int4", "32", True), ("int8", "128", False)])
+def test_quantised_weights(dsa_folder, tmp_path, weights, block, indexer):
+    """One standard form; the graph computes what its integers stand for; the embedding stays, the indexer if wished."""
     out = tmp_path / "onnx"
     result = export_command(
-        "--model", str(dsa_folder), "--out", str(out), "--weights", weights, "--block-size", block
+        "--model", str(dsa_folder), "--out", str(out), "--weights", weights, "--block-size", block,
+        *(["--int8-indexer"] if indexer else []),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     manifest = read_manifest(out, "onnx", "test")
     assert (manifest["precision"], manifest["dtype"]) == (weights, "fp32")
-    assert manifest["quantisation"] == {"weights": weights, "block_size": int(block), "lm_head": True}
+    assert manifest["quantisation"] == {
+        "weights": weights, "block_size": int(block), "lm_head": True, "indexer": indexer,
+    }  # fmt: skip
     for variant in ("dense", "sparse"):
         parity = manifest["parity"][variant]
         assert parity["passed"] and parity["max_abs_error"] < 1e-4 < parity["quality"]["max_abs_error"]
@@ -198,7 +201,7 @@ def test_a_quantised_tied_embedding_stays_exact():
     embedding = model.model.embed_tokens.weight.clone()
     untie(model)
     graph = export_graph(model)
-    count = quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=True))
+    count = quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=True, indexer=False))
     assert count == 8
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     head = graph.graph.initializers
