@@ -1,7 +1,9 @@
 """python bench/compare.py: dense against sparse, same weights, same prompts, same capacity, growing context.
 
-Before any figure, both engines must agree where they have to (at most k tokens): a red gate ends the run. Writes
-<out>/results.jsonl (one object per measured case and variant), <out>/comparison.png and a manifest.
+Takes every engine below --engines and compares, within each backend, precision and k, the sparse engine with the
+strongest dense one. Before any figure the engines must agree where they have to (at most k tokens): a red gate ends the
+run. What cannot run here is listed with the reason. Writes <out>/report.html, results.jsonl (one object per line) and
+the pictures.
 """
 
 from __future__ import annotations
@@ -12,132 +14,329 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file: import from the repository's root instead of from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import json
+
 import numpy as np
 
-from bench import measure, prompts, report, runs
-from bench.cases import plan
-from dsa_export.cli import UserError, console, progress_bar, run
+from bench import layers, matrix, measure, peers, plots, profiling, prompts, report, runs, summary, tables
+from bench.matrix import Case, Group, Wish
+from bench.runs import Record, Settings
+from dsa_export.cli import UserError, console, run
 from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, write_manifest
 from engines import build
-from engines.artifacts import BACKENDS, VARIANTS, Engine, Export, open_engine, open_export, runtime_version
+from engines.artifacts import BACKENDS
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13", "tensorrt-rtx-cu13", "numpy")
+QUICK_PREFILL = 8192
+QUICK_SECONDS = 3.0
 
 
 def main() -> None:
-    """Until the timings, all heavy work is done in children: what it leaves in this process's heap would be inherited
-    by the processes that measure memory, and would hide what an engine needs."""
+    """All heavy work is done in children: what it leaves in this process's heap would be inherited by the processes
+    that measure memory, and would hide what an engine needs."""
     args = parse_arguments()
     check_output(args.out)
-    export = open_export(args.onnx)
-    engines = ready_engines(export, args)
-    cases = plan(engines, args.context, args.batch, args.phase, args.caches)
-    longest = max(case.context for case in cases)
-    rows = measure.in_child(prompts.rows, args.onnx, args.prompt_file, max(args.batch), longest)
-    pass_the_gate(engines, rows[0], args.threads)
-    peaks = runs.peak_memory(engines, cases, rows, args.threads)
-    with progress_bar() as progress:
-        records = runs.timings(
-            engines, cases, rows, caches=args.caches, runs=args.runs, threads=args.threads, progress=progress
-        )
-    facts = provenance(export, engines, args)
-    pairs = zip(records, ((variant, case) for case in cases for variant in engines), strict=True)
-    records = [{**record, "peak_mib": peaks[key], **facts} for record, key in pairs]
+    build_missing(args)
+    engines, skips = matrix.discover(args.engines)
+    groups, alone = matrix.groups(engines)
+    groups = [group for group in groups if wanted(group, args)]
+    skips = [{"kind": "skipped", **skip} for skip in (*skips, *alone)]
+    if not groups:
+        raise UserError(nothing_to_compare(args, skips))
+    if args.debug_layers is not None:
+        debug_layers(groups, args)
+        return
+    records, proofs = measure_all(groups, args)
+    records = [*records, *skips]
+    measured = summary.pairs(records)
+    if not measured:
+        raise UserError("nothing could be measured: " + "; ".join(dict.fromkeys(r["reason"] for r in records)))
+    facts = provenance(args)
     with output_folder(args.out) as folder:
-        report.write_jsonl(records, folder / "results.jsonl")
-        report.picture(records, folder / "comparison.png")
-        write_manifest(folder, "bench", facts["source"], command=facts["command"], machine=facts["machine"])
-    report.print_table(records)
-    console.print(f"wrote {args.out / 'results.jsonl'} and {args.out / 'comparison.png'}")
-    console.print(report.sentence(records))
+        lines = [json.dumps({**record, **facts}) for record in (*records, *summary.first_tokens(measured))]
+        (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+        pictures = plots.draw(records, folder)
+        report.write(folder / "report.html", records, pictures, proofs=proofs, facts=facts)
+        write_manifest(folder, "bench", groups[0].sparse.manifest["source"], **facts)
+    tables.print_tables(tables.all_tables(records))
+    console.print(f"wrote {args.out / 'report.html'} and {args.out / 'results.jsonl'}")
+    console.print(summary.sentence(measured))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python bench/compare.py", description="dense against sparse engines")
-    add = parser.add_argument
-    add("--onnx", type=Path, default=Path("out/onnx"), metavar="DIR", help="the export (default: %(default)s)")
-    add("--engines", type=Path, default=Path("out/engines"), metavar="DIR", help="its engines (default: %(default)s)")
-    add("--backend", choices=BACKENDS, default="ort", help="(default: %(default)s)")
-    add("--context", nargs="+", type=build.positive, metavar="N", help="tokens (default: what takes under a minute)")
-    add("--batch", nargs="+", type=build.positive, default=[1], metavar="N", help="rows (default: 1)")
-    add("--phase", choices=("prefill", "decode", "both"), default="both", help="(default: %(default)s)")
-    add(
-        "--caches", choices=("prefill", "random"), default="prefill",
-        help="computed from the text, or random values: for contexts whose prefill takes too long (no agreement then)",
+    parser = argparse.ArgumentParser(
+        prog="python bench/compare.py",
+        description="Dense against sparse engines: every backend, precision and k found below --engines, over contexts "
+        "and batches, decoding and prefill, with peers. Writes a report (HTML), JSON lines and pictures.",
+        epilog="Sizes that do not fit (capacity, memory, no GPU) are listed with the reason, not tried.",
+    )
+    what = parser.add_argument_group("what is compared").add_argument
+    what(
+        "--engines", type=Path, nargs="+", default=[Path("out/engines")], metavar="DIR",
+        help="folders with engines of `python -m engines.build`, searched to the bottom (default: out/engines)",
     )  # fmt: skip
-    add(
-        "--runs",
-        type=build.positive,
-        default=15,
-        metavar="N",
+    what(
+        "--onnx", type=Path, metavar="DIR",
+        help="the export, for its tokenizer, and to build ONNX Runtime engines from where --engines holds none "
+        "(default: where the engines came from, or out/onnx)",
+    )  # fmt: skip
+    what("--backend", nargs="+", metavar="NAME", help="only these (default: all that are found)")
+    what("--precision", nargs="+", metavar="NAME", help="only these: fp32 fp16 bf16 int8 int4 (default: all)")
+    what("--k", nargs="+", type=build.positive, metavar="K", help="only these (default: all)")
+    case = parser.add_argument_group("cases").add_argument
+    case("--context", nargs="+", type=build.positive, metavar="N", help="tokens (default: what takes under a minute)")
+    case("--batch", nargs="+", type=build.positive, default=[1], metavar="N", help="rows (default: 1)")
+    case("--phase", choices=("prefill", "decode", "both"), default="both", help="(default: %(default)s)")
+    case(
+        "--caches", choices=("prefill", "random"), default="prefill",
+        help="computed from the text, or random values: for contexts whose prefill takes too long (no agreement, loss "
+        "or measured time to first token then)",
+    )  # fmt: skip
+    case("--prompt-file", type=Path, metavar="FILE", help="text (default: the Python standard library's sources)")
+    case("--quick", action="store_true", help="under a minute: random caches, few runs, no peers, short prefills")
+    how = parser.add_argument_group("measuring").add_argument
+    how(
+        "--runs", type=build.positive, default=15, metavar="N",
         help="timed calls per case, more if they are short (default: %(default)s)",
-    )
-    add("--threads", type=build.positive, default=len(os.sched_getaffinity(0)), metavar="N", help="(default: all)")
-    add("--prompt-file", type=Path, metavar="FILE", help="text (default: the Python standard library's sources)")
-    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where to write (default: %(default)s)")
-    return parser.parse_args(arguments)
+    )  # fmt: skip
+    how(
+        "--max-seconds", type=build.positive, metavar="S",
+        help=f"per case: fewer calls, at least {measure.MIN_RUNS}, once this is spent (default: no limit)",
+    )  # fmt: skip
+    how("--threads", type=build.positive, default=len(os.sched_getaffinity(0)), metavar="N", help="(default: all)")
+    how(
+        "--score-tokens", type=build.positive, default=32, metavar="N",
+        help="teacher-forced tokens per context for loss and agreement (default: %(default)s)",
+    )  # fmt: skip
+    how(
+        "--profile", type=int, metavar="N",
+        help="context of the decoding step that ONNX Runtime's profiler looks into; 0: none (default: the longest)",
+    )  # fmt: skip
+    how(
+        "--debug-layers", type=build.positive, nargs="?", const=0, metavar="TOKENS",
+        help="compare the graphs layer by layer with Polygraphy on so many tokens (default: at most k), and stop",
+    )  # fmt: skip
+    other = parser.add_argument_group("peers").add_argument
+    other(
+        "--peers", nargs="+", choices=(*peers.NAMES, "none"), default=list(peers.NAMES),
+        help="others on the same checkpoint: stock transformers, and dense scores with a top-k mask (default: both)",
+    )  # fmt: skip
+    other("--genai", type=Path, nargs="+", default=[], metavar="DIR", help="models of onnxruntime-genai's builder")
+    other("--genai-python", type=Path, metavar="FILE", help="the interpreter that has it (default: this one)")
+    other("--checkpoint", metavar="NAME", help="the peers' checkpoint (default: what the export came from)")
+    other("--peer-context", nargs="+", type=build.positive, metavar="N", help="(default: all contexts of batch 1)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="(default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.caches, args.peers, args.runs = "random", ["none"], min(args.runs, 5)
+        args.max_seconds = args.max_seconds or QUICK_SECONDS
+    return args
 
 
-def ready_engines(export: Export, args: argparse.Namespace) -> dict[str, Engine]:
-    """Both engines of the backend, built from this export. ONNX Runtime's are built here if they are not."""
-    folders = {variant: args.engines / args.backend / variant for variant in VARIANTS}
-    built = all(is_built_from(folder, export, variant) for variant, folder in folders.items())
-    if not built and args.backend == "ort":
-        console.print(f"building the ort engines of {args.onnx} into {args.engines}")
-        rows = max(build.DEFAULT_MAX_BATCH, *args.batch)
-        options = ["--onnx", str(args.onnx), "--out", str(args.engines), "--max-batch", str(rows)]
-        measure.in_child(build.build, "ort", build.parse_arguments(options))
-    elif not built:
+def build_missing(args: argparse.Namespace) -> None:
+    """Builds ONNX Runtime engines into the first of --engines if there are none at all."""
+    if matrix.engine_folders(args.engines):
+        return
+    args.onnx = args.onnx or Path("out/onnx")
+    read_manifest(args.onnx, "onnx", "python -m dsa_export.onnx")
+    if args.backend and args.backend != ["ort"]:
+        backends = " ".join(args.backend)
         raise UserError(
-            f"{args.engines / args.backend} holds no engines of {args.onnx}: run `python -m engines.build "
-            f"--onnx {args.onnx} --out {args.engines} --backend {args.backend}`"
+            f"{args.engines[0]} holds no engines: run `python -m engines.build --onnx {args.onnx} "
+            f"--out {args.engines[0]} --backend {backends}`"
         )
-    return {variant: open_engine(folder) for variant, folder in folders.items()}
+    console.print(f"building the ort engines of {args.onnx} into {args.engines[0]}")
+    rows = max(build.DEFAULT_MAX_BATCH, *args.batch)
+    options = ["--onnx", str(args.onnx), "--out", str(args.engines[0]), "--max-batch", str(rows)]
+    measure.in_child(build.build, "ort", build.parse_arguments(options))
 
 
-def is_built_from(folder: Path, export: Export, variant: str) -> bool:
-    if not (folder / MANIFEST).is_file():
-        return False
-    source = read_manifest(folder, "engine", "python -m engines.build").get("source", {})
-    graph = export.graphs[variant]
-    return (source.get("sha256"), source.get("weights_sha256")) == (graph.sha256, graph.weights_sha256)
-
-
-def pass_the_gate(engines: dict[str, Engine], prompt: np.ndarray, threads: int) -> None:
-    """Raises UserError on a red gate."""
-    gate = runs.gate(engines, prompt, threads)
-    if gate.problem:
-        raise UserError(
-            f"parity gate red, nothing was measured: up to k tokens dense and sparse must be equal, but {gate.problem}"
-        )
-    console.print(
-        f"parity gate green: up to {gate.tokens} tokens the logits differ by at most {gate.error:.1e} "
-        f"(rounding allows {gate.tolerance:.1e})"
+def wanted(group: Group, args: argparse.Namespace) -> bool:
+    k = {group.k} if isinstance(group.k, int) else set(group.k)
+    return (
+        (not args.backend or group.backend in args.backend)
+        and (not args.precision or group.precision in args.precision)
+        and (not args.k or k <= set(args.k))
     )
 
 
-def provenance(export: Export, engines: dict[str, Engine], args: argparse.Namespace) -> dict[str, Any]:
+def nothing_to_compare(args: argparse.Namespace, skips: Sequence[Record]) -> str:
+    """Why there is no pair of engines, in one line."""
+    asked = [
+        f"--{name} {' '.join(map(str, getattr(args, name)))}"
+        for name in ("backend", "precision", "k")
+        if getattr(args, name)
+    ]
+    unknown = [name for name in args.backend or [] if name not in BACKENDS]
+    if unknown:
+        return f"no backend is called {unknown[0]!r}: choose from {', '.join(BACKENDS)}"
+    reasons = "; ".join(dict.fromkeys(skip["reason"] for skip in skips))
+    where = " ".join(map(str, args.engines))
+    return (
+        f"{where} holds no pair of dense and sparse engines"
+        + (f" for {' '.join(asked)}" if asked else "")
+        + (f": {reasons}" if reasons else ": run `python -m engines.build`")
+    )
+
+
+def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list[Record], list[str]]:
+    """The records of every group and peer, and what was proved before anything was timed."""
+    phases = ("decode", "prefill") if args.phase == "both" else (args.phase,)
+    wish = Wish(args.context, args.batch, phases, args.caches, QUICK_PREFILL if args.quick else None)
+    planned = [(group, *matrix.plan(group, wish)) for group in groups]
+    records: list[Record] = [{"kind": "skipped", **skip} for _, _, skips in planned for skip in skips]
+    if not any(cases for _, cases, _ in planned):
+        reasons = "; ".join(dict.fromkeys(record["reason"] for record in records))
+        raise UserError(f"no case can be measured: {reasons}")
+    longest = max(case.context for _, cases, _ in planned for case in cases)
+    rows = measure.in_child(
+        prompts.rows, tokenizer_folder(groups, args), args.prompt_file, max(args.batch), longest + 1
+    )
+    settings = Settings(args.caches, budget_of(args), args.threads, args.score_tokens)
+    proofs = identical_operators(groups)
+    for group, cases, _ in planned:
+        if cases:
+            proofs.append(pass_the_gate(group, rows[0], args.threads))
+            records += measure_group(group, cases, rows, settings, args)
+    batch_1 = {case.context for _, cases, _ in planned for case in cases if case.batch == 1 and case.phase == "decode"}
+    contexts = sorted(batch_1 & set(args.peer_context) if args.peer_context else batch_1)
+    if contexts:
+        records += measure_peers(groups[0], contexts, rows[0], args)
+    return records, proofs
+
+
+def budget_of(args: argparse.Namespace) -> measure.Budget:
+    return measure.Budget(args.runs, at_most=args.max_seconds or float("inf"))
+
+
+def tokenizer_folder(groups: Sequence[Group], args: argparse.Namespace) -> Path:
+    return args.onnx or Path(groups[0].sparse.manifest["source"]["path"])
+
+
+def measure_group(
+    group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings, args: argparse.Namespace
+) -> list[Record]:
+    """Timings with the peak memory beside them, and the operators' shares at one context."""
+    records = runs.timings(group, cases, rows, settings)
+    remembered = cases if not args.quick else [max(cases, key=lambda case: (case.phase == "decode", case.context))]
+    peaks = {name: runs.peak_memory(engine, remembered, rows, settings) for name, engine in group.sides.items()}
+    keys = [(name, case) for case in cases for name in group.sides]
+    records = [
+        {**record, "peak_mib": peaks[name].get(case), "peak_mib_is": runs.PEAK_MIB}
+        for record, (name, case) in zip(records, keys, strict=True)
+    ]
+    contexts = [case.context for case in cases if case.phase == "decode"]
+    context = max(contexts, default=0) if args.profile is None else args.profile
+    if context and group.backend == "ort":
+        for engine in group.sides.values():
+            records.append({**profiling.profile(engine, context, args.threads), "k": group.k})
+    return records
+
+
+def measure_peers(group: Group, contexts: Sequence[int], text: np.ndarray, args: argparse.Namespace) -> list[Record]:
+    records: list[Record] = []
+    names = [name for name in args.peers if name != "none"]
+    if not names and not args.genai:
+        return records
+    try:
+        checkpoint = args.checkpoint or peers.checkpoint_of(group)
+    except UserError as error:
+        return [{"kind": "skipped", "peer": name, "reason": str(error)} for name in (*names, *args.genai)]
+    k = group.sparse.max_topk
+    task = peers.Task(checkpoint, contexts, text, args.caches, k, budget_of(args), args.threads)
+    for name in names:
+        try:
+            records += peers.measure_torch(name, task)
+        except UserError as error:
+            records.append({"kind": "skipped", "peer": name, "reason": str(error)})
+    for model in args.genai:
+        try:
+            records += peers.measure_genai(model, peers.genai_python(args.genai_python), task)
+        except UserError as error:
+            records.append({"kind": "skipped", "peer": f"onnxruntime-genai ({model.name})", "reason": str(error)})
+    return records
+
+
+def identical_operators(groups: Sequence[Group]) -> list[str]:
+    """What the exports say about their own graphs: the export refuses to write graphs that differ elsewhere."""
+    proofs = []
+    for path in dict.fromkeys(group.sparse.manifest["source"]["path"] for group in groups):
+        if not (Path(path) / MANIFEST).is_file():
+            continue
+        same = read_manifest(Path(path), "onnx", "python -m dsa_export.onnx").get("identical_operators")
+        if same:
+            proofs.append(
+                f"{path}: {same['shared']} nodes and {same['weights']} weights are the same in both graphs; "
+                f"{same['dense_core']} attention nodes are replaced by {same['sparse_core']} SparseAttention nodes, "
+                f"fed by {same['indexer']} nodes of the indexer; nothing else differs "
+                f"(python -m dsa_export.onnx.identical {path})"
+            )
+    return proofs
+
+
+def pass_the_gate(group: Group, prompt: np.ndarray, threads: int) -> str:
+    """Returns what was proved. Raises UserError on a red gate."""
+    said = ""
+    for name, gate in runs.gates(group, prompt, threads).items():
+        if gate.problem:
+            raise UserError(
+                f"parity gate red, nothing was measured: up to k tokens dense and sparse must be equal, but "
+                f"{gate.problem} ({group.name}; dense: {name})"
+            )
+        said = (
+            f"parity gate green ({group.name}): up to {gate.tokens} tokens the logits of {name} and SparseAttention "
+            f"differ by at most {gate.error:.1e} (rounding allows {gate.tolerance:.1e})"
+        )
+        console.print(said)
+    return said
+
+
+def debug_layers(groups: Sequence[Group], args: argparse.Namespace) -> None:
+    """Prints the tensors of every group's two graphs that differ, the first one by name."""
+    for group in groups:
+        tokens = args.debug_layers or min(*group.sparse.topk, 64)
+        text = measure.in_child(prompts.rows, tokenizer_folder(groups, args), args.prompt_file, 1, tokens)[0]
+        for dense in group.dense:
+            found = measure.in_child(layers.compare_layers, dense, group.sparse, text)
+            name = f"{group.name}, {matrix.core_of(dense)} against SparseAttention, {tokens} tokens"
+            worst = max(found, key=lambda difference: difference.error / max(difference.allowed, 1e-30))
+            first = layers.first_difference(found)
+            if first is None:
+                console.print(
+                    f"{name}: all {len(found)} tensors agree; closest to its bound is {worst.tensor} "
+                    f"(differs by {worst.error:.1e}, allowed {worst.allowed:.1e})"
+                )
+                continue
+            others = sum(not difference.agrees for difference in found) - 1
+            beyond = tokens > min(group.sparse.topk)
+            console.print(
+                f"{name}: {first.tensor} is the first of {len(found)} tensors that differs (by {first.error:.1e}, "
+                f"allowed {first.allowed:.1e}), {others} behind it differ too"
+                + ("; beyond k tokens that is what selection does" if beyond else "")
+            )
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """What every record says about where its numbers come from."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
     return {
         "machine": measure.machine(args.threads),
-        "versions": {
-            "backend": runtime_version(args.backend),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
-        "source": {
-            "path": str(args.onnx),
-            "sha256": {variant: engine.manifest["source"]["sha256"] for variant, engine in engines.items()},
-            "weights_sha256": engines["sparse"].manifest["source"]["weights_sha256"],
-            "checkpoint": export.manifest["source"],
-        },
+        "versions": versions,
         "command": shlex.join(["python", "bench/compare.py", *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "peak_mib_is": runs.PEAK_MIB,
     }
 
 

@@ -1,4 +1,4 @@
-"""Measuring: alternating timings, memory in a process of its own, the machine's copy bandwidth."""
+"""Measuring: alternating timings, and memory in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +17,6 @@ from dsa_export.cli import UserError
 from engines.build import cpu_name
 
 WARM_UP = 2
-COPY_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -30,61 +28,53 @@ class Timing:
     p90: float
     runs: int
 
+    @classmethod
+    def of(cls, ms: np.ndarray) -> Timing:
+        p10, median, p90 = (float(value) for value in np.percentile(ms, (10, 50, 90)))
+        return cls(median, p10, p90, len(ms))
+
 
 @dataclass(frozen=True)
-class Pair:
-    """Dense and sparse, timed in turn. speedup: ratio of the medians; paired: median of the ratios of neighbours."""
+class Budget:
+    """How often a case is timed: `runs` times; up to ten times as often while that takes less than `at_least` seconds;
+    less often, but MIN_RUNS times, once `at_most` seconds are spent."""
 
-    timings: Mapping[str, Timing]
-    speedup: float
-    paired: float
+    runs: int
+    at_least: float = 1.0
+    at_most: float = float("inf")
+
+
+MIN_RUNS = 3
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], Any]], runs: int, on_run: Callable[[], None], seconds: float = 1.0
-) -> Pair:
-    """Times calls["dense"] and calls["sparse"] in turn, each going first every second time.
+    calls: Mapping[str, Callable[[], Any]], budget: Budget, on_run: Callable[[], None]
+) -> dict[str, np.ndarray]:
+    """Times the calls in turn, in reverse order every second time. Returns milliseconds [runs] of each.
 
-    Makes `runs` pairs, and up to ten times as many while they take less than `seconds` together.
+    Entry i of every array belongs to the same round: ratios of such neighbours do not see slow drifts of the machine.
     """
     for _ in range(WARM_UP):
         for call in calls.values():
             call()
-    times: dict[str, list[float]] = {variant: [] for variant in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    for number in range(10 * runs):
-        if number >= runs and time.perf_counter() - start > seconds:
+    for number in range(10 * budget.runs):
+        spent = time.perf_counter() - start
+        enough = spent > budget.at_least if number >= budget.runs else spent > budget.at_most
+        if number >= min(MIN_RUNS, budget.runs) and enough:
             break
-        for variant in list(calls)[:: 1 if number % 2 else -1]:
-            times[variant].append(timed(calls[variant]))
-        if number < runs:
+        for name in list(calls)[:: 1 if number % 2 else -1]:
+            times[name].append(timed(calls[name]))
+        if number < budget.runs:
             on_run()
-    ms = {variant: np.array(values) * 1e3 for variant, values in times.items()}
-    timings = {variant: _timing(values) for variant, values in ms.items()}
-    return Pair(
-        timings,
-        speedup=timings["dense"].median / timings["sparse"].median,
-        paired=float(np.median(ms["dense"] / ms["sparse"])),
-    )
+    return {name: np.array(values) * 1e3 for name, values in times.items()}
 
 
 def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def copy_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads copy, read and written bytes counted: the median of 7 tries."""
-    parts = [(np.ones(COPY_BYTES, np.uint8), np.empty(COPY_BYTES, np.uint8)) for _ in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-
-        def copy_all() -> None:
-            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
-
-        copy_all()
-        seconds = float(np.median([timed(copy_all) for _ in range(7)]))
-    return 2 * COPY_BYTES * threads / seconds
 
 
 class PeakMemory:
@@ -142,11 +132,6 @@ def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, .
         sender.send(("error", str(error)))
     except KeyboardInterrupt:
         os._exit(130)  # the parent got the signal too and reports it
-
-
-def _timing(ms: np.ndarray) -> Timing:
-    p10, median, p90 = (float(value) for value in np.percentile(ms, (10, 50, 90)))
-    return Timing(median, p10, p90, len(ms))
 
 
 def machine(threads: int) -> Mapping[str, Any]:

@@ -1,18 +1,18 @@
-"""Running the cases: the gate and the peak memory in processes of their own, the timings in this one."""
+"""Measuring one group of engines: gate, peak memory and timings, each in a process of its own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
-from bench import measure, parity
-from bench.cases import TEACHER_FORCED, Case, floor_bytes
+from bench import floors, measure, parity
+from bench.matrix import Case, Group, core_of
 from dsa_export.cli import progress_bar
-from dsa_export.topk import compact_topk
 from engines.artifacts import Engine
 from engines.session import Runner, Session, open_runner
 
@@ -20,122 +20,145 @@ PREFILL_RUNS = 5
 """At most so many timed prefill calls: each is as long as many decoding steps."""
 PEAK_MIB = "most resident memory that the engine added to its process while running: weights, caches, workspace"
 
-Engines = Mapping[str, Engine]
 Record = dict[str, Any]
 
 
-def gate(engines: Engines, prompt: np.ndarray, threads: int) -> parity.Gate:
-    """parity.gate() in a process of its own."""
-    return measure.in_child(_gate, engines, prompt, threads)
+@dataclass(frozen=True)
+class Settings:
+    """caches: "prefill" (computed from the text) or "random". scored: teacher-forced tokens per context."""
+
+    caches: str
+    budget: measure.Budget
+    threads: int
+    scored: int
+
+
+def gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.Gate]:
+    """parity.gate() of the sparse engine against every dense one, by the name of the dense side."""
+    return measure.in_child(_gates, group, prompt, threads)
 
 
 def peak_memory(
-    engines: Engines, cases: Sequence[Case], rows: np.ndarray, threads: int
-) -> dict[tuple[str, Case], float | None]:
-    """PEAK_MIB of every variant and case, each variant in a process of its own. rows: text, [B, context]."""
-    return {
-        (variant, case): mib
-        for variant, engine in engines.items()
-        for case, mib in measure.in_child(_peak_memory, engine, cases, rows, threads).items()
-    }
+    engine: Engine, cases: Sequence[Case], rows: np.ndarray, settings: Settings
+) -> dict[Case, float | None]:
+    """PEAK_MIB of every case. rows: text, [B, > context]."""
+    return measure.in_child(_peak_memory, engine, cases, rows, settings.threads)
 
 
-def timings(
-    engines: Engines,
-    cases: Sequence[Case],
-    rows: np.ndarray,
-    *,
-    caches: str,
-    runs: int,
-    threads: int,
-    progress: Progress,
-) -> list[Record]:
-    """One record per case and variant; dense and sparse are timed in turn, on caches of the same capacity.
+def timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings) -> list[Record]:
+    """One record per case and side, sides timed in turn on caches of the same capacity. rows: [B, > context]."""
+    return measure.in_child(_timings, group, cases, rows, settings)
 
-    rows: text, [B, context]. caches: "prefill" (computed from the text) or "random".
-    """
-    runners = open_runners(engines, threads)
-    bandwidth = measure.copy_bandwidth(threads)
-    task = progress.add_task("timing", total=sum(runs_of(case, runs) for case in cases))
-    records = []
+
+def _timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings) -> list[Record]:
+    runners = open_runners(group.sides, settings.threads)
+    rates = floors.rates(group.backend, group.sparse.dtype, settings.threads)
+    records: list[Record] = []
     sessions: dict[str, Session] = {}
-    for case in cases:
-        text = rows[: case.batch]
-        if not sessions or sessions["dense"].batch != case.batch:
-            sessions = {}  # frees the caches of the last batch
-            for variant, runner in runners.items():
-                sessions[variant] = Session(runner, case.batch, capacity=case.capacity)
-        if sessions["dense"].lengths[0] < case.context:
-            compared, fill_seconds = fill(sessions, case, text, caches, progress)
-        calls = {variant: call_of(session, case, text) for variant, session in sessions.items()}
-        pair = measure.alternate(calls, runs_of(case, runs), lambda: progress.advance(task))
-        for variant, engine in engines.items():
-            timing = pair.timings[variant]
-            records.append(
-                {
-                    "variant": variant,
-                    "backend": engine.backend,
-                    "phase": case.phase,
-                    "context": case.context,
-                    "batch": case.batch,
-                    "queries": case.queries,
-                    "capacity": sessions[variant].capacity,
-                    "k": compact_topk(engine.topk),
-                    "dtype": engine.dtype,
-                    "caches": caches,
-                    "random_indexer": engine.random_indexer,
-                    "ms_median": timing.median,
-                    "ms_p10": timing.p10,
-                    "ms_p90": timing.p90,
-                    "runs": timing.runs,
-                    "tokens_per_s": case.batch * case.queries / timing.median * 1e3,
-                    "speedup": pair.speedup,
-                    "speedup_paired": pair.paired,
-                    **floors(engines, case, variant, bandwidth, timing.median),
-                    "agreement": vars(compared) if compared else None,
-                    "fill_seconds": fill_seconds[variant],
+    filled: Filled | None = None
+    with progress_bar() as progress:
+        task = progress.add_task(f"timing {group.name}", total=sum(rounds(case, settings) for case in cases))
+        for case in cases:
+            text = rows[: case.batch]
+            if not sessions or next(iter(sessions.values())).batch != case.batch:
+                sessions, filled = {}, None  # frees the caches of the last batch
+                sessions = {
+                    name: Session(runner, case.batch, capacity=case.capacity) for name, runner in runners.items()
                 }
-            )
+            if filled is None or filled.context < case.context:
+                filled = fill(sessions, case, text, settings, filled, progress)
+            calls = {name: call_of(session, case, text) for name, session in sessions.items()}
+            budget = measure.Budget(rounds(case, settings), settings.budget.at_least, settings.budget.at_most)
+            times = measure.alternate(calls, budget, lambda: progress.advance(task))
+            capacity = next(iter(sessions.values())).capacity
+            records += _records(group, case, times, filled, rates, settings, capacity)
     return records
 
 
-def floors(engines: Engines, case: Case, variant: str, bandwidth: float, ms: float) -> Record:
-    """The physical floor of a case: bytes that must be read, at the bandwidth measured in this run."""
-    must_read = {name: floor_bytes(engine, case) for name, engine in engines.items()}
-    floor_ms = must_read[variant] / bandwidth * 1e3
-    return {
-        "floor_bytes": must_read[variant],
-        "floor_ms": floor_ms,
-        "floor_fraction": floor_ms / ms,
-        "speedup_by_bytes": must_read["dense"] / must_read["sparse"],
-        "copy_bandwidth_gb_s": bandwidth / 1e9,
-    }
+def _records(
+    group: Group,
+    case: Case,
+    times: Mapping[str, np.ndarray],
+    filled: Filled,
+    rates: floors.Rates,
+    settings: Settings,
+    capacity: int,
+) -> list[Record]:
+    """The sides of one case. The strongest dense side is the one with the smallest median."""
+    timing = {name: measure.Timing.of(ms) for name, ms in times.items()}
+    *dense, sparse = timing
+    strongest = min(dense, key=lambda name: timing[name].median)
+    floor = {name: floors.floor(engine, case, rates) for name, engine in group.sides.items()}
+    scored = filled.score
+    return [
+        {
+            "kind": "timing",
+            **group.facts(),
+            "variant": engine.variant,
+            "core": name,
+            "strongest": name in (strongest, sparse),
+            "phase": case.phase,
+            "context": case.context,
+            "batch": case.batch,
+            "queries": case.queries,
+            "capacity": capacity,
+            "caches": settings.caches,
+            "random_indexer": engine.random_indexer,
+            "ms_median": timing[name].median,
+            "ms_p10": timing[name].p10,
+            "ms_p90": timing[name].p90,
+            "runs": timing[name].runs,
+            "tokens_per_s": case.batch * case.queries / timing[name].median * 1e3,
+            "speedup": timing[strongest].median / timing[name].median,
+            "speedup_paired": float(np.median(times[strongest] / times[name])),
+            **floors.facts(floor[name], floor[strongest], timing[name].median),
+            "rates": floors.as_json(rates),
+            "ttft_s": filled.seconds[name] if settings.caches == "prefill" else None,
+            "loss": scored.loss[name] if scored else None,
+            "agreement": {"top1": scored.top1, "kl": scored.kl, "tokens": scored.tokens} if scored else None,
+            "engine": str(engine.folder),
+            "source": engine.manifest["source"],
+        }
+        for name, engine in group.sides.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Caches of `context` tokens: what the sides say there, and the seconds that each took from an empty cache."""
+
+    context: int
+    seconds: Mapping[str, float]
+    score: parity.Score | None
 
 
 def fill(
-    sessions: Mapping[str, Session], case: Case, text: np.ndarray, caches: str, progress: Progress
-) -> tuple[parity.Agreement | None, dict[str, float]]:
-    """Brings both sessions to case.context tokens. text: [B, >= context].
-
-    Returns the agreement over the last of them (None for random caches) and the seconds that each variant took from
-    the previous context to this one.
-    """
-    seconds = {}
-    start = int(sessions["dense"].lengths[0])
-    forced = min(TEACHER_FORCED, (case.context - start) // 2) if caches == "prefill" else 0
-    stop = case.context - forced
-    task = progress.add_task(f"caches of {case.context:,} tokens", total=(stop - start) * len(sessions))
-    for variant, session in sessions.items():
-        began = time.perf_counter()
+    sessions: Mapping[str, Session],
+    case: Case,
+    text: np.ndarray,
+    settings: Settings,
+    before: Filled | None,
+    progress: Progress,
+) -> Filled:
+    """Brings all sessions from the context before to case.context tokens. text: [B, > context]."""
+    start = before.context if before else 0
+    seconds = dict(before.seconds) if before else dict.fromkeys(sessions, 0.0)
+    task = progress.add_task(f"caches of {case.context:,} tokens", total=(case.context - start) * len(sessions))
+    for name, session in sessions.items():
         session.prefill_chunk = None
         session.reserve(case.capacity, exact=True)
-        if caches == "random":
+        began = time.perf_counter()
+        if settings.caches == "random":
             session.pretend(case.context)
         else:
-            session.prefill(list(text[:, start:stop]), lambda tokens: progress.advance(task, tokens))
-        seconds[variant] = time.perf_counter() - began
+            session.prefill(list(text[:, start : case.context]), lambda tokens: progress.advance(task, tokens))
+        seconds[name] += time.perf_counter() - began
     progress.remove_task(task)
-    return parity.agreement(sessions, text[:, stop : case.context]), seconds
+    scored = min(settings.scored, case.context // 2) if settings.caches == "prefill" else 0
+    for session in sessions.values():
+        session.truncate(case.context - scored)
+    result = parity.score(sessions, text[:, case.context - scored : case.context + 1])
+    return Filled(case.context, seconds, result)
 
 
 def call_of(session: Session, case: Case, text: np.ndarray) -> Callable[[], Any]:
@@ -153,17 +176,22 @@ def call_of(session: Session, case: Case, text: np.ndarray) -> Callable[[], Any]
     return call
 
 
-def runs_of(case: Case, runs: int) -> int:
-    return runs if case.phase == "decode" else min(runs, PREFILL_RUNS)
+def rounds(case: Case, settings: Settings) -> int:
+    return settings.budget.runs if case.phase == "decode" else min(settings.budget.runs, PREFILL_RUNS)
 
 
-def open_runners(engines: Engines, threads: int) -> dict[str, Runner]:
+def open_runners(sides: Mapping[str, Engine], threads: int) -> dict[str, Runner]:
     """The engines were verified when they were opened; they are not hashed again."""
-    return {variant: open_runner(engine.folder, threads=threads, verify=False) for variant, engine in engines.items()}
+    return {name: open_runner(engine.folder, threads=threads, verify=False) for name, engine in sides.items()}
 
 
-def _gate(engines: Engines, prompt: np.ndarray, threads: int) -> parity.Gate:
-    return parity.gate(open_runners(engines, threads), prompt)
+def _gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.Gate]:
+    sparse = open_runner(group.sparse.folder, threads=threads, verify=False)
+    found = {}
+    for engine in group.dense:
+        dense = open_runner(engine.folder, threads=threads, verify=False)
+        found[core_of(engine)] = parity.gate({"dense": dense, "sparse": sparse}, prompt)
+    return found
 
 
 def _peak_memory(engine: Engine, cases: Sequence[Case], rows: np.ndarray, threads: int) -> dict[Case, float | None]:
@@ -173,7 +201,7 @@ def _peak_memory(engine: Engine, cases: Sequence[Case], rows: np.ndarray, thread
     runner = open_runner(engine.folder, threads=threads, verify=False)
     ordered = sorted(cases, key=lambda case: (case.queries > 1, case.batch * case.context))
     with progress_bar() as progress:
-        for case in progress.track(ordered, description=f"memory, {engine.variant}"):
+        for case in progress.track(ordered, description=f"memory of {core_of(engine)}"):
             memory.reset()
             session = Session(runner, case.batch, capacity=case.capacity)
             session.pretend(case.context)

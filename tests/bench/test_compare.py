@@ -13,38 +13,56 @@ import pytest
 
 from bench import compare
 from dsa_export.files import MANIFEST
+from engines import build
 from tests.engines import toy
 from tests.engines.commands import copy_tree, one_line, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-FIELDS = {
-    "variant", "backend", "phase", "context", "batch", "k", "dtype", "ms_median", "tokens_per_s", "peak_mib",
-    "ms_p10", "ms_p90", "runs", "speedup", "speedup_paired", "speedup_by_bytes", "floor_bytes", "floor_ms",
-    "floor_fraction", "copy_bandwidth_gb_s", "queries", "capacity", "caches", "agreement", "fill_seconds",
-    "random_indexer", "machine", "versions", "source", "command", "time", "peak_mib_is",
+TIMING = {
+    "kind", "variant", "core", "strongest", "backend", "precision", "k", "phase", "context", "batch", "queries",
+    "capacity", "caches", "random_indexer", "ms_median", "ms_p10", "ms_p90", "runs", "tokens_per_s", "speedup",
+    "speedup_paired", "speedup_predicted", "floor_bytes", "floor_flops", "floor_ms", "floor_ms_by_bytes",
+    "floor_ms_by_flops", "floor_fraction", "rates", "ttft_s", "loss", "agreement", "peak_mib", "peak_mib_is", "engine",
+    "source", "machine", "versions", "command", "time",
 }  # fmt: skip
 
 
 def options(export: Path, engines: Path, out: Path) -> list[str]:
-    return ["--onnx", str(export), "--engines", str(engines), "--out", str(out), "--runs", "3", "--threads", "1"]
+    arguments = ["--onnx", str(export), "--engines", str(engines), "--out", str(out), "--runs", "3", "--threads", "1"]
+    return [*arguments, "--peers", "none"]
+
+
+def lines(out: Path, kind: str) -> list[dict]:
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def another_k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines of the same weights with k = 64."""
+    folder = tmp_path_factory.mktemp("k64")
+    toy.write_export(folder / "onnx", topk=64)
+    build.build("ort", build.parse_arguments(["--onnx", str(folder / "onnx"), "--out", str(folder / "engines")]))
+    return folder / "engines"
 
 
 @pytest.fixture(scope="module")
-def results(export: Path, engines: Path, tmp_path_factory) -> tuple[Path, str]:
+def results(export: Path, engines: Path, another_k: Path, tmp_path_factory) -> tuple[Path, str]:
     """Runs the file itself, from another folder, as a user would. Returns the output folder and what was printed."""
     out = tmp_path_factory.mktemp("compare") / "bench"
     command = [sys.executable, str(ROOT / "bench" / "compare.py"), *options(export, engines, out)]
-    command += ["--context", "32", "300", "--batch", "1", "2"]
+    command += ["--context", "32", "300", "5000", "--batch", "1", "2", "--engines", str(engines), str(another_k)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
     assert (done.returncode, done.stderr) == (0, "")
     return out, done.stdout
 
 
 def test_every_case_has_every_field(results: tuple[Path, str]):
-    records = [json.loads(line) for line in (results[0] / "results.jsonl").read_text().splitlines()]
-    assert all(set(record) == FIELDS for record in records)
-    assert [(r["batch"], r["context"], r["phase"], r["variant"]) for r in records] == [
-        (batch, context, phase, variant)
+    records = lines(results[0], "timing")
+    assert all(set(record) == TIMING for record in records)
+    assert [(r["k"], r["batch"], r["context"], r["phase"], r["variant"]) for r in records] == [
+        (k, batch, context, phase, variant)
+        for k in (16, 64)
         for batch in (1, 2)
         for context in (32, 300)
         for phase in ("decode", "prefill")
@@ -54,42 +72,59 @@ def test_every_case_has_every_field(results: tuple[Path, str]):
         assert record["ms_p10"] <= record["ms_median"] <= record["ms_p90"]
         per_call = record["batch"] * record["queries"]
         assert record["tokens_per_s"] == pytest.approx(per_call / record["ms_median"] * 1e3)
+        assert record["floor_ms"] == max(record["floor_ms_by_bytes"], record["floor_ms_by_flops"])
         assert record["floor_fraction"] == pytest.approx(record["floor_ms"] / record["ms_median"])
         assert 0 < record["peak_mib"] < 200
-        assert record["k"] == 16
+        assert 0 < record["ttft_s"] < 60
         assert record["machine"]["threads"] == 1
-        assert record["versions"]["backend"].startswith("1.")
-        assert len(record["source"]["sha256"]["dense"]) == 64
+        assert record["versions"]["onnxruntime"].startswith("1.")
+        assert len(record["source"]["sha256"]) == 64
         assert "bench/compare.py --onnx" in record["command"]
         assert 0 <= record["agreement"]["top1"] <= 1
         assert record["agreement"]["tokens"] == record["batch"] * (16 if record["context"] == 32 else 32)
+        assert 0 < record["loss"] < 100
     for dense, sparse in zip(records[::2], records[1::2], strict=True):
-        assert dense["capacity"] == sparse["capacity"] == max(dense["context"], 16)
-        assert dense["speedup"] == pytest.approx(dense["ms_median"] / sparse["ms_median"])
-        assert dense["speedup_by_bytes"] == pytest.approx(dense["floor_bytes"] / sparse["floor_bytes"])
+        assert dense["capacity"] == sparse["capacity"] == max(dense["context"], sparse["k"])
+        assert sparse["speedup"] == pytest.approx(dense["ms_median"] / sparse["ms_median"])
+        assert sparse["speedup_predicted"] == pytest.approx(dense["floor_ms"] / sparse["floor_ms"])
+        assert (dense["speedup"], dense["core"], sparse["core"]) == (1, "Attention", "SparseAttention")
+        if dense["context"] <= sparse["k"]:
+            assert sparse["loss"] == pytest.approx(dense["loss"], abs=1e-4)
 
 
-def test_it_ends_with_the_table_the_paths_and_one_sentence(results: tuple[Path, str]):
+def test_what_does_not_fit_is_listed_and_the_operators_are_profiled(results: tuple[Path, str]):
+    skipped = lines(results[0], "skipped")
+    assert {(record["context"], record["k"]) for record in skipped} == {(5000, 16), (5000, 64)}
+    assert all("beyond the engines' capacity of 4,096 tokens" in record["reason"] for record in skipped)
+    for record in lines(results[0], "profile"):
+        assert record["context"] == 300
+        sparse = record["variant"] == "sparse"
+        assert (record["ms"]["indexer, selection"] > 0) == sparse
+        assert record["ms"]["attention core"] > 0
+
+
+def test_it_ends_with_the_tables_the_paths_and_one_sentence(results: tuple[Path, str]):
     out, printed = results
-    assert {path.name for path in out.iterdir()} == {"results.jsonl", "comparison.png", MANIFEST}
+    pictures = {"latency.png", "speedup.png", "memory.png", "operators.png"}
+    assert {path.name for path in out.iterdir()} == {"results.jsonl", "report.html", MANIFEST, *pictures}
     *_, paths, sentence = printed.strip().splitlines()
     assert "parity gate green" in printed.splitlines()[0]
-    assert paths == f"wrote {out / 'results.jsonl'} and {out / 'comparison.png'}"
-    assert sentence.startswith("At 300 tokens of context (batch 1) one decoding step takes")
-    for column in ("dense ms", "sparse ms", "speed-up", "by bytes", "agreement"):
-        assert column in printed
+    assert paths == f"wrote {out / 'report.html'} and {out / 'results.jsonl'}"
+    assert sentence.startswith("At 300 tokens of context (batch 1, ort, fp32) one decoding step takes")
+    for title in ("Crossover", "Time to first token", "Agreement and loss", "Where the time goes", "Not measured"):
+        assert title in printed
+    assert max(len(line) for line in printed.splitlines()[3:-2]) <= 130
+    assert "k = 16; dense: Attention" in printed and "k = 64; dense: Attention" in printed
 
 
-def test_random_caches_have_no_agreement_and_missing_engines_are_built(export: Path, tmp_path: Path, capsys):
-    arguments = options(export, tmp_path / "engines", tmp_path / "bench")
-    arguments += ["--caches", "random", "--context", "200", "--phase", "decode"]
+def test_quick_builds_missing_engines_and_uses_random_caches(export: Path, tmp_path: Path, capsys):
+    arguments = [*options(export, tmp_path / "engines", tmp_path / "bench"), "--quick", "--context", "200"]
     code, output, error = run_command(compare.main, arguments, capsys)
     assert (code, error) == (0, "")
     assert "building the ort engines" in output
-    records = [json.loads(line) for line in (tmp_path / "bench" / "results.jsonl").read_text().splitlines()]
-    assert [record["agreement"] for record in records] == [None, None]
-    assert {record["phase"] for record in records} == {"decode"}
-    assert "building" not in run_command(compare.main, arguments, capsys)[1]
+    records = lines(tmp_path / "bench", "timing")
+    assert {record["phase"] for record in records} == {"decode", "prefill"}
+    assert all(record["agreement"] is record["loss"] is record["ttft_s"] is None for record in records)
 
 
 def test_a_red_gate_gives_no_figures(tmp_path: Path, capsys):
@@ -122,7 +157,7 @@ def change_version(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(change_engine, "run `python -m engines.build --onnx"), (change_version, "was built with ort 0.1")],
+    [(change_engine, "dense/model.onnx has 6 bytes instead of"), (change_version, "was built with ort 0.1")],
 )
 def test_damaged_engines_are_not_measured(export: Path, engines: Path, tmp_path: Path, capsys, damage, message):
     copy_tree(engines, tmp_path / "engines")
@@ -132,14 +167,32 @@ def test_damaged_engines_are_not_measured(export: Path, engines: Path, tmp_path:
     assert message in one_line(error)
 
 
+def test_engines_of_an_earlier_export_are_not_measured(tmp_path: Path, capsys):
+    export = toy.write_export(tmp_path / "onnx")
+    arguments = options(export, tmp_path / "engines", tmp_path / "bench")
+    build.build("ort", build.parse_arguments(["--onnx", str(export), "--out", str(tmp_path / "engines")]))
+    manifest = json.loads((export / MANIFEST).read_text())
+    manifest["weights"]["sha256"] = "1" * 64
+    (export / MANIFEST).write_text(json.dumps(manifest))
+    code, _, error = run_command(compare.main, arguments, capsys)
+    assert code == 1
+    assert "was built from an earlier export" in one_line(error)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--context", "99999"], "exceeds the engines' capacity of 4096"),
+        (["--context", "99999"], "no case can be measured: beyond the engines' capacity of 4,096 tokens"),
         (["--batch", "9"], "built for 8 rows"),
-        (["--backend", "tensorrt-rtx"], "holds no engines of"),
+        (["--backend", "tensorrt-rtx"], "no pair of dense and sparse engines for --backend tensorrt-rtx"),
+        (["--backend", "tensorflow"], "no backend is called 'tensorflow': choose from ort"),
+        (["--k", "17"], "no pair of dense and sparse engines for --k 17"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt cannot be read as text"),
-        (["--onnx", "nowhere"], "nowhere holds no manifest.json: expected the output of `python -m dsa_export.onnx`"),
+        (["--onnx", "nowhere"], "nowhere/tokenizer.json is missing"),
+        (
+            ["--onnx", "nowhere", "--engines", "nothing"],
+            "nowhere holds no manifest.json: expected the output of `python -m dsa_export.onnx`",
+        ),
     ],
 )
 def test_bad_input_is_one_line(export: Path, engines: Path, tmp_path: Path, capsys, extra, message):
@@ -158,7 +211,7 @@ def test_a_foreign_output_folder_is_kept(export: Path, engines: Path, tmp_path: 
 
 def test_the_timed_call_can_be_repeated(export: Path, engines: Path):
     """Timing a case changes neither the caches nor the lengths."""
-    from bench.cases import Case
+    from bench.matrix import Case
     from bench.runs import call_of
     from engines.session import Session, open_runner
 

@@ -1,24 +1,18 @@
-"""The pieces of the comparison: gate, timing, floor, cases, text, picture."""
+"""The pieces of the comparison: gate, scores, timing, memory, text."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import cases, measure, parity, prompts, report
+from bench import measure, parity, prompts
 from dsa_export.cli import UserError
 from engines.session import Session
 from tests.engines import toy
-
-
-@pytest.fixture
-def both(runners):
-    return {variant: runner.engine for variant, runner in runners.items()}
 
 
 def test_the_gate_is_green_where_everything_is_selected(runners):
@@ -73,25 +67,32 @@ def test_a_wider_tolerance_for_narrower_types():
     assert parity.logit_tolerance("fp16", logits) == 16 * 2.0**-11 * 20
 
 
-def test_agreement_of_equal_and_of_different_outputs(runners):
-    tokens = np.random.default_rng(0).integers(0, 256, (2, 6))
+def test_scores_of_equal_and_of_different_outputs(runners):
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 7))
 
     def sessions():
         return {variant: Session(runner, 2) for variant, runner in runners.items()}
 
-    equal = parity.agreement(sessions(), tokens)  # at most 6 <= k tokens
+    equal = parity.score(sessions(), tokens)  # at most 6 <= k tokens
     assert equal is not None
     assert equal.top1 == 1
     assert abs(equal.kl) < 1e-6
     assert equal.tokens == 12
+    assert equal.loss["dense"] == pytest.approx(equal.loss["sparse"], abs=1e-5)
+    logits = Session(runners["dense"], 2).prefill(list(tokens[:, :1]))
+    first = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    one = parity.score(sessions(), tokens[:, :2])
+    assert one is not None
+    assert one.loss["dense"] == pytest.approx(float(np.mean(first - logits[[0, 1], tokens[:, 1]])), abs=1e-5)
     far = sessions()
     for session in far.values():
         session.prefill(list(np.random.default_rng(1).integers(0, 256, (2, 200))))
-    different = parity.agreement(far, tokens)
+    different = parity.score(far, tokens)
     assert different is not None
     assert different.top1 < 1
     assert different.kl > 0.01
-    assert parity.agreement(sessions(), tokens[:, :0]) is None
+    assert different.loss["dense"] != different.loss["sparse"]
+    assert parity.score(sessions(), tokens[:, :1]) is None
 
 
 def test_alternating_timing():
@@ -100,13 +101,14 @@ def test_alternating_timing():
         "dense": lambda: (order.append("d"), time.sleep(0.004)),
         "sparse": lambda: (order.append("s"), time.sleep(0.001)),
     }
-    pair = measure.alternate(calls, 4, lambda: None, seconds=0)
+    times = measure.alternate(calls, measure.Budget(4, at_least=0), lambda: None)
     assert "".join(order) == "ds" * measure.WARM_UP + "sddssdds"
-    assert 2 < pair.speedup < 8
-    assert 2 < pair.paired < 8
-    assert pair.timings["dense"].p10 <= pair.timings["dense"].median <= pair.timings["dense"].p90
-    assert pair.timings["dense"].runs == 4
-    assert measure.alternate(calls, 4, lambda: None, seconds=10).timings["sparse"].runs == 40
+    assert 2 < np.median(times["dense"] / times["sparse"]) < 8
+    timing = measure.Timing.of(times["dense"])
+    assert timing.p10 <= timing.median <= timing.p90
+    assert timing.runs == 4
+    assert len(measure.alternate(calls, measure.Budget(4, at_least=10), lambda: None)["sparse"]) == 40
+    assert len(measure.alternate(calls, measure.Budget(50, at_most=0), lambda: None)["sparse"]) == measure.MIN_RUNS
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -126,44 +128,6 @@ def test_a_child_that_dies_is_reported():
         measure.in_child(os._exit, 9)
     with pytest.raises(UserError, match="what the child said"):
         measure.in_child(lambda: (_ for _ in ()).throw(UserError("what the child said")))
-
-
-def test_copy_bandwidth_is_plausible():
-    assert 1e8 < measure.copy_bandwidth(1) < 1e12
-
-
-def test_cases_share_capacity_and_chunk(both):
-    planned = cases.plan(both, [64, 8, 64], [2, 1], "both", "prefill")
-    assert [(case.phase, case.batch, case.context) for case in planned] == [
-        (phase, batch, context) for batch in (1, 2) for context in (8, 64) for phase in ("decode", "prefill")
-    ]
-    assert {case.capacity for case in planned if case.context == 8} == {16}  # k
-    assert [case.queries for case in planned if case.phase == "prefill"] == [8, 64] * 2
-    assert all(case.queries == 1 for case in planned if case.phase == "decode")
-    assert {case.phase for case in cases.plan(both, [64], [1], "decode", "random")} == {"decode"}
-
-
-def test_default_contexts_are_affordable(both):
-    assert cases.default_contexts(both["dense"], 4096, "prefill") == [512, 2048]
-    large = replace(both["dense"], manifest={"step_weight_bytes": 4 * 494_000_000})
-    assert cases.default_contexts(large, 32768, "prefill") == [512]
-    assert cases.default_contexts(large, 32768, "random") == [512, 2048, 8192, 32768]
-    assert cases.default_contexts(large, 100, "prefill") == [100]
-
-
-def test_contexts_and_rows_that_do_not_fit_are_refused(both):
-    with pytest.raises(UserError, match=r"5000 tokens exceeds the engines' capacity of 4096: .*--max-context"):
-        cases.plan(both, [5000], [1], "decode", "random")
-    with pytest.raises(UserError, match=r"built for 8 rows: build with --max-batch"):
-        cases.plan(both, [64], [9], "decode", "random")
-
-
-def test_the_floor_counts_weights_once_and_caches_per_row(both):
-    for variant, engine in both.items():
-        one, two = (cases.floor_bytes(engine, cases.Case("decode", batch, 500, 500, 1)) for batch in (1, 2))
-        assert two - one == engine.cache_bytes_read(500)
-        assert one - engine.cache_bytes_read(500) == engine.manifest["step_weight_bytes"]
-        assert one > cases.floor_bytes(engine, cases.Case("decode", 1, 100, 500, 1)), variant
 
 
 def test_text_comes_from_a_file_or_the_standard_library(export: Path, tmp_path: Path):
@@ -189,37 +153,3 @@ def test_a_missing_or_broken_tokenizer(tmp_path: Path, content: str | None):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer.json .*dsa_export.onnx"):
         prompts.rows(tmp_path, None, 1, 1)
-
-
-def record(variant: str, ms: float, **changes: object) -> report.Record:
-    return {
-        "variant": variant, "backend": "ort", "phase": "decode", "context": 8192, "batch": 1, "queries": 1, "k": 512,
-        "dtype": "fp32", "caches": "prefill", "random_indexer": False, "ms_median": ms, "ms_p10": ms, "ms_p90": ms,
-        "speedup": 30 / 10, "speedup_by_bytes": 4.5, "floor_fraction": 0.5, "peak_mib": 10.0,
-        "agreement": {"top1": 0.97, "kl": 0.01, "tokens": 32}, "machine": {"cpu": "a processor"}, **changes,
-    }  # fmt: skip
-
-
-def test_the_sentence_says_what_was_measured():
-    text = report.sentence([record("dense", 30), record("sparse", 10)])
-    assert text == (
-        "At 8,192 tokens of context (batch 1) one decoding step takes 30 ms dense and 10 ms sparse (k = 512): 3.00× as "
-        "fast where the bytes read predict 4.50×, and both prefer the same next token in 97% of 32 cases."
-    )
-    slower = [record(variant, 10, speedup=0.8, agreement=None, random_indexer=True) for variant in ("dense", "sparse")]
-    text = report.sentence(slower)
-    assert "slower, at 0.80× the speed" in text
-    assert "the indexer is random, so only the timing means anything" in text
-    assert "prefer" not in text
-
-
-def test_the_picture_shows_every_phase(tmp_path: Path):
-    records = [
-        record(variant, ms, phase=phase, context=context, batch=batch)
-        for batch in (1, 4)
-        for context in (512, 2048)
-        for phase in ("decode", "prefill")
-        for variant, ms in (("dense", 30), ("sparse", 10))
-    ]
-    report.picture(records, tmp_path / "one.png")
-    assert (tmp_path / "one.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

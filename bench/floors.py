@@ -1,0 +1,156 @@
+"""What a call must cost at least: bytes to read and operations to do, at the rates that this machine reaches.
+
+Rates are measured in the same run: the bandwidth of large copies and reductions, and the rate of a large matrix
+product in the runtime that is compared. A floor is the larger of the two times. The predicted speed-up is the ratio of
+the floors: what sparsity would bring if every kernel of both engines were perfect.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.matrix import Case, weight_elements
+from bench.measure import timed
+from engines.artifacts import Engine
+
+COPY_BYTES = 64 * 2**20
+PRODUCT = 1536
+TRIES = 7
+
+
+@dataclass(frozen=True)
+class Rates:
+    """bytes_per_s, flops_per_s: what the device reaches; `how`: by which measurement."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Floor:
+    bytes: int
+    flops: int
+    ms_by_bytes: float
+    ms_by_flops: float
+
+    @property
+    def ms(self) -> float:
+        return max(self.ms_by_bytes, self.ms_by_flops)
+
+
+def floor(engine: Engine, case: Case, rates: Rates) -> Floor:
+    must_read, must_do = call_bytes(engine, case), call_flops(engine, case)
+    return Floor(must_read, must_do, must_read / rates.bytes_per_s * 1e3, must_do / rates.flops_per_s * 1e3)
+
+
+def call_bytes(engine: Engine, case: Case) -> int:
+    """Bytes that one call must read: every weight once, and the rows of the caches that it attends to."""
+    return engine.manifest["step_weight_bytes"] + case.batch * engine.cache_bytes_read(case.context, case.queries)
+
+
+def call_flops(engine: Engine, case: Case) -> int:
+    """Operations of one call, multiply and add counted: the weights (the head for one token a row), scores and sums
+    over the visible or selected tokens, and the indexer's scores over the visible ones."""
+    model = engine.model
+    head = model.hidden_size * model.vocab_size
+    body = 2 * (weight_elements(engine) - head) * case.queries + 2 * head
+    last = case.context
+    visible = case.queries * (2 * last - case.queries + 1) // 2  # sum over the call's queries
+    attention = 4 * model.query_heads * model.head_dim
+    if engine.variant != "sparse":
+        return case.batch * (body + model.layers * attention * visible)
+    selected = sum(min(position, k) for k in engine.topk for position in range(last - case.queries + 1, last + 1))
+    indexer = model.layers * 2 * model.index_heads * model.index_dim * visible
+    return case.batch * (body + attention * selected + indexer)
+
+
+def facts(engine_floor: Floor, dense_floor: Floor, ms: float) -> dict[str, Any]:
+    """The fields of a record: the floor, the fraction of it that was reached, and the predicted speed-ups."""
+    return {
+        "floor_bytes": engine_floor.bytes,
+        "floor_flops": engine_floor.flops,
+        "floor_ms_by_bytes": engine_floor.ms_by_bytes,
+        "floor_ms_by_flops": engine_floor.ms_by_flops,
+        "floor_ms": engine_floor.ms,
+        "floor_fraction": engine_floor.ms / ms,
+        "speedup_predicted": dense_floor.ms / engine_floor.ms,
+    }
+
+
+def rates(backend: str, dtype: str, threads: int) -> Rates:
+    """Measures the device that the backend runs on: the GPU where torch sees one and the backend uses it."""
+    if backend != "ort":
+        import torch
+
+        if torch.cuda.is_available():
+            return cuda_rates({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    bandwidth, flops = cpu_bandwidth(threads), cpu_flops(threads)
+    how = f"copies and sums of {COPY_BYTES >> 20} MiB by {threads} threads; fp32 product of {PRODUCT}² in ONNX Runtime"
+    return Rates(bandwidth, flops, how)
+
+
+def cpu_bandwidth(threads: int) -> float:
+    """Bytes per second: the faster of copying (both directions counted) and summing, the best of TRIES."""
+    parts = [(np.ones(COPY_BYTES, np.uint8), np.empty(COPY_BYTES, np.uint8)) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+
+        def copy_all() -> None:
+            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
+
+        def sum_all() -> None:
+            list(pool.map(lambda part: part[0].view(np.float32).sum(), parts))
+
+        copy_all()
+        copying, summing = (min(timed(call) for _ in range(TRIES)) for call in (copy_all, sum_all))
+    return max(2 * COPY_BYTES * threads / copying, COPY_BYTES * threads / summing)
+
+
+def cpu_flops(threads: int) -> float:
+    """Operations per second of a large fp32 matrix product in ONNX Runtime, the best of TRIES."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    sizes = [PRODUCT, PRODUCT]
+    a, b, c = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name in "abc")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a, b], [c])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    matrix = np.ones(sizes, np.float32)
+    seconds = min(timed(lambda: session.run(None, {"a": matrix, "b": matrix})) for _ in range(TRIES))
+    return 2 * PRODUCT**3 / seconds
+
+
+def cuda_rates(dtype: Any) -> Rates:
+    """The same of a GPU: a copy of 1 GiB, and a product of 8192² in the engine's type."""
+    import torch
+
+    def seconds(call: Any) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()
+        times = []
+        for _ in range(TRIES):
+            start.record()
+            call()
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop) * 1e-3)
+        return min(times)
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    matrix = torch.ones(8192, 8192, dtype=dtype, device="cuda")
+    bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source))
+    flops = 2 * 8192**3 / seconds(lambda: matrix @ matrix)
+    name = torch.cuda.get_device_name()
+    return Rates(bandwidth, flops, f"copy of 1 GiB and {str(dtype).removeprefix('torch.')} product of 8192² on {name}")
+
+
+def as_json(measured: Rates) -> dict[str, Any]:
+    return asdict(measured)

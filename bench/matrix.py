@@ -1,0 +1,236 @@
+"""What is compared: which engines belong together, which cases they are measured in, and what cannot run here.
+
+A case's context n counts the tokens that the last query attends to, itself included. Decoding times one call with one
+token per row after n - 1 others; prefill times one call with the last S tokens of n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dsa_export.cli import UserError
+from dsa_export.files import MANIFEST, read_manifest
+from dsa_export.topk import compact_topk, describe_topk
+from engines.artifacts import Engine, open_engine
+from engines.session import WORKSPACE_BYTES, chunk_tokens
+
+CONTEXTS = (512, 2048, 8192, 32768)
+FLOPS = 1.0e12
+"""Bound of the floating-point operations of one pre-filled context among the defaults: seconds on two cores."""
+MARGIN_BYTES = 2**30
+"""Memory that is left to the rest of the system when a case is planned."""
+
+NVIDIA_CORE = "fused attention"
+PLAN_CORES = {"torch": "SDPA", "tensorrt": NVIDIA_CORE, "tensorrt-rtx": NVIDIA_CORE}
+
+Skip = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    phase: str  # prefill | decode
+    batch: int
+    context: int
+    capacity: int
+    queries: int  # S, tokens per row of one call
+
+
+@dataclass(frozen=True)
+class Group:
+    """Engines that are timed in turn: one sparse engine, and every dense one of the same backend and weights.
+
+    The dense ones differ in their attention operator; the fastest of them, case by case, is what sparse is held
+    against.
+    """
+
+    backend: str
+    precision: str
+    dense: tuple[Engine, ...]
+    sparse: Engine
+
+    @property
+    def k(self) -> int | list[int]:
+        """k of every layer, as one number where they are equal."""
+        return compact_topk(self.sparse.topk)
+
+    @property
+    def sides(self) -> dict[str, Engine]:
+        """Every engine under the name of its attention operator; the sparse one comes last."""
+        named = {core_of(engine): engine for engine in self.dense}
+        return {**named, core_of(self.sparse): self.sparse}
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}, {self.precision}, k = {describe_topk(self.k)}"
+
+    def facts(self) -> dict[str, Any]:
+        return {"backend": self.backend, "precision": self.precision, "k": self.k}
+
+
+def precision_of(engine: Engine) -> str:
+    return getattr(engine, "precision", engine.dtype)
+
+
+def core_of(engine: Engine) -> str:
+    """The operator that attends, as the engine's own graph names it; of a plan, what its runtime uses."""
+    if engine.variant == "sparse":
+        return "SparseAttention"
+    graph = engine.folder / "model.onnx"
+    if not graph.is_file():
+        return PLAN_CORES.get(engine.backend, "attention")
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(graph, load_external_data=False).graph.node}
+    return next((name for name in ("GroupQueryAttention", "Attention") if name in operators), "attention")
+
+
+def discover(folders: Sequence[Path]) -> tuple[list[Engine], list[Skip]]:
+    """Every engine below the folders that can be opened here, and why the others cannot."""
+    engines, skips = [], []
+    for folder in engine_folders(folders):
+        manifest = read_manifest(folder, "engine", "python -m engines.build")
+        try:
+            engines.append(open_engine(folder))
+            stale = newer_export(engines[-1])
+        except UserError as error:
+            stale = str(error)
+        if stale:
+            engines = [engine for engine in engines if engine.folder != folder]
+            facts = {name: manifest.get(name) for name in ("backend", "variant")}
+            skips.append({**facts, "engine": str(folder), "reason": stale})
+    return engines, skips
+
+
+def engine_folders(folders: Sequence[Path]) -> list[Path]:
+    """Every engine folder below the given ones; unfinished (`.partial`) ones are passed over."""
+    found = []
+    for folder in folders:
+        for path in sorted(folder.rglob(MANIFEST)):
+            if ".partial" in str(path.parent) or ".replaced" in str(path.parent):
+                continue
+            if '"kind": "engine"' in path.read_text(errors="replace"):
+                found.append(path.parent)
+    return list(dict.fromkeys(found))
+
+
+def newer_export(engine: Engine) -> str | None:
+    """Says so if the export that the engine came from has been written anew since."""
+    source = engine.manifest["source"]
+    if not (Path(source["path"]) / MANIFEST).is_file():
+        return None  # the export is gone; the engine has hashes of its own
+    export = read_manifest(Path(source["path"]), "onnx", "python -m dsa_export.onnx")
+    try:
+        graph, weights = export["graphs"][engine.variant], export["weights"]
+        same = (graph["sha256"], weights["sha256"]) == (source["sha256"], source["weights_sha256"])
+    except KeyError:
+        return None
+    if same:
+        return None
+    return (
+        f"{engine.folder} was built from an earlier export than the one in {source['path']}: run "
+        f"`python -m engines.build --onnx {source['path']} --out {engine.folder.parent.parent}`"
+    )
+
+
+def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
+    """Engines of one backend, precision and weight file, one group per sparse engine; those without a partner."""
+    by_weights: dict[tuple[str, str, str], list[Engine]] = {}
+    for engine in engines:
+        key = (engine.backend, precision_of(engine), engine.manifest["source"].get("weights_sha256", ""))
+        by_weights.setdefault(key, []).append(engine)
+    found, skips = [], []
+    for (backend, precision, _), members in by_weights.items():
+        dense = {core_of(engine): engine for engine in reversed(members) if engine.variant != "sparse"}
+        sparse = {engine.topk: engine for engine in reversed(members) if engine.variant == "sparse"}
+        for engine in [] if dense and sparse else members:
+            reason = f"no {'dense' if engine.variant == 'sparse' else 'sparse'} engine of the same weights"
+            skips.append({"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason})
+        cores = tuple(dense[name] for name in sorted(dense))
+        found += [Group(backend, precision, cores, sparse[k]) for k in sorted(sparse) if cores]
+    return found, skips
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks for. contexts: None for the defaults."""
+
+    contexts: Sequence[int] | None
+    batches: Sequence[int]
+    phases: Sequence[str]
+    caches: str  # prefill | random
+    prefill_up_to: int | None = None
+
+
+def plan(group: Group, wish: Wish, available: int | None = None) -> tuple[list[Case], list[Skip]]:
+    """The cases of a group in the order of measurement, and those that cannot run, with the reason.
+
+    available: bytes of memory that may be used (default: what is free now).
+    """
+    if available is None:
+        available = psutil.virtual_memory().available - MARGIN_BYTES
+    cases, skips = [], []
+    engines = list(group.sides.values())
+    rows = min(engine.limits.max_batch for engine in engines)
+    limit = min(engine.limits.max_context for engine in engines)
+    contexts = sorted(set(wish.contexts)) if wish.contexts else default_contexts(group, limit, wish.caches)
+    for batch in sorted(set(wish.batches)):
+        for context in contexts:
+            capacity = max(context, group.sparse.max_topk)
+            chunk = min(chunk_tokens(e, e.limits.prefill_chunk, batch, capacity) for e in engines)
+            base = Case("decode", batch, context, capacity, 1)
+            reason = too_large(group, base, rows, limit, available, wish.caches)
+            for phase in wish.phases:
+                case = base if phase == "decode" else replace(base, phase="prefill", queries=min(chunk, context))
+                late = phase == "prefill" and wish.prefill_up_to is not None and context > wish.prefill_up_to
+                why = reason or (f"--quick prefills up to {wish.prefill_up_to:,} tokens only" if late else None)
+                if why:
+                    skips.append({**group.facts(), "phase": phase, "batch": batch, "context": context, "reason": why})
+                else:
+                    cases.append(case)
+    return cases, skips
+
+
+def too_large(group: Group, case: Case, rows: int, limit: int, available: int, caches: str) -> str | None:
+    if case.batch > rows:
+        return f"the engines were built for {rows} rows: build with --max-batch {case.batch}"
+    if case.context > limit:
+        positions = group.sparse.model.max_position_embeddings
+        return (
+            f"beyond the engines' capacity of {limit:,} tokens: build with --max-context (the model has {positions:,})"
+        )
+    needed = memory_bytes(group.sides.values(), case, caches)
+    if needed > available:
+        return f"needs {needed / 2**30:.1f} GiB for all engines of the case, {available / 2**30:.1f} GiB are free"
+    return None
+
+
+def memory_bytes(engines: Iterable[Engine], case: Case, caches: str) -> int:
+    """What a case needs with all its engines loaded: weights, caches, one workspace; caches that grow are copied."""
+    sizes = [case.batch * case.capacity * engine.cache_bytes_per_token() for engine in engines]
+    weights = [sum(facts["bytes"] for facts in engine.manifest["files"].values()) for engine in engines]
+    return sum(weights) + sum(sizes) + (max(sizes) if caches == "prefill" else 0) + WORKSPACE_BYTES
+
+
+def default_contexts(group: Group, limit: int, caches: str) -> list[int]:
+    """Contexts that show the trend and that can be pre-filled within seconds; the shortest one always."""
+    engine = group.dense[0]
+    affordable = [n for n in CONTEXTS if n <= limit and (caches == "random" or prefill_flops(engine, n) <= FLOPS)]
+    return affordable or [min(CONTEXTS[0], limit)]
+
+
+def prefill_flops(engine: Engine, context: int) -> float:
+    """Floating-point operations of a dense prefill: two per weight and token, and the attention's."""
+    model = engine.model
+    attention = 2 * context * context * model.query_heads * model.head_dim * model.layers  # half is masked
+    return 2 * weight_elements(engine) * context + attention
+
+
+def weight_elements(engine: Engine) -> int:
+    """Elements of the weights that one call reads; packed ones do not tell by their bytes."""
+    count = engine.manifest.get("step_weights")
+    return count or engine.manifest["step_weight_bytes"] // (4 if engine.dtype == "fp32" else 2)

@@ -1,0 +1,344 @@
+"""Others that run the same weights, in the same run: what a user would reach for instead. Decoding, batch 1.
+
+    transformers  the stock Qwen2ForCausalLM, attention by sdpa, its default cache
+    masked        "sparse" attention as research code writes it: dense scores, all but the selected ones masked
+    genai         onnxruntime-genai's own export of the model, in a process of its own
+
+A peer that cannot run here is reported as skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from bench import measure
+from bench.matrix import MARGIN_BYTES, Group
+from dsa_export.cli import UserError, progress_bar
+from dsa_export.files import read_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = ("transformers", "masked")
+CHUNK = 512
+WORKER = Path(__file__).with_name("genai_worker.py")
+MASKED = "masked (dense scores, top-k mask)"
+
+Record = dict[str, Any]
+Cache = Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """checkpoint: folder or hub name. contexts: ascending. text: tokens [longest]. k: of the sparse engine."""
+
+    checkpoint: str
+    contexts: Sequence[int]
+    text: np.ndarray
+    caches: str  # prefill | random
+    k: int
+    budget: measure.Budget
+    threads: int
+
+
+def checkpoint_of(group: Group) -> str:
+    """The checkpoint that a group's weights come from, as its export recorded it."""
+    export = Path(group.sparse.manifest["source"]["path"])
+    return str(read_manifest(export, "onnx", "python -m dsa_export.onnx")["source"]["path"])
+
+
+def measure_torch(name: str, task: Task) -> list[Record]:
+    """Records of the peer `transformers` or `masked`: one per context, measured in a process of its own."""
+    free = psutil.virtual_memory().available - MARGIN_BYTES
+    contexts = [n for n in task.contexts if torch_bytes(task.checkpoint, n) <= free]
+    records: list[Record] = []
+    if contexts:
+        records = measure.in_child(_measure_torch, name, task, contexts)
+    peer = MASKED if name == "masked" else name
+    reason = f"needs more than the {free / 2**30:.1f} GiB that are free"
+    skips = [
+        {"kind": "skipped", "peer": peer, "context": n, "reason": reason} for n in task.contexts if n not in contexts
+    ]
+    return records + skips
+
+
+def torch_bytes(checkpoint: str, context: int) -> int:
+    """What a torch peer needs in fp32: the weights, and the cache twice, since every step may copy it."""
+    from dsa_export.model.checkpoint import load_config
+
+    config = load_config(checkpoint)
+    weights = 0
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        width = 4 if "32" in str(config.dtype) else 2
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 4 // width
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_key_value_heads * head * 4 * config.num_hidden_layers
+    return weights + 2 * context * per_token + MARGIN_BYTES
+
+
+def _measure_torch(name: str, task: Task, contexts: Sequence[int]) -> list[Record]:
+    import torch
+    import transformers
+
+    torch.set_num_threads(task.threads)
+    memory = measure.PeakMemory()
+    make = MaskedPeer if name == "masked" else TransformersPeer
+    records: list[Record] = []
+    with torch.no_grad(), progress_bar() as progress:
+        peer = make(task)
+        bar = progress.add_task(peer.title, total=contexts[-1])
+        filled, seconds = 0, 0.0
+        for context in contexts:
+            if task.caches == "random":
+                peer.randomise(context)
+            else:
+                peer.crop(filled)
+                for start in range(filled, context, CHUNK):
+                    chunk = task.text[start : min(start + CHUNK, context)]
+                    seconds += measure.timed(lambda chunk=chunk: peer.append(chunk))  # type: ignore[misc]
+                    progress.advance(bar, len(chunk))
+            filled = context
+            ms = measure.alternate({"": _decode(peer, context, task.text)}, task.budget, lambda: None)[""]
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            ttft_s = seconds if task.caches == "prefill" else None
+            records.append(record(peer.title, "fp32", context, ms, task.caches, ttft_s, memory.mib(), versions))
+    return records
+
+
+def _decode(peer: Any, context: int, text: np.ndarray) -> Callable[[], Any]:
+    def call() -> None:
+        peer.crop(context - 1)
+        peer.append(text[context - 1 : context])
+
+    return call
+
+
+class TransformersPeer:
+    """The stock model on the base's weights; tensors of an indexer in the checkpoint are left out."""
+
+    title = "transformers (sdpa)"
+
+    def __init__(self, task: Task):
+        import torch
+        from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+
+        from dsa_export.model.checkpoint import INDEXER, load_config
+
+        own = ("model_type", "architectures", "dtype", "attention", "index_heads", "index_dim", "index_topk")
+        base = load_config(task.checkpoint).to_dict()
+        config = Qwen2Config(**{key: value for key, value in base.items() if key not in own})
+        transformers_logging_off()
+        self.model, info = Qwen2ForCausalLM.from_pretrained(
+            task.checkpoint, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+        unexpected = [key for key in info["unexpected_keys"] if INDEXER not in key]
+        if info["missing_keys"] or unexpected:
+            raise UserError(
+                f"{task.checkpoint} does not fit the stock model: {[*info['missing_keys'], *unexpected][0]}"
+            )
+        self.model.eval()
+        self.cache: Cache = DynamicCache()
+        self.new_cache = DynamicCache
+
+    def append(self, tokens: np.ndarray) -> None:
+        self.model(_row(tokens), cache=self.cache, use_cache=True, logits_to_keep=1)
+
+    def crop(self, tokens: int) -> None:
+        if self.cache.get_seq_length() > tokens:
+            self.cache.crop(tokens - self.cache.get_seq_length())
+
+    def randomise(self, tokens: int) -> None:
+        import torch
+
+        config = self.model.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cache = self.new_cache()
+        for layer in range(config.num_hidden_layers):
+            key, value = (torch.randn(1, config.num_key_value_heads, tokens, head) for _ in range(2))
+            self.cache.update(key, value, layer)
+
+
+class MaskedPeer:
+    """Our model with the core that this project exists to avoid: in training mode the attention layers compute dense
+    scores and mask what the indexer did not select (dsa_export.model.attention.dsa.masked_attention)."""
+
+    title = MASKED
+
+    def __init__(self, task: Task):
+        from dsa_export.model import load_model
+        from dsa_export.model.attention import DenseAttention
+        from dsa_export.model.cache import DSACache
+
+        self.model = load_model(task.checkpoint)
+        self.model.set_topk(task.k)
+        for module in self.model.modules():
+            if isinstance(module, DenseAttention):
+                module.train()
+        self.cache = DSACache(self.model.model.cache_layouts)
+
+    def append(self, tokens: np.ndarray) -> None:
+        self.model(_row(tokens), cache=self.cache, use_cache=True, logits_to_keep=1)
+
+    def crop(self, tokens: int) -> None:
+        if self.cache.lengths is not None:
+            self.cache.lengths = self.cache.lengths.clamp(max=tokens)
+            self.cache.columns = min(self.cache.columns, tokens)
+
+    def randomise(self, tokens: int) -> None:
+        import torch
+
+        self.cache.reset()
+        self.cache.begin(1, tokens, torch.float32, torch.device("cpu"))
+        for tensors in self.cache.layers:
+            for tensor in tensors.values():
+                tensor.normal_()
+        self.cache.advance(torch.tensor([tokens]), tokens)
+
+
+def _row(tokens: np.ndarray) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(tokens))[None]
+
+
+def transformers_logging_off() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# onnxruntime-genai
+
+
+def genai_python(given: Path | None) -> str:
+    """The interpreter that has onnxruntime-genai. Raises UserError if there is none."""
+    if given:
+        return str(given)
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise UserError("onnxruntime-genai is not installed: pip install onnxruntime-genai, or name --genai-python")
+    return sys.executable
+
+
+def measure_genai(model: Path, python: str, task: Task) -> list[Record]:
+    """Records of onnxruntime-genai: it always computes its caches from the text. Raises UserError if it fails."""
+    if not (model / "genai_config.json").is_file():
+        raise UserError(
+            f"{model} holds no genai_config.json: make it with `python -m onnxruntime_genai.models.builder "
+            f"-i {task.checkpoint} -o {model} -p int4 -e cpu`"
+        )
+    limit = json.loads((model / "genai_config.json").read_text())["model"]["context_length"]
+    contexts = [n for n in task.contexts if n <= limit]
+    peer = f"onnxruntime-genai ({model.name})"
+    reason = f"beyond its context length of {limit:,}"
+    records: list[Record] = [
+        {"kind": "skipped", "peer": peer, "context": n, "reason": reason} for n in task.contexts if n > limit
+    ]
+    if not contexts:
+        return records
+    order = {
+        "model": str(model),
+        "threads": task.threads,
+        "contexts": contexts,
+        "tokens": task.text[: contexts[-1]].tolist(),
+        "runs": task.budget.runs,
+        "at_most": min(task.budget.at_most, 1e9),
+        "chunk": CHUNK,
+    }
+    precision = genai_precision(model)
+    with (
+        progress_bar() as progress,
+        subprocess.Popen(
+            [python, "-I", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as worker,
+    ):
+        bar = progress.add_task(peer, total=contexts[-1])
+        assert worker.stdin and worker.stdout and worker.stderr
+        try:
+            worker.stdin.write(json.dumps(order))
+            worker.stdin.close()
+            for line in worker.stdout:
+                facts = json.loads(line)
+                if "done" in facts:
+                    progress.update(bar, completed=facts["done"])
+                    continue
+                ms = np.array(facts["ms"])
+                found = record(
+                    peer,
+                    precision,
+                    facts["context"],
+                    ms,
+                    "prefill",
+                    facts["ttft_s"],
+                    facts["peak_mib"],
+                    facts["versions"],
+                )
+                records.append(found)
+            complaint = worker.stderr.read().strip().splitlines()
+        except BrokenPipeError:
+            complaint = worker.stderr.read().strip().splitlines()
+        except BaseException:
+            worker.terminate()
+            raise
+    if worker.returncode:
+        raise UserError(f"{peer} failed: {complaint[-1] if complaint else f'exit code {worker.returncode}'}")
+    return records
+
+
+def genai_precision(model: Path) -> str:
+    """int4 or int8 if the graph's matrix products are quantised, else the type of its caches."""
+    import onnx
+
+    graph = onnx.load(model / "model.onnx", load_external_data=False).graph
+    bits = [a.i for node in graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"]
+    if bits:
+        return f"int{int(median(bits))}"
+    kinds = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+    cache = next(value for value in graph.input if value.name.startswith("past_key_values"))
+    return kinds[cache.type.tensor_type.elem_type]
+
+
+def record(
+    peer: str,
+    precision: str,
+    context: int,
+    ms: np.ndarray,
+    caches: str,
+    ttft_s: float | None,
+    peak_mib: float | None,
+    versions: dict[str, str],
+) -> Record:
+    timing = measure.Timing.of(ms)
+    return {
+        "kind": "peer",
+        "peer": peer,
+        "precision": precision,
+        "phase": "decode",
+        "batch": 1,
+        "context": context,
+        "caches": caches,
+        "ms_median": timing.median,
+        "ms_p10": timing.p10,
+        "ms_p90": timing.p90,
+        "runs": timing.runs,
+        "tokens_per_s": 1e3 / timing.median,
+        "ttft_s": ttft_s,
+        "peak_mib": peak_mib,
+        "versions": versions,
+    }

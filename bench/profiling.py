@@ -1,0 +1,117 @@
+"""Where a decoding step spends its time: ONNX Runtime's profiler, its nodes grouped into parts of the model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from bench import measure
+from bench.matrix import Case, core_of, precision_of
+from bench.runs import call_of
+from engines.artifacts import Engine
+from engines.session import Session, open_runner
+
+PROJECTIONS, CORE, SELECTION, HEAD, OTHER = PARTS = (
+    "projections, MLP", "attention core", "indexer, selection", "head", "other",
+)  # fmt: skip
+STEPS = 8
+
+ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention", "SparseAttention")
+CONTROL_FLOW = ("If", "Loop", "Scan")
+
+
+def profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
+    """Milliseconds of the parts of one decoding step at `context` tokens (random caches), in a process of its own."""
+    return measure.in_child(_profile, engine, context, threads)
+
+
+def _profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        runner = _profiled_runner(engine, threads, Path(scratch) / "profile")
+        session = Session(runner, 1, capacity=context)
+        session.pretend(context)
+        case = Case("decode", 1, context, session.capacity, 1)
+        call = call_of(session, case, np.zeros((1, context), np.int64))
+        for _ in range(measure.WARM_UP + STEPS):
+            call()
+        events = json.loads(Path(runner.session.end_profiling()).read_text())
+    return {
+        "kind": "profile",
+        "variant": engine.variant,
+        "core": core_of(engine),
+        "precision": precision_of(engine),
+        "context": context,
+        "ms": by_part(events, skip=measure.WARM_UP),
+    }
+
+
+def _profiled_runner(engine: Engine, threads: int, prefix: Path) -> Any:
+    """The engine's runner, every session of which writes a profile: a session can be profiled only from its birth."""
+    original = onnxruntime.SessionOptions
+
+    def options() -> onnxruntime.SessionOptions:
+        created = original()
+        created.enable_profiling = True
+        created.profile_file_prefix = str(prefix)
+        return created
+
+    onnxruntime.SessionOptions = options  # type: ignore[misc,assignment]  # this process measures nothing else
+    try:
+        return open_runner(engine.folder, threads=threads, verify=False)
+    finally:
+        onnxruntime.SessionOptions = original  # type: ignore[misc]
+
+
+def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
+    """Median milliseconds of every part over the runs in a profile, the first `skip` runs left out.
+
+    ONNX Runtime inlines the bodies of our operators and forgets where their nodes came from. Nodes run in the order of
+    the graph: within a layer, what runs without a module's name belongs to the selection up to its TopK, and to the
+    sparse core behind it.
+    """
+    runs: list[dict[str, float]] = []
+    pending: dict[str, float] = defaultdict(float)
+    events = list(events)
+    before = SELECTION if any(event.get("args", {}).get("op_name") == "TopK" for event in events) else OTHER
+    inlined = before
+    for event in sorted(events, key=lambda event: event.get("ts", 0) + event.get("dur", 0)):
+        if event.get("cat") == "Session" and event.get("name") == "model_run":
+            runs.append(dict(pending))
+            pending = defaultdict(float)
+        elif event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
+            operator = event["args"]["op_name"]
+            if operator in CONTROL_FLOW:
+                continue  # its inner nodes have events of their own
+            part = part_of(event["name"].removesuffix("_kernel_time"), operator) or inlined
+            if operator == "TopK":
+                inlined = CORE
+            elif ".o_proj" in event["name"]:
+                inlined = before
+            pending[part] += event["dur"] / 1e3
+    kept = runs[skip:]
+    return {part: median(run.get(part, 0.0) for run in kept) for part in PARTS}
+
+
+def part_of(node: str, operator: str) -> str | None:
+    """The part that a node belongs to; None for a node of an inlined body.
+
+    node: its name, which tells the module that it was exported from: "model.layers.0.self_attn.indexer.q_proj/MatMul".
+    """
+    module = node.partition("/")[0]
+    if operator == "TopK" or ".indexer" in module or "IndexTopK" in node:
+        return SELECTION
+    if operator in ATTENTION_OPERATORS or "SparseAttention" in node:
+        return CORE
+    if "." not in module:  # "MatMul_235", "/MatmulTransposeFusion/"
+        return HEAD if module == "lm_head" else None
+    if module.endswith("_proj") or ".mlp" in module:
+        return PROJECTIONS
+    return OTHER

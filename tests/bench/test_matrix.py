@@ -1,0 +1,141 @@
+"""Which engines are compared, in which cases, and what a case must cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import floors, matrix
+from bench.matrix import Case, Group, Wish
+from engines.artifacts import open_engine
+from tests.engines.commands import copy_tree
+
+
+@pytest.fixture(scope="module")
+def group(engines: Path) -> Group:
+    found, _ = matrix.groups(matrix.discover([engines])[0])
+    return found[0]
+
+
+def wish(**changes: object) -> Wish:
+    return replace(Wish([64], [1], ("decode", "prefill"), "prefill"), **changes)  # type: ignore[arg-type]
+
+
+def test_engines_are_found_and_paired(engines: Path, tmp_path: Path):
+    copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "down" / "sparse")
+    copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "sparse.partial")
+    found, skips = matrix.discover([engines, tmp_path])
+    assert len(found) == 3 and not skips
+    (pair,), alone = matrix.groups(found)  # the copy adds nothing
+    assert (pair.backend, pair.precision, pair.k) == ("ort", "fp32", 16)
+    assert list(pair.sides) == ["Attention", "SparseAttention"]
+    assert not alone
+    none, alone = matrix.groups(matrix.discover([tmp_path])[0])
+    assert not none
+    assert alone[0]["reason"] == "no dense engine of the same weights"
+
+
+def test_every_dense_operator_is_a_side(group: Group, monkeypatch: pytest.MonkeyPatch):
+    other = replace(group.dense[0], folder=Path("elsewhere"))
+    core = matrix.core_of
+    monkeypatch.setattr(matrix, "core_of", lambda e: "GroupQueryAttention" if e is other else core(e))
+    (both,), _ = matrix.groups([*group.dense, other, group.sparse])
+    assert list(both.sides) == ["Attention", "GroupQueryAttention", "SparseAttention"]
+
+
+def test_an_engine_of_another_version_is_skipped_with_the_reason(engines: Path, tmp_path: Path):
+    copy_tree(engines, tmp_path / "engines")
+    path = tmp_path / "engines" / "ort" / "dense" / "manifest.json"
+    path.write_text(path.read_text().replace('"runtime": "1.', '"runtime": "0.'))
+    found, skips = matrix.discover([tmp_path])
+    assert [engine.variant for engine in found] == ["sparse"]
+    assert "was built with ort 0." in skips[0]["reason"]
+
+
+def test_cases_share_capacity_and_chunk(group: Group):
+    planned, skips = matrix.plan(group, wish(contexts=[64, 8, 64], batches=[2, 1]))
+    assert [(case.phase, case.batch, case.context) for case in planned] == [
+        (phase, batch, context) for batch in (1, 2) for context in (8, 64) for phase in ("decode", "prefill")
+    ]
+    assert not skips
+    assert {case.capacity for case in planned if case.context == 8} == {16}  # k
+    assert [case.queries for case in planned if case.phase == "prefill"] == [8, 64] * 2
+    assert all(case.queries == 1 for case in planned if case.phase == "decode")
+    assert {case.phase for case in matrix.plan(group, wish(phases=("decode",)))[0]} == {"decode"}
+
+
+def test_default_contexts_are_affordable(group: Group):
+    assert matrix.default_contexts(group, 4096, "prefill") == [512, 2048]
+    heavy = replace(group.dense[0], manifest={"step_weight_bytes": 4 * 494_000_000})
+    large = replace(group, dense=(heavy,))
+    assert matrix.default_contexts(large, 32768, "prefill") == [512]
+    assert matrix.default_contexts(large, 32768, "random") == [512, 2048, 8192, 32768]
+    assert matrix.default_contexts(large, 100, "prefill") == [100]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"contexts": [5000]}, "beyond the engines' capacity of 4,096 tokens: build with --max-context"),
+        ({"batches": [9]}, "built for 8 rows: build with --max-batch 9"),
+        ({"prefill_up_to": 32}, "--quick prefills up to 32 tokens only"),
+    ],
+)
+def test_what_cannot_run_is_skipped_with_a_reason(group: Group, changes: dict, reason: str):
+    cases, skips = matrix.plan(group, wish(**changes))
+    assert reason in skips[0]["reason"]
+    assert [case.phase for case in cases] == (["decode"] if "prefill_up_to" in changes else [])
+
+
+def test_memory_is_estimated_before(group: Group):
+    case = Case("decode", 2, 4096, 4096, 1)
+    needed = matrix.memory_bytes(group.sides.values(), case, "random")
+    cached = sum(2 * 4096 * engine.cache_bytes_per_token() for engine in group.sides.values())
+    assert needed > cached + matrix.WORKSPACE_BYTES
+    assert matrix.memory_bytes(group.sides.values(), case, "prefill") > needed  # grows by copying
+    fits, _ = matrix.plan(group, wish(contexts=[4096], batches=[2], caches="random"), available=needed)
+    assert fits
+    fits, skips = matrix.plan(group, wish(contexts=[4096], batches=[2], caches="random"), available=needed - 1)
+    assert not fits
+    assert "GiB are free" in skips[0]["reason"]
+
+
+def test_the_floor_counts_weights_once_and_caches_per_row(group: Group):
+    for variant, engine in group.sides.items():
+        one, two = (floors.call_bytes(engine, Case("decode", batch, 500, 500, 1)) for batch in (1, 2))
+        assert two - one == engine.cache_bytes_read(500)
+        assert one - engine.cache_bytes_read(500) == engine.manifest["step_weight_bytes"]
+        assert one > floors.call_bytes(engine, Case("decode", 1, 100, 500, 1)), variant
+
+
+def test_operations_of_a_call_are_counted_query_by_query(engines: Path):
+    for variant in ("dense", "sparse"):
+        engine = open_engine(engines / "ort" / variant)
+        model = engine.model
+        for context, queries in ((40, 1), (40, 30), (10, 10)):
+            expected = 2 * model.hidden_size * model.vocab_size
+            expected += 2 * (matrix.weight_elements(engine) - model.hidden_size * model.vocab_size) * queries
+            for position in range(context - queries + 1, context + 1):
+                attended = min(position, 16) if variant == "sparse" else position
+                expected += model.layers * 4 * model.query_heads * model.head_dim * attended
+                if variant == "sparse":
+                    expected += model.layers * 2 * model.index_heads * model.index_dim * position
+            assert floors.call_flops(engine, Case("prefill", 3, context, 64, queries)) == 3 * expected
+
+
+def test_a_floor_is_the_larger_of_both_times(group: Group):
+    case = Case("decode", 1, 500, 500, 1)
+    by_bytes = floors.floor(group.sparse, case, floors.Rates(1e9, 1e30, ""))
+    by_flops = floors.floor(group.sparse, case, floors.Rates(1e30, 1e9, ""))
+    assert by_bytes.ms == pytest.approx(by_bytes.bytes / 1e6)
+    assert by_flops.ms == pytest.approx(by_flops.flops / 1e6)
+
+
+def test_rates_are_plausible():
+    measured = floors.rates("ort", "fp32", 1)
+    assert 1e8 < measured.bytes_per_s < 1e12
+    assert 1e8 < measured.flops_per_s < 1e13
+    assert np.isfinite(measured.flops_per_s)
