@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from engines import build
 from engines.artifacts import BACKENDS
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13", "tensorrt-rtx-cu13", "numpy")
-QUICK_PREFILL = 8192
+QUICK_CONTEXTS = (512, 8192, 32768)
+QUICK_PREFILL = 2048
 QUICK_SECONDS = 3.0
 
 
@@ -101,7 +103,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "or measured time to first token then)",
     )  # fmt: skip
     case("--prompt-file", type=Path, metavar="FILE", help="text (default: the Python standard library's sources)")
-    case("--quick", action="store_true", help="under a minute: random caches, few runs, no peers, short prefills")
+    case(
+        "--quick",
+        action="store_true",
+        help="under a minute: random caches, few contexts and runs, short prefills, no peers",
+    )
     how = parser.add_argument_group("measuring").add_argument
     how(
         "--runs", type=build.positive, default=15, metavar="N",
@@ -138,6 +144,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.quick:
         args.caches, args.peers, args.runs = "random", ["none"], min(args.runs, 5)
         args.max_seconds = args.max_seconds or QUICK_SECONDS
+        args.profile = args.profile or 0
     return args
 
 
@@ -191,6 +198,9 @@ def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list
     """The records of every group and peer, and what was proved before anything was timed."""
     phases = ("decode", "prefill") if args.phase == "both" else (args.phase,)
     wish = Wish(args.context, args.batch, phases, args.caches, QUICK_PREFILL if args.quick else None)
+    if args.quick and not args.context:
+        limit = min(engine.limits.max_context for group in groups for engine in group.sides.values())
+        wish = replace(wish, contexts=[n for n in QUICK_CONTEXTS if n <= limit] or [limit])
     planned = [(group, *matrix.plan(group, wish)) for group in groups]
     records: list[Record] = [{"kind": "skipped", **skip} for _, _, skips in planned for skip in skips]
     if not any(cases for _, cases, _ in planned):

@@ -228,7 +228,8 @@ def peers(records: Sequence[Record]) -> list[Table]:
         "ms a token",
         "tokens/s",
         "first token s",
-        "our sparse tokens/s",
+        "ours",
+        "which",
         "ratio",
     )
     notes = "Decoding, batch 1, the same weights and threads. Ours: tokens/s of the sparse engine named beside it."
