@@ -260,8 +260,7 @@ def measure_peers(group: Group, contexts: Sequence[int], text: np.ndarray, args:
         checkpoint = args.checkpoint or peers.checkpoint_of(group)
     except UserError as error:
         return [{"kind": "skipped", "peer": name, "reason": str(error)} for name in (*names, *args.genai)]
-    k = group.sparse.max_topk
-    task = peers.Task(checkpoint, contexts, text, args.caches, k, budget_of(args), args.threads)
+    task = peers.Task(checkpoint, contexts, text, args.caches, group.k, budget_of(args), args.threads)
     for name in names:
         try:
             records += peers.measure_torch(name, task)

@@ -101,9 +101,12 @@ class PeakMemory:
         return float(line.split()[1])
 
 
-def in_child(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a forked process, so that its memory is its own. UserErrors are passed on."""
-    context = multiprocessing.get_context("fork")
+def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> Any:
+    """function(*args) in a process of its own, so that its memory is its own. UserErrors are passed on.
+
+    method: "fork", or "spawn" for what computes in torch, whose threads do not survive a fork.
+    """
+    context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, args))
     process.start()

@@ -41,13 +41,13 @@ Cache = Any
 
 @dataclass(frozen=True)
 class Task:
-    """checkpoint: folder or hub name. contexts: ascending. text: tokens [longest]. k: of the sparse engine."""
+    """checkpoint: folder or hub name. contexts: ascending. text: tokens [longest]. k: one, or one per layer."""
 
     checkpoint: str
     contexts: Sequence[int]
     text: np.ndarray
     caches: str  # prefill | random
-    k: int
+    k: int | list[int]
     budget: measure.Budget
     threads: int
 
@@ -64,7 +64,7 @@ def measure_torch(name: str, task: Task) -> list[Record]:
     contexts = [n for n in task.contexts if torch_bytes(task.checkpoint, n) <= free]
     records: list[Record] = []
     if contexts:
-        records = measure.in_child(_measure_torch, name, task, contexts)
+        records = measure.in_child(_measure_torch, name, task, contexts, method="spawn")
     peer = MASKED if name == "masked" else name
     reason = f"needs more than the {free / 2**30:.1f} GiB that are free"
     skips = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,22 @@ def test_both_graphs_build_in_tensorrt_rtx(real_export: Path, tmp_path: Path, ca
         assert open_engine(tmp_path / "tensorrt-rtx" / variant).variant == variant
 
 
-def test_the_comparison_runs_on_it(real_export: Path, tmp_path: Path, capsys):
+def test_the_comparison_runs_on_it_with_its_peers(real_export: Path, dsa_folder: Path, tmp_path: Path, capsys):
     options = ["--onnx", str(real_export), "--engines", str(tmp_path / "engines"), "--out", str(tmp_path / "bench")]
+    options += ["--checkpoint", str(dsa_folder)]
     code, output, error = run_command(compare.main, [*options, "--context", "64", "--runs", "2"], capsys)
     assert (code, error) == (0, "")
     assert "parity gate green" in output
+    records = [json.loads(line) for line in (tmp_path / "bench" / "results.jsonl").read_text().splitlines()]
+    peers = {record["peer"]: record for record in records if record["kind"] == "peer"}
+    assert set(peers) == {"transformers (sdpa)", "masked (dense scores, top-k mask)"}
+    assert all(record["ms_median"] > 0 and record["ttft_s"] > 0 for record in peers.values())
+    assert "nodes and" in (tmp_path / "bench" / "report.html").read_text()  # the proof of identical operators
+
+    code, output, error = run_command(compare.main, [*options, "--debug-layers"], capsys)
+    assert (code, error) == (0, "")
+    assert "16 tokens: all " in output and "tensors agree" in output
+    code, output, error = run_command(compare.main, [*options, "--debug-layers", "40"], capsys)
+    assert (code, error) == (0, "")
+    assert "40 tokens: model.layers.0.self_attn/core is the first of" in output
+    assert "beyond k tokens that is what selection does" in output
