@@ -46,6 +46,7 @@ from engines.artifacts import (
     runtime_version,
 )
 from engines.profiles import Profile, as_json, profiles
+from engines.text import tokenizer_files
 
 PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
 DEFAULT_MAX_BATCH = 8
@@ -398,7 +399,14 @@ def write_engine_manifest(
     runtime: str | None = None,
     **facts: Any,
 ) -> None:
-    """files: name -> SHA-256 (None: computed here). runtime: its version, if not that of the installed package."""
+    """files: name -> SHA-256 (None: computed here). runtime: its version, if not that of the installed package.
+
+    The tokenizer comes with every engine.
+    """
+    tokenizer = tokenizer_files(export.folder)
+    for file in tokenizer:
+        shutil.copyfile(file, folder / file.name)
+    files = {**files, **{file.name: None for file in tokenizer}}
     write_manifest(
         folder,
         "engine",

@@ -45,6 +45,7 @@ class OrtRunner:
 
     def allocate(self, batch: int, capacity: int) -> OrtCaches:
         try:
+            # Pages of zeros are not touched: they become real memory when tokens are written.
             arrays = {
                 name: np.zeros(tensor.concrete(batch, capacity), NUMPY_DTYPES[tensor.dtype])
                 for name, tensor in self.engine.cache_names()
@@ -52,6 +53,24 @@ class OrtRunner:
         except MemoryError:
             gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
             raise UserError(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
+        return self._bind(batch, capacity, arrays)
+
+    def rows(self, caches: OrtCaches, start: int, stop: int) -> OrtCaches:
+        arrays = {name: array[start:stop] for name, array in caches.arrays.items()}
+        return self._bind(stop - start, caches.capacity, arrays)
+
+    def copy(self, source: OrtCaches, target: OrtCaches, tokens: int, *, release: bool = False) -> None:
+        if release:
+            source.values.clear()
+            source.binding.clear_binding_inputs()
+            source.binding.clear_binding_outputs()
+        for name, tensor in self.engine.cache_names():
+            slots = tuple(slice(tokens) if size == "capacity" else slice(None) for size in tensor.shape)
+            target.arrays[name][slots] = source.arrays[name][slots]
+            if release:
+                del source.arrays[name]
+
+    def _bind(self, batch: int, capacity: int, arrays: dict[str, np.ndarray]) -> OrtCaches:
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         logits = np.empty((batch, 1, self.engine.model.vocab_size), np.float32)
         binding = self.session.io_binding()
@@ -60,11 +79,6 @@ class OrtRunner:
             binding.bind_ortvalue_output(f"present.{name}", value)
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         return OrtCaches(batch, capacity, arrays, values, binding, logits)
-
-    def copy(self, source: OrtCaches, target: OrtCaches, tokens: int) -> None:
-        for name, tensor in self.engine.cache_names():
-            slots = tuple(slice(tokens) if size == "capacity" else slice(None) for size in tensor.shape)
-            target.arrays[name][slots] = source.arrays[name][slots]
 
     def randomise(self, caches: OrtCaches, seed: int) -> None:
         rng = np.random.default_rng(seed)

@@ -18,8 +18,11 @@ import numpy as np
 
 from dsa_export.cli import UserError
 from engines.artifacts import Engine, Variant, open_engine
+from engines.sampling import GREEDY, Sampler, Sampling
 
 MIN_CAPACITY = 256
+FIXED_CAPACITY = ("tensorrt", "tensorrt-rtx")
+"""Backends whose caches always have the capacity of the build (NVIDIA's cache update needs it static)."""
 WORKSPACE_BYTES = 512 * 2**20
 """Bound of what one layer may need for one prefill chunk; the chunk is halved until it fits."""
 
@@ -41,8 +44,14 @@ class Runner(Protocol):
     def allocate(self, batch: int, capacity: int) -> Any:
         """New caches of zeros. Raises UserError if the engine was not built for this size."""
 
-    def copy(self, source: Any, target: Any, tokens: int) -> None:
-        """Copies the first `tokens` slots of every cache from one to another."""
+    def rows(self, caches: Any, start: int, stop: int) -> Any:
+        """Rows start..stop-1 of some caches as caches of their own, in the same memory."""
+
+    def copy(self, source: Any, target: Any, tokens: int, *, release: bool = False) -> None:
+        """Copies the first `tokens` slots of every cache from one to another of as many rows.
+
+        release: gives the source's memory back tensor by tensor, where the backend can; it is unusable afterwards.
+        """
 
     def randomise(self, caches: Any, seed: int) -> None:
         """Fills every cache with finite random values: to time long contexts that were not computed."""
@@ -83,9 +92,7 @@ class Session:
         self.prefill_chunk = prefill_chunk
         self.lengths = np.zeros(batch, np.int64)
         self._last = np.zeros(batch, np.int64)  # last token of each row; stale after truncate()
-        self.caches: Caches = runner.allocate(
-            batch, max(capacity, self.engine.max_topk) if capacity else self._bucket(1)
-        )
+        self.caches: Caches = runner.allocate(batch, self._capacity(capacity) if capacity else bucket(self.engine, 1))
 
     @property
     def batch(self) -> int:
@@ -145,16 +152,18 @@ class Session:
         prompts: Sequence[Tokens],
         max_new_tokens: int,
         on_token: Callable[[int, int], None] | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[list[int]]:
-        """Greedy decoding after the prompts until every row met an end token or has max_new_tokens.
+        """Continues the prompts until every row met an end token or has max_new_tokens.
 
         on_token(row, token) is called as tokens appear, end tokens included. Returns the new tokens of each row.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
+        samplers = [Sampler(sampling, row) for row in range(len(prompts))]
         logits = self.prefill(prompts)
         while True:
-            tokens = logits.argmax(-1)
+            tokens = np.array([sampler(row) for sampler, row in zip(samplers, logits, strict=True)])
             for b in sorted(running):
                 answers[b].append(int(tokens[b]))
                 if on_token:
@@ -182,9 +191,9 @@ class Session:
         """Makes room for `tokens` tokens per row: larger caches (a bucket, or exactly so many), copied."""
         if tokens <= self.capacity:
             return
-        capacity = max(tokens, self.engine.max_topk) if exact else self._bucket(tokens)
+        capacity = self._capacity(tokens) if exact else bucket(self.engine, tokens)
         larger = self.runner.allocate(self.batch, capacity)
-        self.runner.copy(self.caches, larger, int(self.lengths.max()))
+        self.runner.copy(self.caches, larger, int(self.lengths.max()), release=True)
         self.caches = larger
 
     def chunk_tokens(self) -> int:
@@ -193,11 +202,10 @@ class Session:
             return self.prefill_chunk
         return chunk_tokens(self.engine, self.engine.limits.prefill_chunk, self.batch, self.capacity)
 
-    def _bucket(self, tokens: int) -> int:
-        """The smallest capacity that holds `tokens`: a power of two, or all that the engine was built for."""
-        limit = self.engine.limits.max_context
-        needed = max(tokens, self.engine.max_topk, MIN_CAPACITY)
-        return min(1 << (needed - 1).bit_length(), max(limit, self.engine.max_topk))
+    def _capacity(self, tokens: int) -> int:
+        """The capacity for exactly `tokens` tokens."""
+        fixed = self.engine.backend in FIXED_CAPACITY
+        return self.engine.limits.max_context if fixed else max(tokens, self.engine.max_topk)
 
     def _check_rows(self, rows: list[np.ndarray]) -> None:
         if len(rows) != self.batch or any(row.ndim != 1 or not len(row) for row in rows):
@@ -212,6 +220,14 @@ class Session:
                 )
             if row.min() < 0 or row.max() >= self.engine.model.vocab_size:
                 raise UserError(f"row {b}: token ids must lie in 0..{self.engine.model.vocab_size - 1}")
+
+
+def bucket(engine: Engine, tokens: int, smallest: int = MIN_CAPACITY) -> int:
+    """The capacity of caches that are to hold `tokens`: a power of two, at most what the engine was built for."""
+    if engine.backend in FIXED_CAPACITY:
+        return engine.limits.max_context
+    needed = max(tokens, engine.max_topk, smallest)
+    return min(1 << (needed - 1).bit_length(), max(engine.limits.max_context, engine.max_topk))
 
 
 def chunk_tokens(variant: Variant, largest: int, batch: int, capacity: int) -> int:

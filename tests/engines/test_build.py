@@ -15,6 +15,7 @@ import pytest
 from dsa_export.files import MANIFEST
 from engines import build, ort
 from engines.artifacts import open_engine, open_export
+from engines.text import TOKENIZER_FILES
 from tests.engines import toy
 from tests.engines.commands import copy_tree, one_line, run_command
 
@@ -60,7 +61,7 @@ def test_both_graphs_build_in_tensorrt_rtx_without_a_gpu(tmp_path: Path, dtype: 
     assert (code, error) == (0, "")
     for variant in ("dense", "sparse"):
         engine = open_engine(tmp_path / "engines" / "tensorrt-rtx" / variant)
-        assert {path.name for path in engine.folder.iterdir()} == {"engine.plan", MANIFEST}
+        assert {path.name for path in engine.folder.iterdir()} == {"engine.plan", MANIFEST, *TOKENIZER_FILES}
         decode, prefill = engine.manifest["profiles"]
         assert decode["shapes"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
         assert prefill["shapes"]["input_ids"] == [[1, 1], [1, 32], [2, 32]]

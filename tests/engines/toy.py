@@ -54,7 +54,7 @@ def write_export(out: Path, *, topk: int | list[int] = 16, dtype: str = "fp32", 
             "sha256": sha256(path),
             "cache": [{"name": cache, "shape": CACHE_SHAPES[cache], "dtype": name} for cache in CACHES[variant]],
         }
-    _write_tokenizer(out / "tokenizer.json")
+    write_tokenizer(out)
     model = {"hidden_size": E, "layers": LAYERS, "query_heads": HQ, "kv_heads": HKV, "head_dim": D}
     model |= {"index_heads": HI, "index_dim": DI}
     write_manifest(
@@ -178,12 +178,24 @@ def _model(variant: str, initializers: list[TensorProto], dtype: int, topk: int 
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11, producer_name="toy")
 
 
-def _write_tokenizer(path: Path) -> None:
+def write_tokenizer(out: Path) -> None:
+    """One token per byte; a chat template that names the roles and refuses those that it does not know."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(alphabet)} | {"<|endoftext|>": END_OF_TEXT}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(out)
+
+
+CHAT_TEMPLATE = """\
+{%- for m in messages -%}
+{%- if m.role not in ("system", "user", "assistant") %}{{ raise_exception("unknown role " + m.role) }}{% endif -%}
+{{ m.role }}: {{ m.content }}
+{% endfor -%}
+{% if add_generation_prompt %}assistant: {% endif %}"""

@@ -1,0 +1,50 @@
+"""The next token from its logits: greedy, temperature, nucleus (top-p; Holtzman et al., 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_p in (0, 1]; the same seed gives the same tokens for the same logits."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """Draws the tokens of one sequence. `row` separates the sequences of a batch that share a seed."""
+
+    def __init__(self, sampling: Sampling, row: int = 0):
+        if not sampling.temperature >= 0 or not 0 < sampling.top_p <= 1:
+            raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, got {sampling}")
+        self.sampling = sampling
+        self._rng = np.random.default_rng(None if sampling.seed is None else [abs(sampling.seed), row])
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """The next token; logits [V] float32. Equal logits: greedy takes the lower token."""
+        best = int(logits.argmax())
+        if self.sampling.temperature == 0:
+            return best
+        scaled = (logits.astype(np.float64) - logits[best]) / self.sampling.temperature
+        probabilities = np.exp(scaled)
+        tokens = nucleus(probabilities / probabilities.sum(), self.sampling.top_p)
+        kept = probabilities[tokens]
+        return int(tokens[np.searchsorted(kept.cumsum(), self._rng.random() * kept.sum(), side="right")])
+
+
+def nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """The smallest set of most probable tokens that holds at least top_p: ids, most probable first; [V] -> [n]."""
+    if top_p == 1:
+        return np.flatnonzero(probabilities)
+    # Tokens below this bound hold less than 1 - top_p together: only the others need to be sorted.
+    candidates = np.flatnonzero(probabilities > (1 - top_p) / len(probabilities))
+    candidates = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    return candidates[: np.searchsorted(probabilities[candidates].cumsum(), top_p) + 1]

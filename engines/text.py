@@ -1,0 +1,103 @@
+"""Between text and tokens: an engine's tokenizer and chat template, and answers as they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from jinja2 import TemplateError
+from tokenizers.decoders import DecodeStream
+
+from dsa_export.cli import UserError
+from dsa_export.model import load_tokenizer
+from engines.artifacts import Engine
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What engines.build copies from the export; a checkpoint may have no chat template."""
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": ...}"""
+
+
+class Text:
+    """The tokenizer of an engine. Encoding and decoding may run in different threads."""
+
+    def __init__(self, engine: Engine):
+        self.folder = engine.folder
+        self.end_tokens = frozenset(engine.model.eos_token_id)
+        self._tokenizer = load_tokenizer(engine.folder)
+        self.backend = self._tokenizer.backend_tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, which may spell out special tokens. Raises UserError: no tokens, or not text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, or bytes of another encoding
+            raise UserError(f"the prompt is not valid Unicode at character {error.start}") from None
+        tokens = self.backend.encode(text, add_special_tokens=False).ids
+        if not tokens:
+            raise UserError("the prompt is empty: nothing to continue")
+        return tokens
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation, up to where the assistant answers. Raises UserError: no template, or it refuses."""
+        if not self._tokenizer.chat_template:
+            raise UserError(f"the tokenizer in {self.folder} has no chat template: use plain prompts (--raw)")
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"the chat template refuses these messages: {error}") from None
+        return self.encode(str(text))
+
+
+class Answer:
+    """One answer as it grows token by token: what may be shown of it, and why it ended.
+
+    Text is held back while its last character is incomplete and while it may be the beginning of a stop string; stop
+    strings and special tokens are not part of the text.
+    """
+
+    def __init__(self, text: Text, max_new_tokens: int, stop: Sequence[str] = ()):
+        self.tokens: list[int] = []
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self._text = text
+        self._max_new_tokens = max_new_tokens
+        self._stop = tuple(stop)
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Appends a token; returns the text that has become certain. Sets finish_reason where the answer ends."""
+        self.tokens.append(token)
+        if token in self._text.end_tokens:
+            return self._finish("stop")
+        self._held += self._stream.step(self._text.backend, token) or ""
+        found = [self._held.find(stop) for stop in self._stop if stop in self._held]
+        if found:
+            self._held = self._held[: min(found)]
+            return self._finish("stop")
+        if len(self.tokens) >= self._max_new_tokens:
+            return self._finish("length")
+        certain = len(self._held) - longest_beginning(self._held, self._stop)
+        shown, self._held = self._held[:certain], self._held[certain:]
+        return shown
+
+    def _finish(self, reason: Literal["stop", "length"]) -> str:
+        self.finish_reason = reason
+        shown, self._held = self._held, ""
+        return shown
+
+
+def longest_beginning(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` with which one of the stop strings begins."""
+    longest = max(map(len, stop), default=1) - 1
+    ends = (text[-length:] for length in range(min(longest, len(text)), 0, -1))
+    return next((len(end) for end in ends if any(string.startswith(end) for string in stop)), 0)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer files of an export or a checkpoint. Raises UserError if tokenizer.json is missing."""
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        raise UserError(f"{folder / TOKENIZER_FILES[0]} is missing: run `python -m dsa_export.onnx` again")
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]

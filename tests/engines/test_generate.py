@@ -1,0 +1,212 @@
+"""python -m engines.generate, and answers as they grow: what is shown, when it ends, what is refused."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsa_export.cli import UserError
+from engines import generate
+from engines.artifacts import open_engine
+from engines.session import Session, open_runner
+from engines.text import Answer, Text, longest_beginning
+from tests.engines import toy
+from tests.engines.commands import copy_tree, one_line, run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def text(engines: Path) -> Text:
+    return Text(open_engine(engines / "ort" / "sparse"))
+
+
+def pieces(text: Text, tokens: list[int], stop: tuple[str, ...] = (), limit: int = 1000) -> list[str]:
+    answer = Answer(text, limit, stop)
+    shown = []
+    for token in tokens:
+        shown.append(answer.push(token))
+        if answer.finish_reason:
+            break
+    return shown
+
+
+# Answers
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_streamed_text_is_the_text_and_no_character_is_split(text: Text, original: str):
+    tokens = text.encode(original)
+    shown = pieces(text, [*tokens, toy.END_OF_TEXT])
+    assert "".join(shown) == original
+    assert original.count("\ufffd") == "".join(shown).count("\ufffd")
+
+
+def test_half_a_character_is_held_back(text: Text):
+    tokens = text.encode("a😀b")
+    assert len(tokens) == 6
+    assert pieces(text, tokens) == ["a", "", "", "", "😀", "b"]
+
+
+def test_any_tokens_can_be_shown(text: Text):
+    tokens = np.random.default_rng(0).integers(0, toy.END_OF_TEXT, 500).tolist()
+    assert "".join(pieces(text, tokens))
+
+
+def test_a_stop_string_is_never_shown_not_even_its_beginning(text: Text):
+    shown = pieces(text, text.encode("one\nEND two"), stop=("\nEND", "x"))
+    assert "".join(shown) == "one"
+    shown = pieces(text, text.encode("one\nEN two"), stop=("\nEND",))
+    assert "".join(shown) == "one\nEN two"
+
+
+@given(st.text("ab", min_size=1, max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(deadline=None)
+def test_stop_strings_cut_where_a_search_would(text: Text, original: str, stop: list[str]):
+    """The stop string that is complete first ends the answer; of those complete at once, the longest."""
+    expected = original
+    for length in range(1, len(original) + 1):
+        if complete := [s for s in stop if original[:length].endswith(s)]:
+            expected = original[: length - max(map(len, complete))]
+            break
+    assert "".join(pieces(text, [*text.encode(original), toy.END_OF_TEXT], tuple(stop))) == expected
+
+
+def test_longest_beginning():
+    assert longest_beginning("abc", ("cde",)) == 1
+    assert longest_beginning("abcd", ("cde", "bcdx")) == 3
+    assert longest_beginning("abc", ("x",)) == 0
+    assert longest_beginning("", ("ab",)) == 0
+    assert longest_beginning("abc", ()) == 0
+
+
+def test_an_answer_ends_for_a_reason(text: Text):
+    answer = Answer(text, 2)
+    answer.push(70)
+    assert answer.finish_reason is None
+    answer.push(70)
+    assert answer.finish_reason == "length"
+    answer = Answer(text, 2)
+    assert answer.push(toy.END_OF_TEXT) == ""
+    assert answer.finish_reason == "stop"
+
+
+# The command
+
+
+def test_the_answer_is_streamed_and_measured(engines: Path, capsys):
+    options = ["--engine", str(engines / "ort/sparse"), "--prompt", "abc", "--max-new-tokens", "9", "--raw"]
+    code, output, error = run_command(generate.main, options, capsys)
+    assert code == 0
+    runner = open_runner(engines / "ort" / "sparse")
+    text = Text(runner.engine)
+    (tokens,) = Session(runner).generate([text.encode("abc")], 9)
+    assert output == "".join(pieces(text, tokens, limit=9)) + "\n"
+    for figure in (f"3 + {len(tokens)} tokens", "time to first token", "prefill", "decode", "tokens/s", "peak memory"):
+        assert figure in error
+
+
+def test_the_chat_template_is_applied(engines: Path, capsys, monkeypatch):
+    seen = []
+    original = Session.prefill
+    monkeypatch.setattr(
+        Session, "prefill", lambda self, rows, *rest: (seen.extend(rows), original(self, rows, *rest))[1]
+    )
+    options = [
+        "--engine",
+        str(engines / "ort/dense"),
+        "--prompt",
+        "Hi",
+        "--system",
+        "Be brief",
+        "--max-new-tokens",
+        "1",
+    ]
+    assert run_command(generate.main, options, capsys)[0] == 0
+    text = Text(open_engine(engines / "ort/dense"))
+    assert list(seen[0]) == text.encode("system: Be brief\nuser: Hi\nassistant: ")
+
+
+def test_the_prompt_comes_from_a_file_or_standard_input(engines: Path, tmp_path: Path, capsys, monkeypatch):
+    options = ["--engine", str(engines / "ort/dense"), "--max-new-tokens", "4"]
+    (tmp_path / "prompt.txt").write_text("häl", encoding="utf-8")
+    from_file = run_command(generate.main, [*options, "--file", str(tmp_path / "prompt.txt")], capsys)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("häl".encode())))
+    from_stdin = run_command(generate.main, options, capsys)
+    assert from_file[:2] == from_stdin[:2] == run_command(generate.main, [*options, "--prompt", "häl"], capsys)[:2]
+
+
+def refusal(options: list[str], capsys) -> str:
+    code, _, error = run_command(generate.main, options, capsys)
+    assert code == 1
+    return one_line(error)
+
+
+def test_bad_prompts_end_in_one_line(engines: Path, tmp_path: Path, capsys):
+    engine = ["--engine", str(engines / "ort/sparse")]
+    (tmp_path / "latin1").write_bytes("häl".encode("latin-1"))
+    assert "is not UTF-8 text (byte 1)" in refusal([*engine, "--file", str(tmp_path / "latin1")], capsys)
+    assert "cannot read" in refusal([*engine, "--file", str(tmp_path / "missing")], capsys)
+    assert "the prompt is empty" in refusal([*engine, "--prompt", "", "--raw"], capsys)
+    assert "not valid Unicode at character 1" in refusal([*engine, "--prompt", "a\udcff", "--raw"], capsys)
+    long = "x" * (toy.MAX_POSITIONS + 1)
+    assert "4097 tokens do not fit into 4096" in refusal([*engine, "--prompt", long, "--raw"], capsys)
+
+
+def test_an_answer_ends_where_the_engine_ends(engines: Path, capsys):
+    options = ["--engine", str(engines / "ort/dense"), "--raw", "--prompt", "x" * (toy.MAX_POSITIONS - 2)]
+    code, _, error = run_command(generate.main, options, capsys)
+    assert code == 0
+    assert "4094 + 3 tokens" in error
+
+
+def test_an_engine_without_tokenizer_or_template(engines: Path, tmp_path: Path, capsys):
+    folder = copy_tree(engines / "ort" / "dense", tmp_path / "engines" / "ort" / "dense")
+    (folder / "chat_template.jinja").unlink()
+    message = refusal(["--engine", str(folder), "--prompt", "x"], capsys)
+    assert "chat_template.jinja is missing: run `python -m engines.build" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--temperature", "-1"], ["--top-p", "0"], ["--max-new-tokens", "0"], ["--stop", ""], ["--raw", "--system", "x"]],
+)
+def test_wrong_arguments_exit_with_2(options: list[str], capsys):
+    assert run_command(generate.main, options, capsys)[0] == 2
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(engines: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "engines.generate",
+        "--engine",
+        str(engines / "ort/dense"),
+        "--raw",
+        "--prompt",
+        "x",
+    ]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "4000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    assert process.stdout and process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait(60) == 0
+    process.stderr.close()
+
+
+def test_a_prompt_needs_text_not_surrogates(text: Text):
+    with pytest.raises(UserError, match="not valid Unicode"):
+        text.encode("\ud83e")
+    with pytest.raises(UserError, match="template refuses these messages: unknown role tool"):
+        text.chat([{"role": "tool", "content": "x"}])
