@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsa_export.cli import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -29,8 +31,13 @@ class Sampler:
         self._rng = np.random.default_rng(None if sampling.seed is None else [abs(sampling.seed), row])
 
     def __call__(self, logits: np.ndarray) -> int:
-        """The next token; logits [V] float32. Equal logits: greedy takes the lower token."""
-        best = int(logits.argmax())
+        """The next token; logits [V] float32. Equal logits: greedy takes the lower token.
+
+        Raises UserError if they are not finite.
+        """
+        best = int(logits.argmax())  # of a NaN, if there is one
+        if not np.isfinite(logits[best]):
+            raise UserError("the engine's logits are not finite: check the checkpoint, or export in a wider type")
         if self.sampling.temperature == 0:
             return best
         scaled = (logits.astype(np.float64) - logits[best]) / self.sampling.temperature

@@ -1,0 +1,156 @@
+"""OpenAI's HTTP API as far as this server speaks it: requests, which are validated strictly, and answers.
+
+Fields that this server does not know are ignored, as clients expect, except those that would change the answer.
+Reference: https://platform.openai.com/docs/api-reference (completions, chat, errors, streaming).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+UNSUPPORTED = {
+    "best_of", "echo", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "presence_penalty",
+    "response_format", "suffix", "tools", "top_k", "top_logprobs",
+}  # fmt: skip
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may fill the context
+
+Tokens = list[Annotated[int, Field(ge=0)]]
+StopString = Annotated[str, Field(min_length=1)]
+
+
+class ApiError(Exception):
+    """An answer with an HTTP status other than 200, in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(status, message, param, code)
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kinds = {429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What both kinds of request share; null means the default."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_would_be_ignored(self) -> GenerationRequest:
+        used = sorted(name for name, value in (self.model_extra or {}).items() if name in UNSUPPORTED and value)
+        if used:
+            raise ValueError(f"not supported by this server: {', '.join(used)}")
+        return self
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: str | Annotated[list[str] | Tokens | list[Tokens], Field(min_length=1)]
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: str
+    content: str | list[TextPart]
+
+    def as_template_input(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_json(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+@dataclass
+class Reply:
+    """Shapes of the answers to one request; the same id and time in all parts of a stream."""
+
+    kind: Literal["text_completion", "chat.completion"]
+    model: str
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, texts: list[str], finish_reasons: list[str | None], usage: Usage) -> dict[str, Any]:
+        choices = [
+            self._choice(i, {"message": {"role": "assistant", "content": text}}, text, reason)
+            for i, (text, reason) in enumerate(zip(texts, finish_reasons, strict=True))
+        ]
+        return {**self._head(self.kind), "choices": choices, "usage": usage.as_json()}
+
+    def part(self, index: int, text: str, finish_reason: str | None, *, first: bool) -> dict[str, Any]:
+        role = {"role": "assistant"} if first else {}
+        content = {"content": text} if text else {}
+        return {**self._chunk_head(), "choices": [self._choice(index, {"delta": role | content}, text, finish_reason)]}
+
+    def usage_part(self, usage: Usage) -> dict[str, Any]:
+        return {**self._chunk_head(), "choices": [], "usage": usage.as_json()}
+
+    def _choice(self, index: int, chat: dict[str, Any], text: str, finish_reason: str | None) -> dict[str, Any]:
+        content: dict[str, Any] = chat if self.kind == "chat.completion" else {"text": text}
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head("chat.completion.chunk" if self.kind == "chat.completion" else self.kind)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

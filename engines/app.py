@@ -1,0 +1,255 @@
+"""The server's application: from HTTP requests to requests of the scheduler, and from its events to answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dsa_export.cli import UserError
+from engines import scheduler
+from engines.api import (
+    DEFAULT_COMPLETION_TOKENS,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Reply,
+    Usage,
+    error_body,
+)
+from engines.sampling import Sampler, Sampling
+from engines.scheduler import Busy, Event, Scheduler, Stopped
+from engines.text import Answer, Text
+
+T = TypeVar("T")
+MAX_PROMPTS = 16
+"""Prompts of one completion request: a list of them is answered in one go."""
+STOP_SECONDS = 60.0
+"""How long a stop waits for the call that is running."""
+
+
+def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -> FastAPI:
+    """The application; it starts the scheduler and stops it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        scheduler.start()
+        yield
+        await asyncio.to_thread(scheduler.stop, STOP_SECONDS)
+
+    app = FastAPI(title="dsa-toolchain", lifespan=lifespan, max_body_size=max_body)
+    service = Service(scheduler, text, model)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await service.complete(body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await service.chat(body, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {"id": model, "object": "model", "created": 0, "owned_by": "dsa-toolchain"}
+        return {"object": "list", "data": [{**card, "max_model_len": service.max_context}]}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        state = {"running": scheduler.running, "waiting": scheduler.waiting, "slots": scheduler.slots}
+        alive = scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "stopped", **state}, 200 if alive else 503)
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:] if first["type"] != "json_invalid") or None
+        detail = f": {first['ctx']['error']}" if first["type"] == "json_invalid" else ""
+        return JSONResponse(error_body(400, f"{where or 'body'}: {first['msg']}{detail}", where), 400)
+
+    return app
+
+
+class Service:
+    """From a validated request to requests of the scheduler, and from their events to HTTP."""
+
+    def __init__(self, scheduler: Scheduler, text: Text, model: str):
+        self.scheduler = scheduler
+        self.text = text
+        self.model = model
+        self.engine = scheduler.runner.engine
+        self.max_context = self.engine.limits.max_context
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        if len(body.prompts) > MAX_PROMPTS:
+            raise ApiError(400, f"prompt: at most {MAX_PROMPTS} prompts in one request", param="prompt")
+        prompts = [await self._tokens(prompt) for prompt in body.prompts]
+        limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+        return await self._answer(body, prompts, limit, Reply("text_completion", self.model), request)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        messages = [message.as_template_input() for message in body.messages]
+        prompt = await in_thread(self.text.chat, messages)
+        limit = body.max_completion_tokens or body.max_tokens
+        return await self._answer(body, [prompt], limit, Reply("chat.completion", self.model), request)
+
+    async def _tokens(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return await in_thread(self.text.encode, prompt)
+        if not prompt or max(prompt) >= self.engine.model.vocab_size:
+            size = self.engine.model.vocab_size
+            raise ApiError(400, f"prompt: expected at least one token id, all in 0..{size - 1}", param="prompt")
+        return prompt
+
+    async def _answer(
+        self, body: GenerationRequest, prompts: list[list[int]], limit: int | None, reply: Reply, request: Request
+    ) -> Response:
+        if body.model not in (None, self.model):
+            raise ApiError(404, f"model {body.model!r} is not served here", param="model", code="model_not_found")
+        answers = [Answer(self.text, self._room(prompt, limit), body.stop_strings) for prompt in prompts]
+        default = 1.0 if body.temperature is None else body.temperature
+        sampling = Sampling(default, 1.0 if body.top_p is None else body.top_p, body.seed)
+        events = self._events(prompts, answers, sampling)
+
+        def usage() -> Usage:
+            return Usage(sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers))
+
+        try:
+            if body.stream:
+                # The first event comes before the status line: what fails at once is an HTTP error.
+                first = await unless_gone(request, anext(events))
+                stream = server_sent_events(first, events, reply, usage if body.wants_usage else None)
+                return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            texts = await unless_gone(request, whole_texts(events, len(prompts)))
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it; nginx's number for this
+        return JSONResponse(reply.whole(texts, [answer.finish_reason for answer in answers], usage()))
+
+    def _room(self, prompt: Sequence[int], limit: int | None) -> int:
+        """Tokens that an answer may have: `limit`, or whatever fits behind the prompt."""
+        room = self.max_context - len(prompt)
+        if room < (limit or 1):
+            asked = f" and {limit} of the answer" if limit else ""
+            raise ApiError(
+                400,
+                f"{len(prompt)} tokens of the prompt{asked} do not fit into this engine's {self.max_context}",
+                param="max_tokens" if room >= 1 else "prompt",
+                code="context_length_exceeded",
+            )
+        return limit or room
+
+    async def _events(
+        self, prompts: list[list[int]], answers: list[Answer], sampling: Sampling
+    ) -> AsyncIterator[tuple[int, Event]]:
+        """(choice, event) of all prompts until the last one ends. Raises ApiError. Closing it frees their rows."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        requests: list[scheduler.Request] = []
+        try:
+            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+
+                def listener(event: Event, i: int = i) -> None:
+                    loop.call_soon_threadsafe(arrived.put_nowait, (i, event))
+
+                requests.append(scheduler.Request(prompt, answer, Sampler(sampling, row=i), listener))
+                self._submit(requests[-1])
+            running = len(requests)
+            while running:
+                i, event = await arrived.get()
+                if event.error:
+                    raise ApiError(503, str(event.error) or "out of memory", code="unavailable")
+                running -= event.finish_reason is not None
+                yield i, event
+        finally:
+            for request in requests:
+                request.cancel()
+
+    def _submit(self, request: scheduler.Request) -> None:
+        try:
+            self.scheduler.submit(request)
+        except Busy as error:
+            raise ApiError(429, str(error), code="rate_limit_exceeded") from None
+        except Stopped as error:
+            raise ApiError(503, str(error), code="unavailable") from None
+
+
+async def in_thread(encode: Any, argument: Any) -> list[int]:
+    """Tokenizes beside the event loop: a long prompt takes a while. Raises ApiError for what is not a prompt."""
+    try:
+        return await asyncio.to_thread(encode, argument)
+    except UserError as error:
+        raise ApiError(400, str(error)) from None
+
+
+async def whole_texts(events: AsyncIterator[tuple[int, Event]], choices: int) -> list[str]:
+    texts: list[list[str]] = [[] for _ in range(choices)]
+    async for i, event in events:
+        texts[i].append(event.text)
+    return ["".join(parts) for parts in texts]
+
+
+async def server_sent_events(
+    first: tuple[int, Event], events: AsyncIterator[tuple[int, Event]], reply: Reply, usage: Any
+) -> AsyncIterator[str]:
+    """The data lines of a stream; an error after the first token is one of them and ends the stream."""
+    begun: set[int] = set()
+
+    def line(i: int, event: Event) -> str:
+        part = reply.part(i, event.text, event.finish_reason, first=i not in begun)
+        begun.add(i)
+        return data_line(part)
+
+    try:
+        yield line(*first)
+        async for i, event in events:
+            yield line(i, event)
+    except ApiError as error:
+        yield data_line(error.body)
+        return
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]
+    if usage:
+        yield data_line(reply.usage_part(usage()))
+    yield "data: [DONE]\n\n"
+
+
+def data_line(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed the connection before there was an answer."""
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects. Raises ClientGone then."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()

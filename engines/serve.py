@@ -1,0 +1,90 @@
+"""python -m engines.serve: an engine behind OpenAI's HTTP API.
+
+    python -m engines.serve --engine out/engines/ort/sparse
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
+
+/v1/chat/completions and /v1/completions (streaming or not), /v1/models, /health. Requests that run at the same time
+share the engine's calls (continuous batching). Ctrl-C or SIGTERM lets running requests finish for --grace seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+
+from dsa_export.cli import UserError, console, run
+from engines.generate import add_engine_arguments, at_least_one
+from engines.session import open_runner
+from engines.text import Text
+
+MAX_BODY_BYTES = 8 * 2**20
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        import uvicorn
+
+        from engines.app import create_app
+        from engines.scheduler import Scheduler
+    except ModuleNotFoundError as error:
+        raise UserError(f"the server needs {error.name}: pip install 'dsa-toolchain[serve]'") from None
+    address = listen(args.host, args.port)
+    runner = open_runner(args.engine, threads=args.threads)
+    engine = runner.engine
+    slots = min(args.slots or engine.limits.max_batch, engine.limits.max_batch)
+    app = create_app(
+        Scheduler(runner, slots=slots, queue=args.queue), Text(engine),
+        model=args.model_name or f"{engine.folder.resolve().name}-{engine.dtype}", max_body=args.max_body_bytes,
+    )  # fmt: skip
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.grace)
+    host, port = address.getsockname()[:2]
+    console.print(
+        f"Serving {engine.folder} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: {slots} requests at a "
+        f"time, {engine.limits.max_context} tokens each, {args.queue} more may wait. Ctrl-C stops"
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[address])
+    except KeyboardInterrupt:  # uvicorn has finished its graceful stop and passes the signal on
+        console.print("Stopped")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m engines.serve", description=summary.partition(": ")[2], epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_engine_arguments(parser)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; there is no authentication (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 chooses a free one (default: %(default)s)")
+    add(
+        "--slots",
+        type=at_least_one,
+        metavar="N",
+        help="requests that run at the same time (default: the engine's rows)",
+    )
+    add(
+        "--queue", type=int, default=32, metavar="N", help="requests that may wait; more get 429 (default: %(default)s)"
+    )
+    add(
+        "--grace", type=int, default=30, metavar="SECONDS", help="for running requests at a stop (default: %(default)s)"
+    )
+    add("--model-name", metavar="NAME", help="what /v1/models says (default: the engine folder's name and type)")
+    add("--max-body-bytes", type=at_least_one, default=MAX_BODY_BYTES, metavar="N", help="(default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, opened before the engine is loaded. Raises UserError if the address cannot be used."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error}") from None
+
+
+if __name__ == "__main__":
+    run(main)

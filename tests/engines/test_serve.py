@@ -1,0 +1,518 @@
+"""The server over real HTTP on loopback: answers, several clients, bad requests, clients that leave, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from dsa_export.cli import UserError
+from engines import serve
+from engines.app import create_app
+from engines.sampling import Sampler, Sampling
+from engines.scheduler import SMALLEST_CAPACITY, Event, Request, Scheduler
+from engines.session import Runner, Session
+from engines.text import Answer, Text
+from tests.engines import toy
+from tests.engines.commands import one_line, run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@contextmanager
+def serving(
+    runner: Runner, *, slots: int = 4, queue: int = 64, endless: bool = False, grace: int = 5
+) -> Iterator[httpx.Client]:
+    """A server in a thread of this process, and a client of it; it must end as its command would.
+
+    endless: no token ends an answer. grace: seconds that a stop leaves to running requests.
+    """
+    scheduler = Scheduler(runner, slots=slots, queue=queue)
+    text = Text(runner.engine)
+    if endless:
+        text.end_tokens = frozenset()
+    app = create_app(scheduler, text, model="toy", max_body=100_000)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace))
+    address = serve.listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [address]})
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{address.getsockname()[1]}", timeout=60) as client:
+        wait_until(lambda: server.started)
+        try:
+            yield client
+        finally:
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive() and not scheduler.alive
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def client(runners: dict[str, Runner]) -> Iterator[httpx.Client]:
+    with serving(runners["sparse"]) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def text(runners: dict[str, Runner]) -> Text:
+    return Text(runners["sparse"].engine)
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, toy.END_OF_TEXT, length).tolist()
+
+
+def alone(runner: Runner, prompt: list[int], tokens: int) -> str:
+    """The greedy answer of a session that nobody shares."""
+    answer = Answer(Text(runner.engine), tokens)
+    session = Session(runner)
+    logits = session.prefill([prompt])
+    shown = answer.push(int(logits[0].argmax()))
+    while not answer.finish_reason:
+        shown += answer.push(int(session.decode([answer.tokens[-1]])[0].argmax()))
+    return shown
+
+
+def complete(client: httpx.Client, prompt: Any, tokens: int = 8, **options: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}
+    response = client.post(COMPLETIONS, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(client: httpx.Client, url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a stream, whose last line must be [DONE]."""
+    with client.stream("POST", url, json={**body, "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def idle(client: httpx.Client) -> bool:
+    state = client.get("/health").json()
+    return state["running"] == 0 and state["waiting"] == 0
+
+
+# Answers
+
+
+def test_a_completion_equals_the_session(client: httpx.Client, runners: dict[str, Runner]):
+    prompt = prompt_of(30, 0)
+    answer = complete(client, prompt, 12)
+    assert answer["choices"][0]["text"] == alone(runners["sparse"], prompt, 12)
+    assert answer["object"] == "text_completion" and answer["model"] == "toy"
+    assert answer["usage"]["prompt_tokens"] == 30
+    assert answer["usage"]["total_tokens"] == 30 + answer["usage"]["completion_tokens"]
+    assert answer["choices"][0]["finish_reason"] in ("length", "stop")
+
+
+def test_a_stream_says_the_same_as_the_whole(client: httpx.Client):
+    body = {"messages": [{"role": "user", "content": "Hällo 😀"}], "temperature": 0, "max_tokens": 20}
+    whole = client.post(CHAT, json=body).json()
+    parts = stream(client, CHAT, {**body, "stream_options": {"include_usage": True}})
+    deltas = [part["choices"][0]["delta"] for part in parts[:-1]]
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
+    assert deltas[0]["role"] == "assistant" and not any("role" in delta for delta in deltas[1:])
+    assert parts[-1]["usage"] == whole["usage"]
+    assert parts[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert {part["object"] for part in parts} == {"chat.completion.chunk"}
+    assert len({part["id"] for part in parts}) == 1
+
+
+def test_chat_applies_the_template(client: httpx.Client, text: Text):
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "y"}]}]
+    answer = client.post(CHAT, json={"messages": messages, "max_completion_tokens": 1}).json()
+    assert answer["usage"]["prompt_tokens"] == len(text.encode("system: x\nuser: y\nassistant: "))
+
+
+def test_several_prompts_give_several_choices(client: httpx.Client, runners: dict[str, Runner]):
+    prompts = [prompt_of(9, 1), prompt_of(21, 2)]
+    answer = complete(client, prompts, 6)
+    assert [c["text"] for c in answer["choices"]] == [alone(runners["sparse"], prompt, 6) for prompt in prompts]
+    assert [c["index"] for c in answer["choices"]] == [0, 1]
+    parts = stream(client, COMPLETIONS, {"prompt": prompts, "max_tokens": 6, "temperature": 0})
+    for i in (0, 1):
+        streamed = "".join(p["choices"][0]["text"] for p in parts if p["choices"][0]["index"] == i)
+        assert streamed == answer["choices"][i]["text"]
+
+
+def test_a_stop_string_ends_an_answer(client: httpx.Client):
+    whole = complete(client, "abcd", 40)["choices"][0]["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    cut = complete(client, "abcd", 40, stop=[stop])["choices"][0]
+    assert cut == {"index": 0, "text": whole[: whole.index(stop)], "logprobs": None, "finish_reason": "stop"}
+
+
+def test_a_seed_repeats_an_answer(client: httpx.Client):
+    body = {"prompt": "abc", "max_tokens": 20, "seed": 3, "temperature": 1.5, "top_p": 0.9}
+    answers = [client.post(COMPLETIONS, json=body).json()["choices"][0]["text"] for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[0] != client.post(COMPLETIONS, json={**body, "seed": 4}).json()["choices"][0]["text"]
+
+
+def test_models_and_health(client: httpx.Client):
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("toy", toy.MAX_POSITIONS)
+    wait_until(lambda: idle(client))
+    assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0, "slots": 4}
+
+
+# Several clients
+
+
+@pytest.mark.parametrize("variant", ["dense", "sparse"])
+def test_concurrent_clients_get_what_each_gets_alone(runners: dict[str, Runner], variant: str):
+    """More clients than rows, prompts of one token up to several chunks, and some that outgrow their batch."""
+    runner = runners[variant]
+    lengths = [1, 2, 127, 128, 129, 300, 700, 5, 64, 1, SMALLEST_CAPACITY - 3, SMALLEST_CAPACITY + 5]
+    prompts = [prompt_of(length, seed) for seed, length in enumerate(lengths)]
+    expected = [alone(runner, prompt, 10 + i) for i, prompt in enumerate(prompts)]
+    with serving(runner, slots=5) as client, ThreadPoolExecutor(len(prompts)) as pool:
+        for _ in range(2):
+            answers = pool.map(lambda i: complete(client, prompts[i], 10 + i), range(len(prompts)))
+            assert [answer["choices"][0]["text"] for answer in answers] == expected
+
+
+def test_requests_share_calls(runners: dict[str, Runner], text: Text, monkeypatch: pytest.MonkeyPatch):
+    """Four requests that are there from the start decode together: as many calls as one of them needs."""
+    runner = runners["sparse"]
+    calls: list[tuple[int, int]] = []
+    original = type(runner).run
+    monkeypatch.setattr(
+        type(runner), "run", lambda *args: (calls.append(args[2].shape), original(*args))[1]  # runner, caches, ids
+    )  # fmt: skip
+    scheduler, ended = Scheduler(runner, slots=4, queue=0), threading.Semaphore(0)
+    monkeypatch.setattr(text, "end_tokens", frozenset())
+
+    def listener(event: Event) -> None:
+        assert event.error is None
+        if event.finish_reason:
+            ended.release()
+
+    requests = [Request([7 + i], Answer(text, 20), Sampler(Sampling()), listener) for i in range(4)]
+    scheduler._waiting.extend(requests)
+    scheduler.start()
+    assert all(ended.acquire(timeout=20) for _ in requests)
+    scheduler.stop(20)
+    assert calls == [(4, 1)] * 20
+
+
+def test_a_long_prompt_does_not_stop_the_others(runners: dict[str, Runner], text: Text):
+    """While a prompt of 32 chunks is read, a running request goes on with a token after every chunk."""
+    runner, order = runners["sparse"], []
+    scheduler = Scheduler(runner, slots=2, queue=0)
+    ended = threading.Semaphore(0)
+
+    def listener(name: str) -> Any:
+        def listen(event: Event) -> None:
+            order.append(name)
+            if event.finish_reason:
+                ended.release()
+
+        return listen
+
+    class Always(Sampler):
+        def __call__(self, logits: np.ndarray) -> int:
+            return 70
+
+    short = Request([1], Answer(text, 60), Always(Sampling()), listener("short"))
+    long = Request(prompt_of(4000, 0), Answer(text, 2), Always(Sampling()), listener("long"))
+    scheduler._waiting.extend([short, long])
+    scheduler.start()
+    assert all(ended.acquire(timeout=30) for _ in range(2))
+    scheduler.stop(20)
+    assert order[:30] == ["short"] * 30
+    assert order.index("long") == pytest.approx(4000 / 128, abs=2)
+
+
+# Limits
+
+
+def refused(response: httpx.Response, status: int, *words: str, kind: str = "invalid_request_error") -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["type"] == kind
+    assert set(error) == {"message", "type", "param", "code"}
+    for word in words:
+        assert word in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b'{"prompt": "x"', "JSON decode error"),
+        (b"", "Field required"),
+        (b"[1, 2]", "dictionary"),
+        (b'"text"', "dictionary"),
+        (b'{"prompt": "\xff\xfe"}', "error parsing the body"),
+        (b'{"prompt": "\\ud83e"}', "not valid Unicode"),
+        (b"[" * 5000, ""),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", ""),
+    ],
+)
+def test_bodies_that_are_not_requests(client: httpx.Client, content: bytes, word: str):
+    response = client.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    refused(response, 400, word)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"), ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 3}, "temperature"), ({"temperature": "1"}, "temperature"), ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"), ({"seed": 1.5}, "seed"), ({"stream": "yes"}, "stream"), ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 5}, "stop"), ({"n": 2}, "n"), ({"prompt": ""}, None), ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": 5}, "prompt"),
+        ({"prompt": [toy.V]}, "prompt"), ({"prompt": ["a", 1]}, "prompt"), ({"prompt": None}, "prompt"),
+        ({"prompt": ["x"] * 17}, "prompt"), ({"logprobs": 3}, None), ({"tools": [{}]}, None),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused(client: httpx.Client, change: dict[str, Any], param: str | None):
+    response = client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 2, **change})
+    refused(response, 400)
+    assert (response.json()["error"]["param"] or "").split(".")[0] == (param or "")
+
+
+def test_infinite_numbers_are_refused(client: httpx.Client):
+    for number in ("NaN", "Infinity"):
+        content = f'{{"prompt": "x", "temperature": {number}}}'.encode()
+        refused(client.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"}), 400)
+
+
+def test_bad_chats_are_refused(client: httpx.Client):
+    for messages in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}], "hello"):
+        refused(client.post(CHAT, json={"messages": messages}), 400, "messages")
+    refused(client.post(CHAT, json={"messages": [{"role": "tool", "content": "x"}]}), 400, "unknown role tool")
+
+
+def test_prompts_beyond_the_capacity_are_refused(client: httpx.Client):
+    response = client.post(COMPLETIONS, json={"prompt": "x" * toy.MAX_POSITIONS, "max_tokens": 1})
+    refused(response, 400, "4096 tokens of the prompt and 1 of the answer do not fit into this engine's 4096")
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    complete(client, "x" * (toy.MAX_POSITIONS - 2), 2)
+
+
+def test_unknown_models_paths_and_methods(client: httpx.Client):
+    refused(client.post(COMPLETIONS, json={"prompt": "x", "model": "gpt"}), 404, "'gpt' is not served here")
+    refused(client.get("/v1/nothing"), 404)
+    refused(client.get(COMPLETIONS), 405)
+    complete(client, "x", 1, model="toy", user="fields that change nothing are ignored", logprobs=None, tools=[])
+
+
+def test_a_body_beyond_the_limit_is_refused(client: httpx.Client):
+    assert client.post(COMPLETIONS, json={"prompt": "x" * 200_000}).status_code == 413
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(20):
+            yield b" " * 10_000
+
+    headers = {"Content-Type": "application/json"}
+    assert client.post(COMPLETIONS, content=chunks(), headers=headers).status_code == 413
+
+
+def test_requests_beyond_the_queue_get_429_and_the_others_their_answers(runners: dict[str, Runner]):
+    with serving(runners["sparse"], slots=1, queue=1) as client, ThreadPoolExecutor(6) as pool:
+        body = {"prompt": "abc", "max_tokens": 300, "temperature": 0}
+        responses = list(pool.map(lambda _: client.post(COMPLETIONS, json=body), range(6)))
+        statuses = sorted(response.status_code for response in responses)
+        assert statuses.count(200) >= 2 and statuses.count(429) >= 1 and set(statuses) == {200, 429}
+        refused(next(r for r in responses if r.status_code == 429), 429, "try again later", kind="rate_limit_error")
+        assert len({r.json()["choices"][0]["text"] for r in responses if r.status_code == 200}) == 1
+        wait_until(lambda: idle(client))
+
+
+# Trouble
+
+
+def test_when_memory_runs_out_one_request_ends_and_the_others_go_on(
+    runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch
+):
+    runner = runners["sparse"]
+    original = type(runner).allocate
+
+    def allocate(self: Runner, batch: int, capacity: int) -> Any:
+        if capacity > SMALLEST_CAPACITY:
+            raise UserError("no memory for the caches")
+        return original(self, batch, capacity)
+
+    monkeypatch.setattr(type(runner), "allocate", allocate)
+    with serving(runner) as client, ThreadPoolExecutor(2) as pool:
+        expected = alone(runner, prompt_of(20, 0), 50)
+        short = pool.submit(complete, client, prompt_of(20, 0), 50)
+        response = client.post(COMPLETIONS, json={"prompt": prompt_of(SMALLEST_CAPACITY + 1, 1), "max_tokens": 1})
+        refused(response, 503, "no memory for the caches", kind="server_error")
+        body = {"prompt": prompt_of(SMALLEST_CAPACITY - 3, 2), "max_tokens": 50, "stream": True, "temperature": 0}
+        with client.stream("POST", COMPLETIONS, json=body) as growing:  # it fits, until it grows
+            lines = [line for line in growing.iter_lines() if line]
+        assert "no memory for the caches" in lines[-1] or lines[-1] == "data: [DONE]"
+        assert short.result()["choices"][0]["text"] == expected
+        wait_until(lambda: idle(client))
+
+
+def test_a_failing_call_ends_the_longest_request_of_its_batch(
+    runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch
+):
+    runner = runners["sparse"]
+    expected = alone(runner, prompt_of(5, 0), 40)
+    original = type(runner).run
+
+    def run(self: Runner, caches: Any, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        if input_ids.shape[1] == 1 and past.max() > 600:
+            raise UserError("ONNX Runtime failed: no memory")
+        return original(self, caches, input_ids, past, lengths)
+
+    monkeypatch.setattr(type(runner), "run", run)
+    with serving(runner) as client, ThreadPoolExecutor(2) as pool:
+        short = pool.submit(complete, client, prompt_of(5, 0), 40)
+        body = {"prompt": prompt_of(601, 1), "max_tokens": 100, "temperature": 0, "stream": True}
+        with client.stream("POST", COMPLETIONS, json=body) as failing:
+            lines = [line for line in failing.iter_lines() if line]
+        assert "ONNX Runtime failed: no memory" in lines[-1]
+        assert short.result()["choices"][0]["text"] == expected
+        assert complete(client, prompt_of(5, 0), 40)["choices"][0]["text"] == expected
+
+
+def test_an_error_of_ours_ends_all_requests_and_shows_in_health(
+    runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch
+):
+    runner = runners["sparse"]
+    monkeypatch.setattr(type(runner), "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the traceback that it prints
+    with serving(runner) as client:
+        refused(client.post(COMPLETIONS, json={"prompt": "x"}), 503, kind="server_error")
+        assert client.get("/health").status_code == 503
+        refused(client.post(COMPLETIONS, json={"prompt": "x"}), 503, "shutting down", kind="server_error")
+
+
+def test_200_clients_that_leave_cost_neither_rows_nor_memory(runners: dict[str, Runner]):
+    with serving(runners["sparse"], slots=3, queue=8, endless=True) as client:
+
+        def leave(number: int) -> None:
+            body = {"prompt": prompt_of(40, number), "max_tokens": 3000, "temperature": 0, "stream": number % 4 != 0}
+            if not body["stream"]:  # leaves before there is an answer
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(COMPLETIONS, json=body, timeout=0.02)
+                return
+            with client.stream("POST", COMPLETIONS, json=body) as response:
+                assert response.status_code == 200
+                next(response.iter_lines())
+
+        for number in range(40):
+            leave(number)
+        wait_until(lambda: idle(client))
+        before = resident_bytes()
+        for number in range(200):
+            leave(number)
+        wait_until(lambda: idle(client))
+        assert resident_bytes() - before < 8 * 2**20
+        assert threading.active_count() < 100
+        assert complete(client, prompt_of(30, 0), 3)["choices"][0]["text"] == alone(
+            runners["sparse"], prompt_of(30, 0), 3
+        )
+
+
+def test_a_waiting_client_that_leaves_gives_up_its_place(runners: dict[str, Runner]):
+    with serving(runners["sparse"], slots=1, queue=1, endless=True) as client:
+        body = {"prompt": "abc", "max_tokens": 4000, "stream": True, "temperature": 0}
+        with client.stream("POST", COMPLETIONS, json=body) as running:
+            lines = running.iter_lines()  # kept: httpx closes the connection of an iterator that is dropped
+            next(lines)
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(COMPLETIONS, json={"prompt": "x"}, timeout=0.1)
+            wait_until(lambda: client.get("/health").json()["waiting"] == 0)
+        wait_until(lambda: idle(client))
+
+
+# The command
+
+
+@contextmanager
+def command(engine: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server in a process of its own, on a free port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engines.serve", "--engine", str(engine), "--port", "0", *options],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        match = re.search(r"at (http://127.0.0.1:\d+)/v1", process.stdout.readline())
+        assert match, process.communicate()
+        yield process, match[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_stop_lets_running_requests_finish(engines: Path):
+    body = {"prompt": "abc", "max_tokens": 60, "temperature": 0, "stream": True}
+    with command(engines / "ort/sparse") as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: reachable(client))
+        with client.stream("POST", COMPLETIONS, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        output, error = process.communicate(timeout=30)
+        assert (process.returncode, error) == (0, "")
+        assert "Stopped" in output
+
+
+def test_a_stop_is_bounded(runners: dict[str, Runner]):
+    body = {"prompt": "abc", "max_tokens": 4000, "temperature": 0, "stream": True}
+    with serving(runners["dense"], endless=True, grace=1) as client:
+        response = client.send(client.build_request("POST", COMPLETIONS, json=body), stream=True)
+        lines = response.iter_lines()
+        next(lines)
+        began = time.monotonic()
+    assert time.monotonic() - began < 15
+    response.close()
+
+
+def reachable(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_an_address_that_is_taken_is_one_line(engines: Path, capsys: pytest.CaptureFixture[str]):
+    with serve.listen("127.0.0.1", 0) as taken:
+        options = ["--engine", str(engines / "ort/sparse"), "--port", str(taken.getsockname()[1])]
+        code, _, error = run_command(serve.main, options, capsys)
+        assert code == 1 and "cannot listen on 127.0.0.1:" in one_line(error)
+
+
+def test_without_the_web_framework_the_command_says_what_to_install(engines: Path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, error = run_command(serve.main, ["--engine", str(engines / "ort/sparse")], capsys)
+    assert code == 1 and "pip install 'dsa-toolchain[serve]'" in one_line(error)
