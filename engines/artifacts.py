@@ -22,15 +22,16 @@ from dsa_export.files import MANIFEST, read_manifest, sha256
 from dsa_export.topk import topk_per_layer
 
 VARIANTS = ("dense", "sparse")
-BACKENDS = ("ort", "tensorrt-rtx", "tensorrt")
+BACKENDS = ("ort", "tensorrt-rtx", "tensorrt", "torch")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8e4m3fn": 1, "int8": 1}
 
 # The distribution whose version an engine depends on, and how many parts of the version must agree: ONNX Runtime reads
-# models of its other patch releases, plans are tied to the exact build.
+# models of its other patch releases, plans are tied to the exact build, torch reads every checkpoint.
 RUNTIMES = {
     "ort": (("onnxruntime", "onnxruntime-gpu"), 2),
     "tensorrt-rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), 4),
     "tensorrt": (("tensorrt-cu13", "tensorrt-cu12", "tensorrt"), 4),
+    "torch": (("torch",), 1),
 }
 
 
@@ -116,11 +117,16 @@ class Variant:
         )
 
     def workspace_bytes_per_query(self, capacity: int) -> int:
-        """Bytes that one layer of the ONNX form needs for one query token of one row: it bounds the prefill chunk."""
+        """Bytes that one layer of the ONNX form needs for one query token of one row: it bounds the prefill chunk.
+
+        Dense: scores and probabilities of every head, fp32. Sparse: index scores of every indexer head before and after
+        ReLU, their weighted sum, the same masked, and its mask; then K and V of the selected rows, gathered and
+        reshaped. Together with the weights and the caches this is a session's peak: `engines.session.peak_bytes`.
+        """
         if self.variant == "dense":
             return 2 * capacity * self.model.query_heads * 4
         gathered_rows = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
-        return capacity * self.model.index_heads * 4 + gathered_rows
+        return capacity * (2 * self.model.index_heads + 3) * 4 + gathered_rows
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Writes <out>/<backend>/<variant>/ per engine, with a manifest that is checked be
     ort           the graph and its weights in a folder of their own, loaded and run once
     tensorrt-rtx  a plan of standard operators; needs no GPU
     tensorrt      a plan with this project's plugins; by trtexec if it is on the PATH, else by TensorRT's Python API
+    torch         the checkpoint of the export, for the project's own model: CPU, or a GPU with CUDA graphs
 """
 
 from __future__ import annotations
@@ -351,6 +352,21 @@ def timing_cache(shared: Path, private: Path) -> Iterator[None]:
         private.unlink()
 
 
+# torch
+
+
+def build_torch(export: Export, limits: Limits, args: argparse.Namespace) -> None:
+    from engines.torch_runner import link_checkpoint
+
+    for variant in args.variant:
+        graph = export.graphs[variant]
+        with output_folder(args.out / "torch" / variant) as folder:
+            files = link_checkpoint(export, folder, link_or_copy)
+            write_engine_manifest(folder, "torch", graph, export, limits, dict.fromkeys(files))
+            run_one_step(folder)
+        report(args.out / "torch" / variant)
+
+
 # Shared
 
 
@@ -482,7 +498,7 @@ def report(folder: Path) -> None:
     console.print(f"wrote {folder}: {manifest['variant']}, {manifest['precision']}, k = {k}, {mib:,.1f} MiB")
 
 
-BUILDERS = {"ort": build_ort, "tensorrt-rtx": build_tensorrt_rtx, "tensorrt": build_tensorrt}
+BUILDERS = {"ort": build_ort, "tensorrt-rtx": build_tensorrt_rtx, "tensorrt": build_tensorrt, "torch": build_torch}
 
 if __name__ == "__main__":
     run(main)

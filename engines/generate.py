@@ -46,7 +46,7 @@ def main() -> None:
     write("\n")
     errors.print(figures(len(prompt), len(answer.tokens), prefill_seconds, decode_seconds))
     if runner.engine.random_indexer and runner.engine.variant == "sparse":
-        errors.print(f"The indexer is random: do not trust answers beyond {runner.engine.topk} tokens of context")
+        errors.print(f"The indexer is random: do not trust answers beyond {min(runner.engine.topk)} tokens of context")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -20,7 +20,9 @@ from engines.artifacts import Engine
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
 CPU_DTYPES = ("fp32", "fp16")
 
+# What a graph that was edited by hand raises; and what memory that ran out does, while loading or in a call.
 LOAD_ERRORS = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.InvalidArgument, state.NotImplemented)
+RUN_ERRORS = (RuntimeError, state.RuntimeException, state.Fail, MemoryError)
 
 
 @dataclass
@@ -95,7 +97,7 @@ class OrtRunner:
             caches.binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
         try:
             self.session.run_with_iobinding(caches.binding)
-        except state.RuntimeException as error:  # such as no memory for the workspace
+        except RUN_ERRORS as error:  # such as no memory for the workspace
             raise UserError(f"ONNX Runtime failed in {self.engine.folder}: {error}") from None
         return caches.logits[:, 0]
 
@@ -109,8 +111,9 @@ def load(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession
     """Loads a graph for the CPU. Raises UserError if ONNX Runtime refuses it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-    options.log_severity_level = 3  # its warnings about unused constants say nothing to a user
+    options.log_severity_level = 4  # its errors are raised too, its warnings say nothing to a user
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except LOAD_ERRORS as error:
-        raise UserError(f"ONNX Runtime cannot load {path}: {error}") from None
+    except (*LOAD_ERRORS, *RUN_ERRORS) as error:
+        reason = "memory is full" if "bad_alloc" in str(error) or isinstance(error, MemoryError) else error
+        raise UserError(f"ONNX Runtime cannot load {path}: {reason}") from None

@@ -73,7 +73,13 @@ def open_runner(folder: Path, *, threads: int | None = None, verify: bool = True
         from engines.ort import OrtRunner
 
         return OrtRunner(engine, threads=threads)
-    raise UserError(f"{folder}: engines of backend {engine.backend} are built but cannot be run yet; use --backend ort")
+    if engine.backend == "torch":
+        from engines.torch_runner import TorchRunner
+
+        return TorchRunner(engine, threads=threads)
+    from engines.tensorrt_runner import TensorRTRunner
+
+    return TensorRTRunner(engine)
 
 
 class Session:
@@ -236,3 +242,12 @@ def chunk_tokens(variant: Variant, largest: int, batch: int, capacity: int) -> i
     while chunk > 1 and chunk * batch * variant.workspace_bytes_per_query(capacity) > WORKSPACE_BYTES:
         chunk //= 2
     return chunk
+
+
+def peak_bytes(engine: Engine, batch: int, capacity: int) -> int:
+    """What a session of `batch` rows needs at most beside the interpreter, whatever the context: weights (all files of
+    the engine), caches, and the workspace of one layer, which chunk_tokens() keeps below WORKSPACE_BYTES."""
+    weights = sum(file["bytes"] for file in engine.manifest["files"].values())
+    caches = batch * capacity * engine.cache_bytes_per_token()
+    chunk = chunk_tokens(engine, engine.limits.prefill_chunk, batch, capacity)
+    return weights + caches + batch * chunk * engine.workspace_bytes_per_query(capacity)

@@ -85,12 +85,6 @@ def test_a_folder_that_is_no_engine(export: Path, tmp_path: Path):
     assert "run that first" in refusal(tmp_path)
 
 
-def test_a_backend_without_a_runner(engine_folder: Path):
-    edit(engine_folder, backend="tensorrt-rtx", versions={"runtime": artifacts.runtime_version("tensorrt-rtx")})
-    with pytest.raises(UserError, match="cannot be run yet; use --backend ort"):
-        open_runner(engine_folder)
-
-
 def test_a_changed_export(export: Path, tmp_path: Path):
     damaged = copy_tree(export, tmp_path / "onnx")
     with (damaged / "dense" / "model.onnx.data").open("r+b") as file:

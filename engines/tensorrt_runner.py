@@ -1,0 +1,178 @@
+"""TensorRT (with this project's plugins) and TensorRT-RTX: one runner over what their Python APIs have in common.
+
+Device memory is torch's. The capacity is the build's; one buffer is bound to past and present of every cache, which is
+what the cache update layer asks for (its output aliases its input). Profile 0 decodes, profile 1 pre-fills: see
+engines.profiles.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_export.cli import UserError
+from engines.artifacts import Engine, content_hash, rebuild_command
+from plugins.load import LibraryNotLoaded, load_library
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DECODE, PREFILL = 0, 1
+
+
+@dataclass
+class DeviceCaches:
+    batch: int
+    capacity: int
+    tensors: dict[str, Tensor]  # "{layer}.{name}" -> [B, H, C, D]
+
+
+class TensorRTRunner:
+    """Runs an engine folder of backend `tensorrt` or `tensorrt-rtx` on the first GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        check_gpu(engine, self._compute_capability())
+        check_plugin(engine)
+        self.trt = importlib.import_module(MODULES[engine.backend])
+        if engine.manifest["plugin"]:
+            load_plugins(self.trt, Path(engine.manifest["plugin"]["path"]))
+        self._logger = _logger(self.trt)
+        self._runtime = self.trt.Runtime(self._logger)  # kept: the engine needs it as long as it lives
+        path = engine.folder / "engine.plan"
+        self._plan = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._plan is None:
+            raise UserError(self._refusal(f"cannot load {path}"))
+        # One context per profile: none has to switch, and each keeps its addresses and shapes.
+        self._contexts = [self._context(profile) for profile in (DECODE, PREFILL)]
+
+    def allocate(self, batch: int, capacity: int) -> DeviceCaches:
+        fixed = self.engine.limits.max_context
+        if capacity > fixed:
+            raise UserError(f"{self.engine.folder} was built for {fixed} tokens per row, not for {capacity}")
+        try:
+            tensors = {
+                name: torch.zeros(tensor.concrete(batch, fixed), dtype=DTYPES[tensor.dtype], device=self.device)
+                for name, tensor in self.engine.cache_names()
+            }
+        except torch.OutOfMemoryError:
+            gib = batch * fixed * self.engine.cache_bytes_per_token() / 2**30
+            raise UserError(f"the GPU has no memory for {gib:.1f} GiB of caches ({batch} rows of {fixed})") from None
+        return DeviceCaches(batch, fixed, tensors)
+
+    def rows(self, caches: DeviceCaches, start: int, stop: int) -> DeviceCaches:
+        return DeviceCaches(stop - start, caches.capacity, {n: t[start:stop] for n, t in caches.tensors.items()})
+
+    def copy(self, source: DeviceCaches, target: DeviceCaches, tokens: int, *, release: bool = False) -> None:
+        for name, tensor in target.tensors.items():
+            tensor[:, :, :tokens] = source.tensors[name][:, :, :tokens]
+            if release:
+                del source.tensors[name]
+
+    def randomise(self, caches: DeviceCaches, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for tensor in caches.tensors.values():
+            tensor.normal_(generator=generator)
+
+    def run(
+        self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
+    ) -> np.ndarray:
+        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
+            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        context = self._contexts[DECODE if input_ids.shape[1] == 1 else PREFILL]
+        inputs = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
+        tensors = {n: torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device) for n, a in inputs.items()}
+        tensors |= {f"past_key_values.{name}": tensor for name, tensor in caches.tensors.items()}
+        logits = torch.empty(caches.batch, 1, self.engine.model.vocab_size, device=self.device)
+        for name, tensor in tensors.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise UserError(self._refusal(f"does not take {name} of shape {list(tensor.shape)}"))
+        outputs = {"logits": logits} | {f"present.{name}": tensor for name, tensor in caches.tensors.items()}
+        for name, tensor in (tensors | outputs).items():
+            context.set_tensor_address(name, tensor.data_ptr())
+        if not context.execute_async_v3(self._stream()):
+            raise UserError(f"{self.engine.backend} failed in {self.engine.folder}: {self._logger.reason()}")
+        return logits[:, 0].cpu().numpy()
+
+    def _context(self, profile: int) -> Any:
+        context = self._plan.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(profile, self._stream()):
+            raise UserError(self._refusal(f"has no memory or no profile {profile} for a context"))
+        return context
+
+    def _refusal(self, what: str) -> str:
+        again = rebuild_command(self.engine.folder, self.engine.manifest)
+        return f"{self.engine.backend} {self.trt.__version__} {what} ({self._logger.reason()}): run `{again}`"
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream().cuda_stream
+
+    def _compute_capability(self) -> str | None:
+        if not torch.cuda.is_available():
+            return None
+        major, minor = torch.cuda.get_device_capability()
+        return f"{major}.{minor}"
+
+
+def check_gpu(engine: Engine, found: str | None) -> None:
+    """Raises UserError unless the GPU of compute capability `found` (None: no GPU) can run the engine."""
+    if found is None:
+        raise UserError(
+            f"{engine.folder} needs an NVIDIA GPU and a CUDA build of torch, and torch sees no GPU; "
+            "engines of --backend ort or torch run on this machine"
+        )
+    built_for = engine.manifest["compute_capability"]  # none: TensorRT-RTX compiles for the GPU that it finds
+    if built_for and found not in built_for:
+        again = rebuild_command(engine.folder, engine.manifest)
+        raise UserError(
+            f"{engine.folder} was built for compute capability {', '.join(built_for)}, this GPU has {found}: "
+            f"run `{again}` here"
+        )
+
+
+def check_plugin(engine: Engine) -> None:
+    """Raises UserError unless the plugin library is the one that the engine was built with."""
+    plugin = engine.manifest["plugin"]
+    if not plugin:
+        return
+    path = Path(plugin["path"])
+    again = f"run `make plugins` and then `{rebuild_command(engine.folder, engine.manifest)}`"
+    if not path.is_file():
+        raise UserError(f"the plugin library {path} of {engine.folder} is missing: {again}")
+    if content_hash(path) != plugin["sha256"]:
+        raise UserError(f"the plugin library {path} is not the one that {engine.folder} was built with: {again}")
+
+
+def load_plugins(trt: Any, path: Path) -> None:
+    try:
+        load_library(trt.get_plugin_registry(), path)
+    except LibraryNotLoaded as error:
+        raise UserError(str(error)) from None
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps errors, for the one line that a user gets."""
+
+    class Errors(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+        def reason(self) -> str:
+            """The first error since the last time: those that follow are its consequences."""
+            first = self.errors[0] if self.errors else "no reason given"
+            self.errors.clear()
+            return first
+
+    return Errors()

@@ -1,0 +1,156 @@
+"""torch: the project's own model from the checkpoint. On a GPU decoding is one CUDA graph with the project's kernels.
+
+The engine folder holds what the export was made from: config, weights (hard links) and tokenizer. The step is the one
+that was exported (`StepGraph`), so both backends compute the same function.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_export.cli import UserError
+from dsa_export.files import checkpoint_hash
+from dsa_export.model import load_model
+from dsa_export.onnx.export import StepGraph
+from dsa_export.topk import compact_topk
+from engines.artifacts import Engine, Export
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+WARM_UP_CALLS = 3  # before a capture: kernels are compiled and library workspaces allocated
+
+
+@dataclass
+class Capture:
+    """A recorded decode call: replaying reads and writes these tensors."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, Tensor, Tensor]
+    logits: Tensor
+
+
+@dataclass
+class TorchCaches:
+    batch: int
+    capacity: int
+    tensors: list[Tensor]  # in the order of Engine.cache_names(): [B, H, C, D]
+    capture: Capture | None = None
+
+
+class TorchRunner:
+    """Runs an engine folder of backend `torch` on the first GPU, or on the CPU where there is none."""
+
+    def __init__(self, engine: Engine, *, threads: int | None = None):
+        self.engine = engine
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if threads and self.device.type == "cpu":
+            torch.set_num_threads(threads)
+        torch.manual_seed(0)  # as in the export: a random indexer becomes the same one
+        model = load_model(
+            engine.folder,
+            attention="dense" if engine.variant == "dense" else "dsa",
+            dtype=DTYPES[engine.dtype],
+            index_topk=compact_topk(engine.topk),
+        )
+        try:
+            self.step = StepGraph(model.requires_grad_(False).to(self.device)).eval()
+        except torch.OutOfMemoryError:
+            raise UserError(f"the GPU has no memory for the weights of {engine.folder}") from None
+
+    def allocate(self, batch: int, capacity: int) -> TorchCaches:
+        try:
+            tensors = [
+                torch.zeros(tensor.concrete(batch, capacity), dtype=CACHE_DTYPES[tensor.dtype], device=self.device)
+                for _, tensor in self.engine.cache_names()
+            ]
+        except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU allocator raises a RuntimeError
+            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+                gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
+                raise UserError(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
+            raise
+        return TorchCaches(batch, capacity, tensors)
+
+    def rows(self, caches: TorchCaches, start: int, stop: int) -> TorchCaches:
+        return TorchCaches(stop - start, caches.capacity, [tensor[start:stop] for tensor in caches.tensors])
+
+    def copy(self, source: TorchCaches, target: TorchCaches, tokens: int, *, release: bool = False) -> None:
+        if release:
+            source.capture = None
+        for i, tensor in enumerate(target.tensors):
+            tensor[:, :, :tokens] = source.tensors[i][:, :, :tokens]
+            if release:
+                source.tensors[i] = torch.empty(0)
+
+    def randomise(self, caches: TorchCaches, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for tensor in caches.tensors:
+            tensor.normal_(generator=generator)
+
+    def run(
+        self, caches: TorchCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
+    ) -> np.ndarray:
+        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
+            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        inputs = [torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (input_ids, past_lengths, input_lengths)]
+        try:
+            with torch.inference_mode():
+                if self.device.type == "cuda" and input_ids.shape[1] == 1:
+                    logits = self._replay(caches, inputs)
+                else:
+                    logits = self._call(caches, [tensor.to(self.device) for tensor in inputs])
+            return logits[:, 0].cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the GPU's memory is full: {str(error).splitlines()[0]}") from None
+
+    def _call(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
+        logits, *_ = self.step(*inputs, caches.tensors)  # outside an export the caches are updated in place
+        return logits
+
+    def _replay(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
+        """The decode call as a CUDA graph, recorded at the first call on these caches.
+
+        Warming up writes the same tokens to the same slots again and again, which changes nothing.
+        """
+        if caches.capture is None:
+            static = [tensor.to(self.device) for tensor in inputs]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_CALLS):
+                    self._call(caches, static)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._call(caches, static)
+            caches.capture = Capture(graph, (static[0], static[1], static[2]), logits)
+        for static_input, tensor in zip(caches.capture.inputs, inputs, strict=True):
+            static_input.copy_(tensor)
+        caches.capture.graph.replay()
+        return caches.capture.logits
+
+
+def link_checkpoint(export: Export, folder: Path, link: Callable[[Path, Path], None]) -> list[str]:
+    """Puts the checkpoint that an export was made from into an engine folder; returns the names of its files.
+
+    Raises UserError if it is not a local folder, if it changed since the export, or if its type cannot be run.
+    """
+    source = Path(export.manifest["source"]["path"])
+    precision = export.manifest["precision"]
+    if precision not in DTYPES:
+        raise UserError(f"backend torch computes in {', '.join(DTYPES)}, not with {precision} weights: use --backend ort")
+    if not source.is_dir():
+        raise UserError(f"backend torch needs the checkpoint of {export.folder}, and {source} is no folder here")
+    if checkpoint_hash(source) != export.manifest["source"]["sha256"]:
+        raise UserError(f"{source} has changed since it was exported: run `python -m dsa_export.onnx` again")
+    files = [path for pattern in CHECKPOINT_FILES for path in sorted(source.glob(pattern))]
+    for path in files:
+        link(Path(os.path.realpath(path)), folder / path.name)
+    return [path.name for path in files]

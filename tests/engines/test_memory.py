@@ -1,0 +1,98 @@
+"""Peak memory is what the formula says, growing adds one tensor at a time, and memory that runs out is one line."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from bench.measure import PeakMemory, in_child
+from dsa_export.cli import UserError
+from dsa_export.files import MANIFEST, sha256
+from engines import ort
+from engines.session import Runner, Session, open_runner, peak_bytes
+from tests.engines import toy
+from tests.engines.commands import copy_tree
+
+MIB = 2**20
+SLACK = 24 * MIB  # activations outside attention, arenas' rounding, the interpreter's own
+
+
+def peak_of_a_full_session(folder: Path, batch: int) -> tuple[float, int]:
+    """MiB gained by loading an engine and running a chunk at its last positions, and the formula's bytes."""
+    memory = PeakMemory()
+    session = Session(open_runner(folder, threads=1, verify=False), batch, capacity=toy.MAX_POSITIONS)
+    session.pretend(toy.MAX_POSITIONS - 129)
+    session.prefill([np.arange(128)] * batch)
+    session.decode([1] * batch)
+    peak = memory.mib()
+    assert peak is not None
+    return peak, peak_bytes(session.engine, batch, toy.MAX_POSITIONS)
+
+
+@pytest.mark.parametrize("variant", ["dense", "sparse"])
+def test_the_peak_is_weights_caches_and_a_bounded_workspace(engines: Path, variant: str):
+    measured, formula = in_child(peak_of_a_full_session, engines / "ort" / variant, 8)
+    assert 0.4 * formula < measured * MIB < formula + SLACK
+
+
+def peak_of_growing(folder: Path, release: bool) -> float:
+    """MiB that full caches need beyond themselves to become twice as large."""
+    runner = open_runner(folder, threads=1, verify=False)
+    small = runner.allocate(1, 2**18)
+    runner.randomise(small, 0)
+    memory = PeakMemory()
+    memory.reset()
+    large = runner.allocate(1, 2**19)
+    runner.copy(small, large, 2**18, release=release)
+    peak = memory.mib()
+    assert peak is not None
+    return peak
+
+
+def test_growing_gives_the_old_caches_back_tensor_by_tensor(engines: Path):
+    """Tensors of 32 MiB, which the allocator returns to the system at once; huge pages round what is touched up."""
+    whole = toy.LAYERS * 2**18 * (2 * toy.HKV * toy.D + toy.DI) * 4 / MIB
+    assert in_child(peak_of_growing, engines / "ort" / "sparse", True) < 0.7 * whole
+    assert in_child(peak_of_growing, engines / "ort" / "sparse", False) > 0.9 * whole
+
+
+def test_no_memory_while_loading(engines: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise state.RuntimeException("[ONNXRuntimeError] : 6 : Exception during initialization: std::bad_alloc")
+
+    monkeypatch.setattr(ort.onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(UserError, match=r"cannot load .*model.onnx: memory is full"):
+        open_runner(engines / "ort" / "dense")
+
+
+def test_an_engine_whose_graph_was_edited_by_hand(engines: Path, tmp_path: Path):
+    """With its hash made to fit, the edit reaches ONNX Runtime, which refuses it: still one line."""
+    folder = copy_tree(engines / "ort" / "sparse", tmp_path / "sparse")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.graph.node[5].op_type = "NoSuchOperator"
+    onnx.save(model, folder / "model.onnx")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    path = folder / "model.onnx"
+    manifest["files"]["model.onnx"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="NoSuchOperator"):
+        open_runner(folder)
+
+
+def test_no_memory_while_running(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Error in execution: Failed to allocate memory for requested buffer of size 134217728")
+
+    session = Session(runner)
+    monkeypatch.setattr(runner, "session", types.SimpleNamespace(run_with_iobinding=refuse))
+    with pytest.raises(UserError, match=r"ONNX Runtime failed in .*Failed to allocate memory"):
+        session.prefill([[1, 2, 3]])
+    assert session.lengths.tolist() == [0]
+    monkeypatch.undo()
+    assert np.isfinite(session.prefill([[1, 2, 3]])).all()

@@ -1,0 +1,160 @@
+"""Backend torch: the same numbers as ONNX Runtime, whatever the session does with the caches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsa_export.files import MANIFEST
+from dsa_export.onnx.__main__ import main as export_main
+from engines import build, generate, torch_runner
+from engines.session import Runner, Session, open_runner
+from tests.engines.commands import copy_tree, one_line, run_command
+
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dsa_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_tree(dsa_folder, tmp_path_factory.mktemp("checkpoint") / "dsa")
+
+
+@pytest.fixture(scope="module")
+def real_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("torch") / "onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["onnx", "--model", str(checkpoint), "--out", str(out)])
+        export_main()
+    return out
+
+
+@pytest.fixture(scope="module")
+def built(real_export: Path) -> Path:
+    folder = real_export.parent / "engines"
+    for backend in ("ort", "torch"):
+        build.build(backend, build.parse_arguments(["--onnx", str(real_export), "--out", str(folder)]))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["dense", "sparse"])
+def pair(request: pytest.FixtureRequest, built: Path) -> tuple[Runner, Runner]:
+    return open_runner(built / "ort" / request.param), open_runner(built / "torch" / request.param)
+
+
+def prompts(lengths: list[int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 512, length) for length in lengths]
+
+
+def test_torch_computes_what_onnx_runtime_does(pair: tuple[Runner, Runner]):
+    """Rows of different lengths, in chunks, across a growth of the caches, then decoding."""
+    sessions = [Session(runner, 3, prefill_chunk=50) for runner in pair]
+    for rows in (prompts([70, 1, 240]), prompts([100, 30, 40])):
+        expected, found = (session.prefill(rows) for session in sessions)
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert [session.capacity for session in sessions] == [512, 512]
+    for token in range(5, 9):
+        expected, found = (session.decode([token] * 3) for session in sessions)
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_rows_are_views_of_the_same_memory(pair: tuple[Runner, Runner]):
+    for runner in pair:
+        caches, prompt = runner.allocate(3, 64), prompts([20])[0]
+        one = np.ones(1, np.int64)
+        middle = runner.rows(caches, 1, 2)
+        runner.run(middle, prompt[None], 0 * one, 20 * one)
+        tail = runner.run(runner.rows(caches, 1, 3), np.array([[7], [7]]), np.array([20, 0]), np.array([1, 1])).copy()
+        expected = Session(runner).prefill([[*prompt, 7]])[0]
+        np.testing.assert_allclose(tail[0], expected, atol=TOLERANCE)
+        other = runner.allocate(1, 128)
+        runner.copy(middle, other, 20)
+        np.testing.assert_allclose(
+            runner.run(other, np.array([[7]]), 20 * one, one)[0], expected, atol=TOLERANCE
+        )  # fmt: skip
+
+
+def test_the_weights_cost_no_space(checkpoint: Path, built: Path):
+    for variant in ("dense", "sparse"):
+        linked = built / "torch" / variant / "model.safetensors"
+        assert linked.samefile(checkpoint / "model.safetensors")
+
+
+def test_the_command_runs_it(built: Path, capsys: pytest.CaptureFixture[str]):
+    answers = []
+    for backend in ("ort", "torch"):
+        options = [
+            "--engine",
+            str(built / backend / "sparse"),
+            "--prompt",
+            "def main",
+            "--raw",
+            "--max-new-tokens",
+            "12",
+        ]
+        code, output, _ = run_command(generate.main, options, capsys)
+        assert code == 0
+        answers.append(output)
+    assert answers[0] == answers[1]
+
+
+def test_a_random_indexer_is_the_exported_one(qwen_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--model", str(qwen_folder), "--random-indexer", "--topk", "16", "--out", str(tmp_path / "onnx")]
+        patch.setattr("sys.argv", ["onnx", *options])
+        export_main()
+    options = ["--onnx", str(tmp_path / "onnx"), "--out", str(tmp_path), "--variant", "sparse"]
+    for backend in ("ort", "torch"):
+        assert run_command(build.main, [*options, "--backend", backend], capsys)[0] == 0
+    rows = prompts([200])
+    expected, found = (Session(open_runner(tmp_path / b / "sparse")).prefill(rows) for b in ("ort", "torch"))
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_a_checkpoint_that_changed_or_is_gone(real_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    export = copy_tree(real_export, tmp_path / "onnx")
+    manifest = json.loads((export / MANIFEST).read_text())
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--backend", "torch"]
+    for source, message in (
+        ({**manifest["source"], "sha256": "0" * 64}, "has changed since it was exported"),
+        ({"path": "Qwen/Qwen2.5-0.5B", "sha256": None}, "is no folder here"),
+    ):
+        (export / MANIFEST).write_text(json.dumps({**manifest, "source": source}))
+        code, _, error = run_command(build.main, options, capsys)
+        assert code == 1 and message in one_line(error)
+    assert not (tmp_path / "engines" / "torch" / "dense").exists()
+
+
+def test_no_memory_for_the_caches_is_said(pair: tuple[Runner, Runner]):
+    from dsa_export.cli import UserError
+
+    for runner in pair:
+        with pytest.raises(UserError, match=r"no memory for .* GiB of caches"):
+            runner.allocate(1, 2**42)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("variant", ["dense", "sparse"])
+def test_cuda_graphs_equal_eager(built: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
+    """Decoding by replay equals the same calls without a graph, also after the caches grew, and for single rows."""
+    runner = open_runner(built / "torch" / variant)
+    graphed, eager = Session(runner, 2), Session(runner, 2)
+    rows = prompts([250, 30])
+    for session in (graphed, eager):
+        session.prefill(rows)
+    for token in range(5, 20):
+        found = graphed.decode([token, token]).copy()
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "_replay", lambda caches, inputs: runner._call(caches, [t.cuda() for t in inputs]))
+            expected = eager.decode([token, token])
+        np.testing.assert_allclose(found, expected, atol=1e-2)
+    assert graphed.caches.capture is not None  # type: ignore[attr-defined]
+
+
+def test_the_module_names_the_types_it_computes_in():
+    assert set(torch_runner.DTYPES) == {"fp32", "fp16", "bf16"}
