@@ -145,7 +145,9 @@ def link_checkpoint(export: Export, folder: Path, link: Callable[[Path, Path], N
     source = Path(export.manifest["source"]["path"])
     precision = export.manifest["precision"]
     if precision not in DTYPES:
-        raise UserError(f"backend torch computes in {', '.join(DTYPES)}, not with {precision} weights: use --backend ort")
+        raise UserError(
+            f"backend torch computes in {', '.join(DTYPES)}, not with {precision} weights: use --backend ort"
+        )
     if not source.is_dir():
         raise UserError(f"backend torch needs the checkpoint of {export.folder}, and {source} is no folder here")
     if checkpoint_hash(source) != export.manifest["source"]["sha256"]:
