@@ -6,6 +6,7 @@ Input and output of each cache are one buffer: TensorScatter then writes the new
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,13 +108,15 @@ def check_dtype(dtype: str) -> None:
         raise UserError(f"ONNX Runtime's CPU kernels do not compute in {dtype}: export with --dtype fp32 or fp16")
 
 
-def load(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """Loads a graph for the CPU. Raises UserError if ONNX Runtime refuses it."""
+def load(
+    path: Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> onnxruntime.InferenceSession:
+    """Loads a graph, for the CPU unless told otherwise. Raises UserError if ONNX Runtime refuses it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 4  # its errors are raised too, its warnings say nothing to a user
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:
         reason = "memory is full" if "bad_alloc" in str(error) or isinstance(error, MemoryError) else error
         raise UserError(f"ONNX Runtime cannot load {path}: {reason}") from None

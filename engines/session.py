@@ -70,9 +70,9 @@ def open_runner(folder: Path, *, threads: int | None = None, verify: bool = True
     """Loads an engine folder with the runner of its backend. Raises UserError if that cannot work here."""
     engine = open_engine(folder, verify=verify)
     if engine.backend == "ort":
-        from engines.ort import OrtRunner
+        from engines import ort, ort_cuda
 
-        return OrtRunner(engine, threads=threads)
+        return (ort_cuda.OrtCudaRunner if ort_cuda.usable() else ort.OrtRunner)(engine, threads=threads)
     if engine.backend == "torch":
         from engines.torch_runner import TorchRunner
 

@@ -8,37 +8,26 @@ engines.profiles.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dsa_export.cli import UserError
 from engines.artifacts import Engine, content_hash, rebuild_command
+from engines.device import DeviceCaches, DeviceRunner
 from plugins.load import LibraryNotLoaded, load_library
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DECODE, PREFILL = 0, 1
 
 
-@dataclass
-class DeviceCaches:
-    batch: int
-    capacity: int
-    tensors: dict[str, Tensor]  # "{layer}.{name}" -> [B, H, C, D]
-
-
-class TensorRTRunner:
+class TensorRTRunner(DeviceRunner):
     """Runs an engine folder of backend `tensorrt` or `tensorrt-rtx` on the first GPU."""
 
-    device = torch.device("cuda")
-
     def __init__(self, engine: Engine):
-        self.engine = engine
+        super().__init__(engine)
         check_gpu(engine, self._compute_capability())
         check_plugin(engine)
         self.trt = importlib.import_module(MODULES[engine.backend])
@@ -57,49 +46,21 @@ class TensorRTRunner:
         fixed = self.engine.limits.max_context
         if capacity > fixed:
             raise UserError(f"{self.engine.folder} was built for {fixed} tokens per row, not for {capacity}")
-        try:
-            tensors = {
-                name: torch.zeros(tensor.concrete(batch, fixed), dtype=DTYPES[tensor.dtype], device=self.device)
-                for name, tensor in self.engine.cache_names()
-            }
-        except torch.OutOfMemoryError:
-            gib = batch * fixed * self.engine.cache_bytes_per_token() / 2**30
-            raise UserError(f"the GPU has no memory for {gib:.1f} GiB of caches ({batch} rows of {fixed})") from None
-        return DeviceCaches(batch, fixed, tensors)
-
-    def rows(self, caches: DeviceCaches, start: int, stop: int) -> DeviceCaches:
-        return DeviceCaches(stop - start, caches.capacity, {n: t[start:stop] for n, t in caches.tensors.items()})
-
-    def copy(self, source: DeviceCaches, target: DeviceCaches, tokens: int, *, release: bool = False) -> None:
-        for name, tensor in target.tensors.items():
-            tensor[:, :, :tokens] = source.tensors[name][:, :, :tokens]
-            if release:
-                del source.tensors[name]
-
-    def randomise(self, caches: DeviceCaches, seed: int) -> None:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for tensor in caches.tensors.values():
-            tensor.normal_(generator=generator)
+        return super().allocate(batch, fixed)
 
     def run(
         self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
     ) -> np.ndarray:
-        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
-            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        inputs, outputs = self.bound(caches, input_ids, past_lengths, input_lengths)
         context = self._contexts[DECODE if input_ids.shape[1] == 1 else PREFILL]
-        inputs = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
-        tensors = {n: torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device) for n, a in inputs.items()}
-        tensors |= {f"past_key_values.{name}": tensor for name, tensor in caches.tensors.items()}
-        logits = torch.empty(caches.batch, 1, self.engine.model.vocab_size, device=self.device)
-        for name, tensor in tensors.items():
+        for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise UserError(self._refusal(f"does not take {name} of shape {list(tensor.shape)}"))
-        outputs = {"logits": logits} | {f"present.{name}": tensor for name, tensor in caches.tensors.items()}
-        for name, tensor in (tensors | outputs).items():
+        for name, tensor in (inputs | outputs).items():
             context.set_tensor_address(name, tensor.data_ptr())
         if not context.execute_async_v3(self._stream()):
             raise UserError(f"{self.engine.backend} failed in {self.engine.folder}: {self._logger.reason()}")
-        return logits[:, 0].cpu().numpy()
+        return outputs["logits"][:, 0].cpu().numpy()
 
     def _context(self, profile: int) -> Any:
         context = self._plan.create_execution_context()

@@ -21,6 +21,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, sha256
 from engines import artifacts, tensorrt_runner
 from engines.artifacts import open_engine
+from engines.ort_cuda import OrtCudaRunner
 from engines.scheduler import Batch, Row
 from engines.session import Runner, Session, open_runner
 from engines.tensorrt_runner import DECODE, PREFILL, TensorRTRunner, check_gpu, check_plugin
@@ -163,6 +164,18 @@ def test_rows_are_views_into_the_device_memory(pair: tuple[Runner, Runner]):
             row.pending = np.array([logits.argmax()])
         results.append(np.stack([logits.copy() for _, logits in batch.decode()]))
     np.testing.assert_allclose(results[1], results[0], atol=1e-4)
+
+
+def test_onnx_runtime_on_device_memory(engines: Path, runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch):
+    """The runner of the CUDA provider, with this machine's memory as the device's."""
+    monkeypatch.setattr(OrtCudaRunner, "device", torch.device("cpu"))
+    monkeypatch.setattr(OrtCudaRunner, "providers", ("CPUExecutionProvider",))
+    for variant, runner in runners.items():
+        expected, found = (Session(r, 2) for r in (runner, OrtCudaRunner(open_engine(engines / "ort" / variant))))
+        for rows in (prompts(200, 3), prompts(100, 70)):
+            np.testing.assert_allclose(found.prefill(rows), expected.prefill(rows), atol=1e-4)
+        assert found.capacity == 512
+        np.testing.assert_allclose(found.decode([1, 2]), expected.decode([1, 2]), atol=1e-4)
 
 
 def test_each_phase_has_its_profile(pair: tuple[Runner, Runner]):

@@ -1,0 +1,71 @@
+"""Caches in device memory, which is torch's: what the runners share that compute on a GPU outside torch.
+
+Shapes: B rows, C capacity, S tokens of one call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_export.cli import UserError
+from engines.artifacts import Engine
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class DeviceCaches:
+    batch: int
+    capacity: int
+    tensors: dict[str, Tensor]  # "{layer}.{name}" -> [B, H, C, D]
+
+
+class DeviceRunner:
+    """Allocates, copies and binds caches; a backend adds run()."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def allocate(self, batch: int, capacity: int) -> DeviceCaches:
+        try:
+            tensors = {
+                name: torch.zeros(tensor.concrete(batch, capacity), dtype=DTYPES[tensor.dtype], device=self.device)
+                for name, tensor in self.engine.cache_names()
+            }
+        except torch.OutOfMemoryError:
+            gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
+            what = f"{gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)"
+            raise UserError(f"the GPU has no memory for {what}") from None
+        return DeviceCaches(batch, capacity, tensors)
+
+    def rows(self, caches: DeviceCaches, start: int, stop: int) -> DeviceCaches:
+        return DeviceCaches(stop - start, caches.capacity, {n: t[start:stop] for n, t in caches.tensors.items()})
+
+    def copy(self, source: DeviceCaches, target: DeviceCaches, tokens: int, *, release: bool = False) -> None:
+        for name, tensor in target.tensors.items():
+            tensor[:, :, :tokens] = source.tensors[name][:, :, :tokens]
+            if release:
+                del source.tensors[name]
+
+    def randomise(self, caches: DeviceCaches, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for tensor in caches.tensors.values():
+            tensor.normal_(generator=generator)
+
+    def bound(
+        self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The graph's inputs and outputs on the device: one buffer for past and present, new logits [B, 1, V]."""
+        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
+            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        step = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
+        inputs = {n: torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device) for n, a in step.items()}
+        inputs |= {f"past_key_values.{name}": tensor for name, tensor in caches.tensors.items()}
+        logits = torch.empty(caches.batch, 1, self.engine.model.vocab_size, device=self.device)
+        return inputs, {"logits": logits} | {f"present.{name}": tensor for name, tensor in caches.tensors.items()}

@@ -1,0 +1,59 @@
+"""ONNX Runtime's CUDA provider: the same graph with caches in device memory, bound by address.
+
+Not tried on a GPU yet. Operators that the provider lacks run on the CPU, with copies in between.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from dsa_export.cli import UserError
+from engines.artifacts import Engine
+from engines.device import DeviceCaches, DeviceRunner
+from engines.ort import RUN_ERRORS, check_dtype, load
+
+PROVIDER = "CUDAExecutionProvider"
+NUMPY_DTYPES = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
+
+
+def usable() -> bool:
+    """Whether ONNX Runtime has the provider (onnxruntime-gpu) and torch sees a GPU."""
+    return PROVIDER in onnxruntime.get_available_providers() and torch.cuda.is_available()
+
+
+class OrtCudaRunner(DeviceRunner):
+    """Runs an engine folder of backend `ort` on the first GPU."""
+
+    providers = (PROVIDER, "CPUExecutionProvider")
+
+    def __init__(self, engine: Engine, *, threads: int | None = None):
+        super().__init__(engine)
+        check_dtype(engine.dtype)
+        self.session = load(engine.folder / "model.onnx", threads, self.providers)
+
+    def run(
+        self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
+    ) -> np.ndarray:
+        inputs, outputs = self.bound(caches, input_ids, past_lengths, input_lengths)
+        binding = self.session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, *_place(tensor))
+        for name, tensor in outputs.items():
+            binding.bind_output(name, *_place(tensor))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the provider has a stream of its own
+        try:
+            self.session.run_with_iobinding(binding)
+        except RUN_ERRORS as error:
+            raise UserError(f"ONNX Runtime failed in {self.engine.folder}: {error}") from None
+        return outputs["logits"][:, 0].cpu().numpy()
+
+
+def _place(tensor: Tensor) -> tuple[str, int, type, list[int], int]:
+    """Device, its number, element type, shape and address, as IOBinding takes them."""
+    return (
+        tensor.device.type, tensor.device.index or 0, NUMPY_DTYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr(),
+    )  # fmt: skip
