@@ -67,14 +67,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="requests that run at the same time (default: the engine's rows)",
     )
     add(
-        "--queue", type=int, default=32, metavar="N", help="requests that may wait; more get 429 (default: %(default)s)"
+        "--queue",
+        type=not_negative,
+        default=32,
+        metavar="N",
+        help="requests that may wait; more get 429 (default: %(default)s)",
     )
     add(
-        "--grace", type=int, default=30, metavar="SECONDS", help="for running requests at a stop (default: %(default)s)"
+        "--grace",
+        type=not_negative,
+        default=30,
+        metavar="SECONDS",
+        help="for running requests at a stop (default: %(default)s)",
     )
     add("--model-name", metavar="NAME", help="what /v1/models says (default: the engine folder's name and type)")
     add("--max-body-bytes", type=at_least_one, default=MAX_BODY_BYTES, metavar="N", help="(default: %(default)s)")
     return parser.parse_args(arguments)
+
+
+def not_negative(value: str) -> int:
+    if int(value) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return int(value)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -512,6 +512,11 @@ def test_an_address_that_is_taken_is_one_line(engines: Path, capsys: pytest.Capt
         assert code == 1 and "cannot listen on 127.0.0.1:" in one_line(error)
 
 
+@pytest.mark.parametrize("options", [["--queue", "-1"], ["--grace", "-1"], ["--slots", "0"], ["--port", "x"]])
+def test_wrong_arguments_exit_with_2(options: list[str], capsys: pytest.CaptureFixture[str]):
+    assert run_command(serve.main, options, capsys)[0] == 2
+
+
 def test_without_the_web_framework_the_command_says_what_to_install(engines: Path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, error = run_command(serve.main, ["--engine", str(engines / "ort/sparse")], capsys)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from dsa_export.onnx.__main__ import main as export_main
-from engines import build, generate, torch_runner
+from engines import build, generate
 from engines.session import Runner, Session, open_runner
 from tests.engines.commands import copy_tree, one_line, run_command
 
@@ -130,8 +131,6 @@ def test_a_checkpoint_that_changed_or_is_gone(real_export: Path, tmp_path: Path,
 
 
 def test_no_memory_for_the_caches_is_said(pair: tuple[Runner, Runner]):
-    from dsa_export.cli import UserError
-
     for runner in pair:
         with pytest.raises(UserError, match=r"no memory for .* GiB of caches"):
             runner.allocate(1, 2**42)
@@ -154,7 +153,3 @@ def test_cuda_graphs_equal_eager(built: Path, variant: str, monkeypatch: pytest.
             expected = eager.decode([token, token])
         np.testing.assert_allclose(found, expected, atol=1e-2)
     assert graphed.caches.capture is not None  # type: ignore[attr-defined]
-
-
-def test_the_module_names_the_types_it_computes_in():
-    assert set(torch_runner.DTYPES) == {"fp32", "fp16", "bf16"}
