@@ -1,8 +1,8 @@
 """TensorRT (with this project's plugins) and TensorRT-RTX: one runner over what their Python APIs have in common.
 
 Device memory is torch's. The capacity is the build's; one buffer is bound to past and present of every cache, which is
-what the cache update layer asks for (its output aliases its input). Profile 0 decodes, profile 1 pre-fills: see
-engines.profiles.
+what the cache update layer asks for (its output aliases its input). The manifest says which profile of which plan
+decodes and which pre-fills.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engines.device import DeviceCaches, DeviceRunner
 from plugins.load import LibraryNotLoaded, load_library
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-DECODE, PREFILL = 0, 1
+DECODE, PREFILL = "decode", "prefill"
 
 
 class TensorRTRunner(DeviceRunner):
@@ -35,12 +35,10 @@ class TensorRTRunner(DeviceRunner):
             load_plugins(self.trt, Path(engine.manifest["plugin"]["path"]))
         self._logger = _logger(self.trt)
         self._runtime = self.trt.Runtime(self._logger)  # kept: the engine needs it as long as it lives
-        path = engine.folder / "engine.plan"
-        self._plan = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._plan is None:
-            raise UserError(self._refusal(f"cannot load {path}"))
         # One context per profile: none has to switch, and each keeps its addresses and shapes.
-        self._contexts = [self._context(profile) for profile in (DECODE, PREFILL)]
+        self._plans: dict[str, Any] = {}
+        profiles = {profile["name"]: profile for profile in engine.manifest["profiles"]}
+        self._contexts = {name: self._context(profiles[name]) for name in (DECODE, PREFILL)}
 
     def allocate(self, batch: int, capacity: int) -> DeviceCaches:
         fixed = self.engine.limits.max_context
@@ -62,10 +60,17 @@ class TensorRTRunner(DeviceRunner):
             raise UserError(f"{self.engine.backend} failed in {self.engine.folder}: {self._logger.reason()}")
         return outputs["logits"][:, 0].cpu().numpy()
 
-    def _context(self, profile: int) -> Any:
-        context = self._plan.create_execution_context()
-        if context is None or not context.set_optimization_profile_async(profile, self._stream()):
-            raise UserError(self._refusal(f"has no memory or no profile {profile} for a context"))
+    def _context(self, profile: dict[str, Any]) -> Any:
+        """A context for one profile of the manifest; both may stand in one plan, or each in its own."""
+        path = self.engine.folder / profile["plan"]
+        if profile["plan"] not in self._plans:
+            self._plans[profile["plan"]] = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        plan = self._plans[profile["plan"]]
+        if plan is None:
+            raise UserError(self._refusal(f"cannot load {path}"))
+        context = plan.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(profile["number"], self._stream()):
+            raise UserError(self._refusal(f"has no memory, or no {profile['name']} profile, for a context"))
         return context
 
     def _refusal(self, what: str) -> str:

@@ -41,6 +41,10 @@ def plan_folder(engines: Path, tmp_path: Path, variant: str, backend: str = "ten
         "backend": backend,
         "limits": {"max_batch": 4, "max_context": CAPACITY, "prefill_chunk": CHUNK},
         "files": {"engine.plan": {"bytes": 4, "sha256": sha256(plan)}},
+        "profiles": [
+            {"name": "decode", "plan": "engine.plan", "number": 0},
+            {"name": "prefill", "plan": "engine.plan", "number": 1},
+        ],
         "compute_capability": ["8.9"],
         **changes,
     }
@@ -63,7 +67,7 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
-        fits = {"input_ids": shape[-1] == 1 if self.profile == DECODE else shape[-1] <= CHUNK}
+        fits = {"input_ids": shape[-1] == 1 if self.profile == 0 else shape[-1] <= CHUNK}
         return fits.get(name, True) and (not name.startswith("past_key") or shape[2] == CAPACITY)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -180,7 +184,8 @@ def test_onnx_runtime_on_device_memory(engines: Path, runners: dict[str, Runner]
 
 def test_each_phase_has_its_profile(pair: tuple[Runner, Runner]):
     _, runner = pair
-    assert [context.profile for context in runner._contexts] == [DECODE, PREFILL]  # type: ignore[attr-defined]
+    numbers = {name: context.profile for name, context in runner._contexts.items()}  # type: ignore[attr-defined]
+    assert numbers == {DECODE: 0, PREFILL: 1}
     caches = runner.allocate(1, 1)
     with pytest.raises(UserError, match=r"does not take input_ids of shape \[1, 33\].*python -m engines.build"):
         runner.run(caches, np.zeros((1, CHUNK + 1), np.int64), np.array([0]), np.array([1]))
@@ -209,6 +214,20 @@ def test_the_real_product_refuses_what_is_no_plan(engines: Path, tmp_path: Path,
     monkeypatch.setattr(TensorRTRunner, "_compute_capability", lambda self: "8.9")
     with pytest.raises(UserError, match=r"cannot load .*engine.plan .*--backend tensorrt-rtx"):
         open_runner(folder)
+
+
+def test_two_plans_are_loaded_for_the_two_phases(engines: Path, tmp_path: Path, machine: Any):
+    profiles = [{"name": name, "plan": f"{name}.plan", "number": 0} for name in (PREFILL, DECODE)]
+    folder = plan_folder(engines, tmp_path, "dense", profiles=profiles, files={})
+    for name in (DECODE, PREFILL):
+        (folder / f"{name}.plan").write_text(name)
+    loaded = []
+    module = product(folder / "model.onnx")
+    original = module.Runtime.deserialize_cuda_engine
+    module.Runtime.deserialize_cuda_engine = lambda self, plan: (loaded.append(plan), original(self, plan))[1]
+    machine(module)
+    open_runner(folder)
+    assert loaded == [b"decode", b"prefill"]
 
 
 # What is checked before anything is loaded
