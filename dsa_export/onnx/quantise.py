@@ -92,9 +92,11 @@ def _quantise(weight: ir.TensorProtocol, bits: int, block_size: int) -> tuple[ir
     if bits == 4:
         integers = ir.PackedTensor(packed, ir.DataType.INT4, shape=ir.Shape((K, N)), name=weight.name)
     else:
-        signed = (packed.reshape(N, -1)[:, :K] ^ 0x80).view(np.int8)  # offset binary → two's complement
-        integers = ir.tensor(np.ascontiguousarray(signed.T), name=weight.name)
-        scales = np.ascontiguousarray(scales.reshape(N, -1).T)
+        signed = (packed ^ 0x80).view(np.int8)  # [N, blocks, block]: offset binary → two's complement
+        # NVIDIA's parsers take negative scales with int4 only; -128 has no counterpart and becomes 127.
+        signed = np.where(scales.reshape(N, -1, 1) < 0, -np.maximum(signed, -127), signed)
+        integers = ir.tensor(np.ascontiguousarray(signed.reshape(N, -1)[:, :K].T), name=weight.name)
+        scales = np.ascontiguousarray(np.abs(scales).reshape(N, -1).T)
     narrow = ir.tensor(scales.astype(weight.dtype.numpy()), dtype=weight.dtype, name=f"{weight.name}.scales")
     return integers, narrow
 

@@ -19,7 +19,7 @@ from dsa_export.onnx import passes
 from dsa_export.onnx.export import dense_from_sparse, export_graph
 from dsa_export.onnx.identical import compare_folder, compare_graphs
 from dsa_export.onnx.parity import check_parity
-from dsa_export.onnx.quantise import Scheme, quantise, untie
+from dsa_export.onnx.quantise import Scheme, _quantise, quantise, untie
 from tests.conftest import build_qwen
 from tests.dsa_export.conftest import Graph, export_command
 
@@ -211,6 +211,18 @@ def test_a_quantised_tied_embedding_stays_exact():
     step = np.abs(scales).repeat(32, 0).T
     assert (np.abs(model.lm_head.weight.numpy() - embedding.numpy()) <= step * 1.01).all()
     assert not np.array_equal(model.lm_head.weight.numpy(), embedding.numpy())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_are_rounded_to_their_scale(bits):
+    weight = torch.randn(80, 24, generator=torch.Generator().manual_seed(0)).numpy()
+    integers, scales = _quantise(ir.tensor(weight, name="w"), bits, 32)
+    values = integers.numpy().astype(np.float32) * scales.numpy().repeat(32, 0)[:80]
+    step = np.abs(scales.numpy()).repeat(32, 0)[:80]
+    # Half a step, and one where the largest value of the other sign is clipped: the range is -8..7, -128..127.
+    assert (np.abs(values - weight) <= 1.001 * step).all()
+    assert np.abs(values - weight).mean() < 0.3 * step.mean()
+    assert bits == 4 or (scales.numpy() > 0).all(), "NVIDIA's parsers want it"
 
 
 # The proof of identical operators, and that it can fail.
