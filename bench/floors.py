@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.matrix import Case, weight_elements
+from bench.matrix import Case
 from bench.measure import timed
 from engines.artifacts import Engine
 
@@ -58,7 +58,7 @@ def call_flops(engine: Engine, case: Case) -> int:
     over the visible or selected tokens, and the indexer's scores over the visible ones."""
     model = engine.model
     head = model.hidden_size * model.vocab_size
-    body = 2 * (weight_elements(engine) - head) * case.queries + 2 * head
+    body = 2 * (engine.manifest["step_weights"] - head) * case.queries + 2 * head
     last = case.context
     visible = case.queries * (2 * last - case.queries + 1) // 2  # sum over the call's queries
     attention = 4 * model.query_heads * model.head_dim

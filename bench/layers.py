@@ -17,7 +17,6 @@ import onnx
 import onnxruntime
 
 from bench import parity
-from bench.matrix import precision_of
 from dsa_export.cli import UserError
 from engines.artifacts import DTYPE_BYTES, Engine
 from engines.build import link_or_copy
@@ -127,4 +126,4 @@ def allowance(engine: Engine, values: np.ndarray) -> float:
     """What rounding may do to a tensor: relative to its largest value, by the type that the graph computes in."""
     if not np.issubdtype(values.dtype, np.floating) or not values.size:
         return 0.0
-    return 64 * parity.EPSILON[precision_of(engine)] * max(1.0, float(np.abs(values).max()))
+    return 64 * parity.EPSILON[engine.precision] * max(1.0, float(np.abs(values).max()))

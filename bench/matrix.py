@@ -72,10 +72,6 @@ class Group:
         return {"backend": self.backend, "precision": self.precision, "k": self.k}
 
 
-def precision_of(engine: Engine) -> str:
-    return getattr(engine, "precision", engine.dtype)
-
-
 def core_of(engine: Engine) -> str:
     """The operator that attends, as the engine's own graph names it; of a plan, what its runtime uses."""
     if engine.variant == "sparse":
@@ -141,7 +137,7 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
     """Engines of one backend, precision and weight file, one group per sparse engine; those without a partner."""
     by_weights: dict[tuple[str, str, str], list[Engine]] = {}
     for engine in engines:
-        key = (engine.backend, precision_of(engine), engine.manifest["source"].get("weights_sha256", ""))
+        key = (engine.backend, engine.precision, engine.manifest["source"].get("weights_sha256", ""))
         by_weights.setdefault(key, []).append(engine)
     found, skips = [], []
     for (backend, precision, _), members in by_weights.items():
@@ -227,10 +223,4 @@ def prefill_flops(engine: Engine, context: int) -> float:
     """Floating-point operations of a dense prefill: two per weight and token, and the attention's."""
     model = engine.model
     attention = 2 * context * context * model.query_heads * model.head_dim * model.layers  # half is masked
-    return 2 * weight_elements(engine) * context + attention
-
-
-def weight_elements(engine: Engine) -> int:
-    """Elements of the weights that one call reads; packed ones do not tell by their bytes."""
-    count = engine.manifest.get("step_weights")
-    return count or engine.manifest["step_weight_bytes"] // (4 if engine.dtype == "fp32" else 2)
+    return 2 * engine.manifest["step_weights"] * context + attention

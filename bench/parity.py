@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.matrix import precision_of
 from engines.session import Runner, Session
 
 GREEDY_TOKENS = 8
@@ -36,7 +35,7 @@ def gate(runners: Mapping[str, Runner], prompt: np.ndarray) -> Gate:
     must agree within the rounding of the type, and in fp32 the preferred token must be the same. (Narrower types
     round logits to equal values: a tie may then be broken either way.)
     """
-    k, precision = min(runners["sparse"].engine.topk), precision_of(runners["sparse"].engine)
+    k, precision = min(runners["sparse"].engine.topk), runners["sparse"].engine.precision
     steps = min(GREEDY_TOKENS, k // 2)
     prompt = prompt[: max(1, min(PROMPT_TOKENS, k - steps))]
     sessions = {variant: Session(runner, capacity=len(prompt) + steps) for variant, runner in runners.items()}

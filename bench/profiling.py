@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from bench import measure
-from bench.matrix import Case, core_of, precision_of
+from bench.matrix import Case, core_of
 from bench.runs import call_of
 from engines.artifacts import Engine
 from engines.session import Session, open_runner
@@ -47,7 +47,7 @@ def _profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
         "kind": "profile",
         "variant": engine.variant,
         "core": core_of(engine),
-        "precision": precision_of(engine),
+        "precision": engine.precision,
         "context": context,
         "ms": by_part(events, skip=measure.WARM_UP),
     }

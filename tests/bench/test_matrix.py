@@ -69,7 +69,7 @@ def test_cases_share_capacity_and_chunk(group: Group):
 
 def test_default_contexts_are_affordable(group: Group):
     assert matrix.default_contexts(group, 4096, "prefill") == [512, 2048]
-    heavy = replace(group.dense[0], manifest={"step_weight_bytes": 4 * 494_000_000})
+    heavy = replace(group.dense[0], manifest={"step_weights": 494_000_000})
     large = replace(group, dense=(heavy,))
     assert matrix.default_contexts(large, 32768, "prefill") == [512]
     assert matrix.default_contexts(large, 32768, "random") == [512, 2048, 8192, 32768]
@@ -117,7 +117,7 @@ def test_operations_of_a_call_are_counted_query_by_query(engines: Path):
         model = engine.model
         for context, queries in ((40, 1), (40, 30), (10, 10)):
             expected = 2 * model.hidden_size * model.vocab_size
-            expected += 2 * (matrix.weight_elements(engine) - model.hidden_size * model.vocab_size) * queries
+            expected += 2 * (engine.manifest["step_weights"] - model.hidden_size * model.vocab_size) * queries
             for position in range(context - queries + 1, context + 1):
                 attended = min(position, 16) if variant == "sparse" else position
                 expected += model.layers * 4 * model.query_heads * model.head_dim * attended
