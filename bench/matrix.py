@@ -17,7 +17,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, read_manifest
 from dsa_export.topk import compact_topk, describe_topk
 from engines.artifacts import Engine, open_engine
-from engines.session import WORKSPACE_BYTES, chunk_tokens
+from engines.memory import WORKSPACE_BYTES, chunk_tokens
 
 CONTEXTS = (512, 2048, 8192, 32768)
 FLOPS = 1.0e12

@@ -121,7 +121,7 @@ class Variant:
 
         Dense: scores and probabilities of every head, fp32. Sparse: index scores of every indexer head before and after
         ReLU, their weighted sum, the same masked, and its mask; then K and V of the selected rows, gathered and
-        reshaped. Together with the weights and the caches this is a session's peak: `engines.session.peak_bytes`.
+        reshaped. Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
         """
         if self.variant == "dense":
             return 2 * capacity * self.model.query_heads * 4

@@ -1,4 +1,8 @@
-"""What an engine will need, said before it is built; what cannot fit is refused before the time is spent."""
+"""What an engine needs while it runs, known before it is built; what cannot fit is refused before the time is spent.
+
+Peak = weights + caches + one layer's workspace, whatever the context: prefill chunks shrink where a longer cache would
+make their workspace exceed WORKSPACE_BYTES.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsa_export.cli import UserError
-from engines.artifacts import Graph, Limits
+from engines.artifacts import Limits, Variant
 
 HOST_BYTES_PER_WEIGHT_BYTE = 4
 """TensorRT-RTX holds several copies while it builds: 9 GB for the 2.4 GB of Qwen2.5-0.5B in fp32."""
 MIB = 2**20
+WORKSPACE_BYTES = 512 * 2**20
+"""Bound of what one layer may need for one prefill chunk; the chunk is halved until it fits."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,22 @@ class Estimate:
         return f"{text} = {self.total / MIB:,.0f} MiB"
 
 
-def estimate(graph: Graph, limits: Limits, weight_bytes: int) -> Estimate:
-    """What the engine needs when it serves `limits` fully; the caches of ONNX Runtime grow with use up to that."""
-    tokens = limits.max_batch * limits.max_context
-    queries = limits.max_batch * limits.prefill_chunk
+def chunk_tokens(variant: Variant, largest: int, batch: int, capacity: int) -> int:
+    """The largest halving of `largest` tokens per row whose workspace in one layer stays below WORKSPACE_BYTES."""
+    chunk = largest
+    while chunk > 1 and chunk * batch * variant.workspace_bytes_per_query(capacity) > WORKSPACE_BYTES:
+        chunk //= 2
+    return chunk
+
+
+def estimate(variant: Variant, limits: Limits, weight_bytes: int) -> Estimate:
+    """What is needed beside the interpreter to serve `limits` fully; ONNX Runtime's caches grow with use up to that."""
+    batch, capacity = limits.max_batch, limits.max_context
+    queries = batch * chunk_tokens(variant, limits.prefill_chunk, batch, capacity)
     return Estimate(
         weights=weight_bytes,
-        caches=tokens * graph.cache_bytes_per_token(),
-        workspace=queries * graph.workspace_bytes_per_query(limits.max_context),
+        caches=batch * capacity * variant.cache_bytes_per_token(),
+        workspace=queries * variant.workspace_bytes_per_query(capacity),
     )
 
 

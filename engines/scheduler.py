@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from dsa_export.cli import UserError
+from engines.memory import chunk_tokens
 from engines.sampling import Sampler
-from engines.session import Runner, bucket, chunk_tokens
+from engines.session import Runner, bucket
 from engines.text import Answer
 
 SMALLEST_CAPACITY = 2048

@@ -17,14 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsa_export.cli import UserError
-from engines.artifacts import Engine, Variant, open_engine
+from engines.artifacts import Engine, open_engine
+from engines.memory import chunk_tokens
 from engines.sampling import GREEDY, Sampler, Sampling
 
 MIN_CAPACITY = 256
 FIXED_CAPACITY = ("tensorrt", "tensorrt-rtx")
 """Backends whose caches always have the capacity of the build (NVIDIA's cache update needs it static)."""
-WORKSPACE_BYTES = 512 * 2**20
-"""Bound of what one layer may need for one prefill chunk; the chunk is halved until it fits."""
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -234,20 +233,3 @@ def bucket(engine: Engine, tokens: int, smallest: int = MIN_CAPACITY) -> int:
         return engine.limits.max_context
     needed = max(tokens, engine.max_topk, smallest)
     return min(1 << (needed - 1).bit_length(), max(engine.limits.max_context, engine.max_topk))
-
-
-def chunk_tokens(variant: Variant, largest: int, batch: int, capacity: int) -> int:
-    """The largest halving of `largest` tokens per row whose workspace in one layer stays below WORKSPACE_BYTES."""
-    chunk = largest
-    while chunk > 1 and chunk * batch * variant.workspace_bytes_per_query(capacity) > WORKSPACE_BYTES:
-        chunk //= 2
-    return chunk
-
-
-def peak_bytes(engine: Engine, batch: int, capacity: int) -> int:
-    """What a session of `batch` rows needs at most beside the interpreter, whatever the context: weights (all files of
-    the engine), caches, and the workspace of one layer, which chunk_tokens() keeps below WORKSPACE_BYTES."""
-    weights = sum(file["bytes"] for file in engine.manifest["files"].values())
-    caches = batch * capacity * engine.cache_bytes_per_token()
-    chunk = chunk_tokens(engine, engine.limits.prefill_chunk, batch, capacity)
-    return weights + caches + batch * chunk * engine.workspace_bytes_per_query(capacity)

@@ -28,7 +28,8 @@ from dsa_export.model.attention.dsa import Indexer
 from dsa_export.topk import TopK, topk_per_layer
 from plugins.index_topk.op import topk_lowest_index_first
 from train.data import IGNORED
-from train.selection import ROWS, attention_mass
+from train.losses import mean_attention
+from train.selection import ROWS
 
 RUNGS = ("best", "trained", "random", "window")
 HEAD_ROWS = 256
@@ -74,7 +75,7 @@ def best_selection(trace: AttentionTrace, k: int) -> Tensor:
             stop = min(start + ROWS, T)
             positions = torch.arange(start, stop, device=trace.q.device)[:, None]
             visible = torch.arange(stop, device=trace.q.device) <= positions
-            mass = attention_mass(trace.q[b, :, start:stop], trace.k[b, :, :stop], trace.scale, visible)
+            mass = mean_attention(trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :stop], visible)
             best = topk_lowest_index_first(mass.masked_fill(~visible, -1), min(k, stop))
             indices[b, start:stop, : best.shape[-1]] = torch.where(best <= positions, best, -1).int()
     return indices

@@ -158,7 +158,7 @@ class _IndexerKL(torch.autograd.Function):
             support = visible if indices is None else _selection_mask(indices[b, rows], stop)
             certain = int(rows[0]) + 1 if indices is None else 0  # so many keys, from the left, count for every row
 
-            p = _mean_attention(q_HRD, k_HCD, support, certain).to(accumulator)
+            p = mean_attention(q_HRD, k_HCD, support, certain).to(accumulator)
             activations_RHC = (index_q_RHD @ index_k_CD.T).relu_().to(accumulator)
             scores = _mask(torch.bmm(weights_RH[:, None], activations_RHC)[:, 0], support, certain)
             log_student = scores.log_softmax(-1)
@@ -166,7 +166,7 @@ class _IndexerKL(torch.autograd.Function):
 
             if measure_every:
                 some = slice(-(ordinal + 1) % measure_every, None, measure_every)
-                dense = p[some] if indices is None else _mean_attention(q_HRD[:, some], k_HCD, visible[some])
+                dense = p[some] if indices is None else mean_attention(q_HRD[:, some], k_HCD, visible[some])
                 shares.add(dense, rows[some, None], None if indices is None else support[some], scores[some])
 
             if with_gradient:
@@ -214,7 +214,7 @@ def _mask(scores: Tensor, support: Tensor, certain: int) -> Tensor:
     return scores
 
 
-def _mean_attention(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0) -> Tensor:
+def mean_attention(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0) -> Tensor:
     """Attention probabilities over the support [R, C], mean over the query heads: [R, C]. q is scaled already."""
     Hq, R, D = q_HRD.shape
     Hkv, C, _ = k_HCD.shape

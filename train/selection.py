@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsa_export.model import AttentionTrace
 from plugins.index_topk import index_scores
+from train.losses import mean_attention
 
 ROWS = 128
 """Measured query rows handled at a time."""
@@ -20,17 +21,6 @@ DISTANCES = (1, 16, 64, 256, 1024, 4096)
 """Bounds of the distance buckets: [0, 1), [1, 16), … , [4096, ∞)."""
 MAP_SIZE = 256
 """Largest side of a selection map; longer windows are averaged down to it."""
-
-
-def attention_mass(q_HRD: Tensor, k_HCD: Tensor, scale: float, visible: Tensor) -> Tensor:
-    """Attention probabilities [R, C] over the `visible` [R, C] keys, mean over the query heads."""
-    Hq, R, D = q_HRD.shape
-    Hkv, C, _ = k_HCD.shape
-    mass = torch.zeros(R, C, dtype=torch.float32, device=q_HRD.device)
-    for q_GRD, k_CD in zip(q_HRD.view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):
-        scores = (q_GRD @ k_CD.T).float().mul_(scale).masked_fill_(~visible, -torch.inf)
-        mass += scores.softmax(-1).sum(0)
-    return mass / Hq
 
 
 class SelectionMeter:
@@ -78,7 +68,7 @@ class SelectionMeter:
         for rows in queries.split(ROWS):
             positions = rows[:, None]
             visible = slots <= positions
-            mass = attention_mass(t.q[0][:, rows], t.k[0], t.scale, visible)
+            mass = mean_attention(t.q[0][:, rows] * t.scale, t.k[0], visible)
             scores = index_scores(t.index_q[:, rows], t.index_weights[:, rows], t.index_k)[0]
             # A stable sort keeps the lower of two equal indices first, as the operator does.
             order = scores.masked_fill_(~visible, -torch.inf).argsort(stable=True, dim=-1, descending=True)

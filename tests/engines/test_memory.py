@@ -15,7 +15,9 @@ from bench.measure import PeakMemory, in_child
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, sha256
 from engines import ort
-from engines.session import Runner, Session, open_runner, peak_bytes
+from engines.artifacts import Limits
+from engines.memory import estimate
+from engines.session import Runner, Session, open_runner
 from tests.engines import toy
 from tests.engines.commands import copy_tree
 
@@ -32,7 +34,9 @@ def peak_of_a_full_session(folder: Path, batch: int) -> tuple[float, int]:
     session.decode([1] * batch)
     peak = memory.mib()
     assert peak is not None
-    return peak, peak_bytes(session.engine, batch, toy.MAX_POSITIONS)
+    weights = sum(file["bytes"] for file in session.engine.manifest["files"].values())
+    limits = Limits(batch, toy.MAX_POSITIONS, session.engine.limits.prefill_chunk)
+    return peak, estimate(session.engine, limits, weights).total
 
 
 @pytest.mark.parametrize("variant", ["dense", "sparse"])

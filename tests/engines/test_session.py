@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsa_export.cli import UserError
-from engines import session as session_module
+from engines.memory import chunk_tokens
 from engines.ort import OrtRunner
-from engines.session import Runner, Session, chunk_tokens
+from engines.session import Runner, Session
 from tests.engines import toy
 
 TOLERANCE = 1e-4  # fp32 logits of up to 30; sums of another order
@@ -187,7 +187,7 @@ def test_a_call_beyond_the_caches_never_reaches_the_runtime(runner: Runner):
 
 def test_the_prefill_chunk_is_halved_until_its_workspace_fits(runners: dict[str, Runner], monkeypatch):
     sparse = runners["sparse"].engine
-    monkeypatch.setattr(session_module, "WORKSPACE_BYTES", 2**20)
+    monkeypatch.setattr("engines.memory.WORKSPACE_BYTES", 2**20)
     chunk = chunk_tokens(sparse, 128, batch=2, capacity=4096)
     need = 2 * sparse.workspace_bytes_per_query(4096)
     assert chunk * need <= 2**20 < 2 * chunk * need

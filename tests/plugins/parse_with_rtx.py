@@ -1,7 +1,7 @@
 """Parses one operator's node with TensorRT-RTX: parse_with_rtx.py OPERATOR [LIBRARY]. Run in a process of its own.
 
 With the plugin library its parser takes the plugin, and then aborts the process (it supports no user plugins). Without
-the library, the function body is built into an engine.
+the library, the function body is built into an engine, in the form that engines.build gives NVIDIA's products.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import tensorrt_rtx as trt
 from onnx import TensorProto
 
+from engines.nvidia_graph import take_general_branches
 from plugins.load import load_library
 from tests.plugins import bodies
 
@@ -38,6 +39,7 @@ def main(operator: str, library: str | None = None) -> None:
     parser = trt.OnnxParser(network, log)
     attributes = {"k": 64} if operator == "IndexTopK" else {"scale": 0.125}
     model = bodies.model(operator, TensorProto.FLOAT16, **attributes)
+    take_general_branches(model)
     if not parser.parse(model.SerializeToString()):
         sys.exit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     config = builder.create_builder_config()
