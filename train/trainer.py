@@ -36,7 +36,7 @@ METRICS = "metrics.jsonl"
 EXPLODED_STEPS, EXPLODED_FACTOR, EXPLODED_MARGIN = 10, 3.0, 1.0
 """A trained loss has exploded if its mean over the last 10 steps is more than 3 times that over the first 10, plus 1.
 
-A single odd window is no explosion, nor is a tiny loss that triples."""
+From step 21 on. A single odd window is no explosion, nor is a tiny loss that triples."""
 
 Batch = dict[str, Tensor]
 
@@ -294,14 +294,14 @@ class Trainer:
         """Stops the run at a value that is not finite or a loss that explodes; the state before this step is saved."""
         trained = {name: losses[name] for name in self.stage.losses}
         problems = [f"{name} is {value}" for name, value in {**trained, **norms}.items() if not math.isfinite(value)]
-        at_first = self.history[:EXPLODED_STEPS] or [losses]
-        lately = [*self.history[1 - EXPLODED_STEPS :], losses]
-        for name in trained:
-            first, last = (statistics.fmean(metrics[name] for metrics in part) for part in (at_first, lately))
-            if last > EXPLODED_FACTOR * first + EXPLODED_MARGIN:
-                problems.append(
-                    f"{name} explodes ({first:.3g} at first, {last:.3g} in the last {EXPLODED_STEPS} steps)"
-                )
+        if len(self.history) >= 2 * EXPLODED_STEPS:
+            at_first = self.history[:EXPLODED_STEPS]
+            lately = [*self.history[1 - EXPLODED_STEPS :], losses]
+            for name in trained:
+                first, last = (statistics.fmean(metrics[name] for metrics in part) for part in (at_first, lately))
+                if last > EXPLODED_FACTOR * first + EXPLODED_MARGIN:
+                    what = f"{first:.3g} at first, {last:.3g} in the last {EXPLODED_STEPS} steps"
+                    problems.append(f"{name} explodes ({what})")
         if problems:
             self.spread.model.zero_grad(set_to_none=True)
             self._save()

@@ -169,19 +169,24 @@ def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[i
 
 @torch.no_grad()
 def _run_torch(model: DSAForCausalLM, text: list[int], *, traced: bool = True) -> tuple[Tensor, list[AttentionTrace]]:
-    """Logits [DECODED_TOKENS, V] fp32 and, if wanted, the layers' traces of one whole call without cache."""
+    """Logits [DECODED_TOKENS, V] fp32 and, if wanted, the layers' traces of one whole call without cache.
+
+    In the training mode's masked form of selection: the same function, which does not gather k rows for every token.
+    """
     traces: list[AttentionTrace] = []
 
     def observe(trace: AttentionTrace) -> dict[str, Tensor]:
         traces.append(trace)
         return {}
 
-    output = model(
+    was_training = model.training
+    output = model.train()(
         torch.tensor([text[:-1]]),
         use_cache=False,
         observer=observe if traced else None,
         logits_to_keep=DECODED_TOKENS,
     )
+    model.train(was_training)
     return output.logits[0].float(), traces
 
 
