@@ -18,6 +18,7 @@ from pathlib import Path
 from dsa_export.cli import UserError
 from dsa_export.files import output_folder, write_manifest
 from engines.artifacts import Engine, link_or_copy
+from engines.text import TOKENIZER_FILES
 
 PLATFORMS = {"ort": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
@@ -42,7 +43,7 @@ def write_model(engine: Engine, repository: Path) -> Path:
     with output_folder(repository / name) as folder:
         version = folder / "1"
         version.mkdir()
-        for file in engine.manifest["files"]:
+        for file in sorted(engine.manifest["files"].keys() - set(TOKENIZER_FILES)):
             link_or_copy(engine.folder / file, version / ("model.plan" if file == "engine.plan" else file))
         (folder / "config.pbtxt").write_text(config(engine, name))
         source = {"path": str(engine.folder), "sha256": engine.manifest["source"]["sha256"]}

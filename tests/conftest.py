@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sysconfig
 from pathlib import Path
 
@@ -19,7 +21,13 @@ VOCABULARY = 512
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """A shell's background job ignores SIGINT, and so would the commands that the tests start and interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def build_qwen(folder: Path, *, tied: bool = False) -> Path:
