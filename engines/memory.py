@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 from dsa_export.cli import UserError
 from engines.artifacts import Limits, Variant
@@ -71,13 +72,9 @@ def check(backend: str, needed: Estimate) -> None:
         )
 
 
-def available_memory() -> int | None:
-    """Bytes that a new process can have; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+def available_memory() -> int:
+    """Bytes that a new process can have."""
+    return psutil.virtual_memory().available
 
 
 def gpu_memory() -> int | None:

@@ -70,7 +70,10 @@ def parse_arguments() -> argparse.Namespace:
         help="accept a plain Qwen2.5 checkpoint and give it an untrained indexer: good for timings only, its output "
         "is not the model's (recorded in the manifest)",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not arguments.weights and (arguments.keep_lm_head or arguments.int8_indexer):
+        parser.error("--keep-lm-head and --int8-indexer say how weights are quantised: they need --weights")
+    return arguments
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
 from dsa_export.files import read_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
+from dsa_export.onnx import __main__ as export_main
 from dsa_export.onnx import passes
 from dsa_export.onnx.export import dense_from_sparse, export_graph
 from dsa_export.onnx.identical import compare_folder, compare_graphs
@@ -387,3 +388,11 @@ def test_interrupt_leaves_nothing(dsa_folder, tmp_path, monkeypatch):
     result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"))
     assert result.returncode == 1 and "interrupted" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--keep-lm-head", "--int8-indexer"])
+def test_flags_of_the_quantisation_need_it(flag: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["dsa_export.onnx", flag])
+    with pytest.raises(SystemExit) as end:
+        export_main.parse_arguments()
+    assert end.value.code == 2 and "need --weights" in capsys.readouterr().err
