@@ -13,7 +13,8 @@ class DSAConfig(Qwen2Config):
     """Qwen2's configuration plus the attention variant and the lightning indexer.
 
     Args:
-        attention: "dense" or "dsa" (a name in dsa_export.model.attention.VARIANTS).
+        attention: "dense", "dsa" … (a name in dsa_export.model.attention.VARIANTS).
+        feed_forward: "gated" … (a name in dsa_export.model.feed_forward.VARIANTS).
         index_heads: Hi, query heads of the indexer.
         index_dim: Di, their size (even).
         index_topk: k, keys selected per query token: one number, or a list of one number per layer.
@@ -28,6 +29,7 @@ class DSAConfig(Qwen2Config):
     def __init__(
         self,
         attention: str = "dsa",
+        feed_forward: str = "gated",
         index_heads: int = 8,
         index_dim: int = 64,
         index_topk: int | list[int] = 512,
@@ -36,6 +38,7 @@ class DSAConfig(Qwen2Config):
     ):
         super().__init__(**kwargs)
         self.attention = attention
+        self.feed_forward = feed_forward
         self.index_heads = index_heads
         self.index_dim = index_dim
         self.index_topk = index_topk
@@ -51,20 +54,17 @@ class DSAConfig(Qwen2Config):
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
     def _check(self) -> None:
-        if self.attention not in ("dense", "dsa"):
-            raise ValueError(f"attention must be 'dense' or 'dsa', got {self.attention!r}")
-        if self.index_queries not in ("own", "shared"):
-            raise ValueError(f"index_queries must be 'own' or 'shared', got {self.index_queries!r}")
-        for name in ("index_heads", "index_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        topk_per_layer(self.index_topk, self.num_hidden_layers)
-        if self.index_dim % 2:
-            raise ValueError(f"index_dim must be even (half-split RoPE), got {self.index_dim}")
+        # The slots know what they can take; they are imported here because they import this module.
+        from dsa_export.model import attention, feed_forward
+
+        for option, slot in (("attention", attention), ("feed_forward", feed_forward)):
+            value = getattr(self, option)
+            if value not in slot.VARIANTS:
+                names = ", ".join(map(repr, slot.VARIANTS))
+                raise ValueError(f"{option} must be one of {names}, got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        shared = (self.num_attention_heads, self.head_size)
-        if self.index_queries == "shared" and (self.index_heads, self.index_dim) != shared:
-            raise ValueError(f"index_queries='shared' needs (index_heads, index_dim) = {shared}")
         if "sliding_attention" in (self.layer_types or []):
             raise ValueError("sliding-window layers (use_sliding_window) are not supported")
+        attention.VARIANTS[self.attention].check(self)
+        feed_forward.VARIANTS[self.feed_forward].check(self)

@@ -56,7 +56,7 @@ class TorchRunner:
         torch.manual_seed(0)  # as in the export: a random indexer becomes the same one
         model = load_model(
             engine.folder,
-            attention="dense" if engine.variant == "dense" else "dsa",
+            attention="dense" if engine.variant == "dense" else None,
             dtype=DTYPES[engine.dtype],
             index_topk=compact_topk(engine.topk),
         )

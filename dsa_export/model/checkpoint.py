@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
+from dsa_export.model.attention import VARIANTS
 from dsa_export.model.decoder import DSAForCausalLM
 
 INDEXER = ".indexer."
@@ -40,15 +41,22 @@ def has_indexer(config: Qwen2Config) -> bool:
 
 
 def load_model(
-    name: str | Path, *, attention: str = "dsa", dtype: torch.dtype = torch.float32, **options: Any
+    name: str | Path, *, attention: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> DSAForCausalLM:
     """Loads a plain Qwen2 checkpoint (a new indexer is initialised) or a DSA checkpoint, strictly, in eval mode.
 
+    attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, "dsa" for a
+    plain one. What the variant adds to a dense checkpoint is initialised.
     `options` are DSAConfig's indexer fields (index_heads, index_dim, index_topk, index_queries); None keeps the
     checkpoint's or the default. Raises UserError when the checkpoint cannot be read, is of another architecture, or
     lacks or holds tensors that it should not: only a plain checkpoint may lack tensors, and only the indexer's.
     """
     base = load_config(name)
+    own = base.attention if isinstance(base, DSAConfig) else "dense"
+    if attention is None:
+        attention = own if isinstance(base, DSAConfig) else "dsa"
+    elif attention == "dense":
+        attention = VARIANTS[own].DENSE
     given = {key: value for key, value in options.items() if value is not None}
     inherited = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
     try:
@@ -64,10 +72,10 @@ def load_model(
             "of another configuration: fetch or train it again"
         ) from None
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-    indexer = {key for key in model.state_dict() if INDEXER in key}
-    expected_missing = set() if has_indexer(base) else indexer
-    if attention == "dense":
-        unexpected = {key for key in unexpected if INDEXER not in key}
+    added = {key for key in model.state_dict() if _is_added(key, attention)}
+    expected_missing = set() if attention == own else added
+    if attention == VARIANTS[own].DENSE:
+        unexpected = {key for key in unexpected if not _is_added(key, own)}
     wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
     if wrong:
         raise UserError(f"{name} does not fit the model: {len(wrong)} missing or unexpected tensors, first {wrong[0]}")
@@ -75,16 +83,21 @@ def load_model(
 
 
 def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:
-    """The dense model with the same parameters (shared, not copied): everything but the indexer."""
-    config = DSAConfig(**{**model.config.to_dict(), "attention": "dense"})
+    """The dense model with the same parameters (shared, not copied): all but those that its variant added."""
+    sparse = model.config.attention
+    config = DSAConfig(**{**model.config.to_dict(), "attention": VARIANTS[sparse].DENSE})
     with torch.device("meta"):
         twin = DSAForCausalLM(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if INDEXER not in name}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not _is_added(name, sparse)}
     twin.load_state_dict(state, strict=True, assign=True)
     if config.tie_word_embeddings:  # assigned one by one, the two names hold two parameters
         twin.lm_head.weight = twin.model.embed_tokens.weight
     twin.model.rotary, twin.model.index_rotary = model.model.rotary, model.model.index_rotary
     return twin.eval()
+
+
+def _is_added(parameter: str, attention: str) -> bool:
+    return any(part in parameter for part in VARIANTS[attention].ADDED)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

@@ -17,10 +17,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
 from dsa_export.config import DSAConfig
-from dsa_export.model.attention import VARIANTS, Call
+from dsa_export.model import attention, feed_forward
+from dsa_export.model.attention import Call
 from dsa_export.model.attention.base import Observer, Selector
 from dsa_export.model.cache import CacheEntry, DSACache, LayerCache
-from dsa_export.model.feed_forward import GatedMLP
 from dsa_export.model.rope import RotaryTable
 from dsa_export.model.standard_ops import rms_norm
 from dsa_export.topk import TopK, compact_topk, topk_per_layer
@@ -58,8 +58,8 @@ class RMSNorm(nn.Module):
 class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__()
-        self.self_attn = VARIANTS[config.attention](config, layer)
-        self.mlp = GatedMLP(config)
+        self.self_attn = attention.VARIANTS[config.attention](config, layer)
+        self.mlp = feed_forward.VARIANTS[config.feed_forward](config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -98,7 +98,7 @@ class DSAModel(DSAPreTrainedModel):
     @property
     def cache_layouts(self) -> list[list[CacheEntry]]:
         """The cache layout of every layer."""
-        return [VARIANTS[self.config.attention].cache_layout(self.config)] * self.config.num_hidden_layers
+        return [attention.VARIANTS[self.config.attention].cache_layout(self.config)] * self.config.num_hidden_layers
 
     def run(
         self,

@@ -1,4 +1,4 @@
-"""The feed-forward slot: a variant is a class with (config) and forward(hidden [B, S, E]) → [B, S, E]."""
+"""The feed-forward slot: a variant is a class with (config), check() and forward(hidden [B, S, E]) → [B, S, E]."""
 
 from __future__ import annotations
 
@@ -18,5 +18,12 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    @classmethod
+    def check(cls, config: DSAConfig) -> None:
+        """Raises ValueError, naming the option, for a configuration that the variant cannot take."""
+
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+VARIANTS: dict[str, type[GatedMLP]] = {"gated": GatedMLP}

@@ -1,4 +1,4 @@
-"""The attention slot. A variant is one file: a module class, its cache layout and a line in VARIANTS."""
+"""The attention slot. A variant is one file: a module class (see DenseAttention) and a line in VARIANTS."""
 
 from dsa_export.model.attention.base import AttentionTrace, Call, Selector
 from dsa_export.model.attention.dense import DenseAttention

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from dsa_export.config import DSAConfig
@@ -12,6 +14,15 @@ from dsa_export.model.standard_ops import dense_attention, rotary, split_heads
 
 class DenseAttention(nn.Module):
     """Qwen2's attention. Other grouped-query variants override cache_layout() and attend()."""
+
+    DENSE: ClassVar[str] = "dense"
+    """The variant in VARIANTS that sees everything, on the same parameters less the added ones."""
+    ADDED: ClassVar[tuple[str, ...]] = ()
+    """Parts of the names of the parameters that a dense checkpoint lacks and its conversion initialises."""
+
+    @classmethod
+    def check(cls, config: DSAConfig) -> None:
+        """Raises ValueError, naming the option, for a configuration that the variant cannot take."""
 
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__()

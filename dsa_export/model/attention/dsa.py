@@ -7,6 +7,7 @@ before it is cached.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from dsa_export.model.attention.base import AttentionTrace, Call
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.standard_ops import dense_attention, rotary
+from dsa_export.topk import topk_per_layer
 from plugins.index_topk import index_topk
 from plugins.sparse_attention import sparse_attention
 
@@ -48,6 +50,22 @@ class Indexer(nn.Module):
 
 class SparseAttention(DenseAttention):
     """`sparse` = False lets the core see everything (warm-up: the dense teacher); the indexer is still observed."""
+
+    ADDED: ClassVar[tuple[str, ...]] = (".indexer.",)
+
+    @classmethod
+    def check(cls, config: DSAConfig) -> None:
+        if config.index_queries not in ("own", "shared"):
+            raise ValueError(f"index_queries must be 'own' or 'shared', got {config.index_queries!r}")
+        for name in ("index_heads", "index_dim"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        topk_per_layer(config.index_topk, config.num_hidden_layers)
+        if config.index_dim % 2:
+            raise ValueError(f"index_dim must be even (half-split RoPE), got {config.index_dim}")
+        shared = (config.num_attention_heads, config.head_size)
+        if config.index_queries == "shared" and (config.index_heads, config.index_dim) != shared:
+            raise ValueError(f"index_queries='shared' needs (index_heads, index_dim) = {shared}")
 
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__(config, layer)
