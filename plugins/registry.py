@@ -18,9 +18,12 @@ def function_proto(body: str) -> onnx.FunctionProto:
     return onnx.parser.parse_function(header + body)
 
 
-def function_protos() -> list[onnx.FunctionProto]:
-    """The function bodies of all operators, to be appended to a model that uses them."""
-    from plugins.index_topk.op import FUNCTION_BODY as index_topk
+def function_protos(index_options: bool = False, index_scaled: bool = False) -> list[onnx.FunctionProto]:
+    """The function bodies of all operators, to be appended to a model that uses them.
+
+    index_options: its IndexTopK nodes carry sinks, window and pool. index_scaled: and an index_scale.
+    """
+    from plugins.index_topk.op import function_body as index_topk
     from plugins.sparse_attention.op import FUNCTION_BODY as sparse_attention
 
-    return [function_proto(index_topk), function_proto(sparse_attention)]
+    return [function_proto(index_topk(index_options, index_scaled)), function_proto(sparse_attention)]

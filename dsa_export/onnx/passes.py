@@ -125,8 +125,12 @@ def module_of(node: ir.Node) -> str:
 
 def append_functions(model: ir.Model) -> None:
     """Ensures that the body of every operator of domain `dsa` in the graph stands in the file."""
-    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
-    for proto in function_protos():
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    used = {node.op_type for node in nodes}
+    selections = [node for node in nodes if node.op_type == "IndexTopK"]
+    options = any("pool" in node.attributes for node in selections)
+    scaled = any(len(node.inputs) > 4 for node in selections)
+    for proto in function_protos(options, scaled):
         if proto.name in used:
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,11 +15,14 @@ from plugins.registry import DOMAIN, ONNX_OPSET, PLUGIN_ATTRIBUTES, function_pro
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
-def model(operator: str, float_type: int, **attributes: int | float) -> onnx.ModelProto:
+def model(operator: str, float_type: int, scaled: bool = False, **attributes: int | float) -> onnx.ModelProto:
     """One node of `operator`, with its function body appended; every dimension is dynamic."""
     if operator == "IndexTopK":
         inputs = {"index_q": (float_type, "B S Hi Di"), "index_weights": (float_type, "B S Hi"),
-                  "index_k": (float_type, "B C Di"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
+                  "index_k": (float_type, "B G Di"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
+        if scaled:
+            inputs["index_k"] = (TensorProto.FLOAT8E4M3FN, "B G Di")
+            inputs["index_scale"] = (TensorProto.FLOAT, "B G")
         output = helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "S", attributes["k"]])
     else:
         inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
@@ -28,21 +32,29 @@ def model(operator: str, float_type: int, **attributes: int | float) -> onnx.Mod
     infos = [helper.make_tensor_value_info(name, kind, dims.split()) for name, (kind, dims) in inputs.items()]
     return helper.make_model(
         helper.make_graph([node], operator, infos, [output]),
-        functions=[f for f in function_protos() if f.name == operator],
+        functions=[f for f in function_protos("pool" in attributes, scaled) if f.name == operator],
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )
 
 
 @cache
-def session(operator: str, dtype: str, **attributes: int | float) -> onnxruntime.InferenceSession:
+def session(operator: str, dtype: str, scaled: bool, **attributes: int | float) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    serialized = model(operator, TYPES[dtype], **attributes).SerializeToString()
+    serialized = model(operator, TYPES[dtype], scaled, **attributes).SerializeToString()
     return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 
 
 def run(operator: str, arrays: list[np.ndarray], **attributes: int | float) -> np.ndarray:
-    runner = session(operator, str(arrays[0].dtype), **attributes)
+    """`arrays`: the inputs in their order; float8 ones as ml_dtypes has them."""
+    runner = session(operator, str(arrays[0].dtype), operator == "IndexTopK" and len(arrays) > 4, **attributes)
     names = [i.name for i in runner.get_inputs()]
-    return runner.run(None, dict(zip(names, arrays, strict=True)))[0]
+    feeds = {name: _value(array) for name, array in zip(names, arrays, strict=True)}
+    return runner.run_with_ort_values(None, feeds)[0].numpy()
+
+
+def _value(array: np.ndarray) -> onnxruntime.OrtValue:
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, TensorProto.FLOAT8E4M3FN)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

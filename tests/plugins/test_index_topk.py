@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.index_topk import index_topk, index_topk_reference
-from plugins.index_topk.op import check_cuda
+from plugins.index_topk.op import check_cuda, forced_groups
 from tests.plugins import bodies
 from tests.plugins.problems import TopK, assert_selection, sets, topk_problem
 
@@ -104,3 +106,74 @@ def test_what_the_kernels_do_not_support_is_refused(shape, dtype, C: int, k: int
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match=message):
         check_cuda(torch.zeros(shape, dtype=dtype), C, k)
+
+
+@st.composite
+def problems_with_options(draw: st.DrawFn) -> tuple[TopK, dict[str, int], torch.Tensor | None]:
+    """Groups, sinks, a window, fp8 keys; lengths that end within a group; k at most the groups that the cache has."""
+    pool = draw(st.integers(1, 4))
+    sinks, window = draw(st.integers(0, 5)), draw(st.integers(0, 6))
+    least = max(1, forced_groups(sinks, window, pool))
+    groups = draw(st.integers(least, least + 6))
+    rows = groups + draw(st.integers(0, 8))
+    lengths = draw(st.lists(st.integers(0, rows * pool), min_size=1, max_size=3))
+    heads, seed = draw(st.integers(1, 4)), draw(st.integers(0, 999))
+    problem = topk_problem(lengths, draw(st.integers(1, 4)), rows, heads, 8, groups * pool, torch.float32, True, seed)
+    for row, length in zip(problem.index_k, lengths, strict=True):
+        row[: -(-length // pool)].nan_to_num_(0.0)  # poisoned by tokens, stored by groups
+        row[-(-length // pool) :] = torch.nan
+    scale = None
+    if draw(st.booleans()):
+        problem.index_k = problem.index_k.to(torch.float8_e4m3fn)
+        scale = torch.full(problem.index_k.shape[:2], 0.5).exp2()
+    return problem, {"sinks": sinks, "window": window, "pool": pool}, scale
+
+
+@given(problems_with_options())
+@settings(max_examples=80, deadline=None)
+def test_options_mean_the_same_in_every_form(case) -> None:
+    problem, options, scale = case
+    expected = sets(index_topk_reference(*problem.arguments(), **options, index_scale=scale))
+    assert sets(index_topk(*problem.arguments(), **options, index_scale=scale)) == expected
+    *tensors, k = problem.arguments()
+    arrays = [onnx_array(t) for t in [*tensors, *([] if scale is None else [scale])]]
+    assert sets(torch.from_numpy(bodies.run("IndexTopK", arrays, k=k, **options))) == expected
+
+
+def onnx_array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return tensor.numpy()
+
+
+def test_what_is_always_selected() -> None:
+    """By hand: 11 tokens, the query at position 10, groups of 2; scores fall with the position."""
+    index_q, index_weights = torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1)
+    keys = torch.linspace(2, 1, 7)[None, :, None].expand(1, 7, 2).contiguous()
+    lengths = torch.tensor([11])
+
+    def selected(k: int, **options: int) -> set[int]:
+        return sets(index_topk(index_q, index_weights, keys, lengths, k, **options))[0][0]
+
+    assert selected(4, pool=2) == {0, 1, 10}
+    assert selected(6, pool=2, window=2) == {0, 1, 8, 9, 10}
+    assert selected(6, pool=2, sinks=3) == {0, 1, 2, 3, 10}
+    assert index_topk(
+        index_q, index_weights, keys.flip(1), torch.tensor([7]), 4, sinks=1, window=2
+    ).sort().values.tolist() == [[[0, 4, 5, 6]]]
+
+
+@pytest.mark.parametrize(
+    ("k", "options", "message"),
+    [
+        (8, {"pool": 3}, "pool must be at least 1 and divide k = 8, got 3"),
+        (8, {"pool": 0}, "pool must be at least 1"),
+        (8, {"sinks": -1}, "sinks must not be negative, got -1"),
+        (8, {"sinks": 4, "window": 5}, "sinks = 4, window = 5 and pool = 1 always select 9 keys: k = 8"),
+        (8, {"window": 6, "pool": 4}, "always select 12 keys"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(k: int, options: dict[str, int], message: str) -> None:
+    problem = topk_problem([9, 9], 1, 9, 4, 16, 5, torch.float32, ties=False, seed=5)
+    with pytest.raises(ValueError, match=message):
+        index_topk(*problem.arguments()[:4], k, **options)
