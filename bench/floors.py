@@ -65,7 +65,8 @@ def call_flops(engine: Engine, case: Case) -> int:
     if engine.variant != "sparse":
         return case.batch * (body + model.layers * attention * visible)
     selected = sum(min(position, k) for k in engine.topk for position in range(last - case.queries + 1, last + 1))
-    indexer = model.layers * 2 * model.index_heads * model.index_dim * visible
+    leading, pool = -(-model.layers // engine.selection.get("index_share", 1)), engine.selection.get("index_pool", 1)
+    indexer = leading * 2 * model.index_heads * model.index_dim * visible // pool
     return case.batch * (body + attention * selected + indexer)
 
 

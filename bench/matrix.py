@@ -15,7 +15,8 @@ import psutil
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, read_manifest
-from dsa_export.topk import compact_topk, describe_topk
+from dsa_export.selection import describe_selection
+from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, open_engine
 from engines.memory import WORKSPACE_BYTES, chunk_tokens
 
@@ -66,10 +67,10 @@ class Group:
 
     @property
     def name(self) -> str:
-        return f"{self.backend}, {self.precision}, k = {describe_topk(self.k)}"
+        return f"{self.backend}, {self.precision}, k = {describe_selection(self.k, self.sparse.selection)}"
 
     def facts(self) -> dict[str, Any]:
-        return {"backend": self.backend, "precision": self.precision, "k": self.k}
+        return {"backend": self.backend, "precision": self.precision, "k": self.k, "selection": self.sparse.selection}
 
 
 def core_of(engine: Engine) -> str:
@@ -142,12 +143,12 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
     found, skips = [], []
     for (backend, precision, _), members in by_weights.items():
         dense = {core_of(engine): engine for engine in reversed(members) if engine.variant != "sparse"}
-        sparse = {engine.topk: engine for engine in reversed(members) if engine.variant == "sparse"}
+        sparse = {(e.topk, str(e.selection)): e for e in reversed(members) if e.variant == "sparse"}
         for engine in [] if dense and sparse else members:
             reason = f"no {'dense' if engine.variant == 'sparse' else 'sparse'} engine of the same weights"
             skips.append({"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason})
         cores = tuple(dense[name] for name in sorted(dense))
-        found += [Group(backend, precision, cores, sparse[k]) for k in sorted(sparse) if cores]
+        found += [Group(backend, precision, cores, sparse[key]) for key in sorted(sparse) if cores]
     return found, skips
 
 

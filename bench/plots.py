@@ -10,7 +10,6 @@ import matplotlib
 
 from bench import summary
 from bench.summary import Pair, Record, Series
-from dsa_export.topk import describe_topk
 
 DENSE, PEER = "#6b7280", "#a16207"
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#7c3aed", "#db2777", "#0891b2")
@@ -125,9 +124,9 @@ def operators(profiles: Sequence[Record]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10, 1.3 + 0.5 * len(profiles)), layout="constrained")
-    several = len({(record["precision"], describe_topk(record["k"])) for record in profiles}) > 1
+    several = len({(record["precision"], summary.describe_k(record)) for record in profiles}) > 1
     labels = [
-        f"{record['core']}\n{record['precision']}, k = {describe_topk(record['k'])}" if several else record["core"]
+        f"{record['core']}\n{record['precision']}, k = {summary.describe_k(record)}" if several else record["core"]
         for record in profiles
     ]
     left = [0.0] * len(profiles)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsa_export.topk import describe_topk
+from dsa_export.selection import describe_selection
 
 Record = dict[str, Any]
 Series = tuple[str, str, str, int]
@@ -24,7 +24,7 @@ class Pair:
 
     @property
     def series(self) -> Series:
-        return (self.sparse["backend"], self.sparse["precision"], describe_topk(self.sparse["k"]), self.sparse["batch"])
+        return (self.sparse["backend"], self.sparse["precision"], describe_k(self.sparse), self.sparse["batch"])
 
     @property
     def phase(self) -> str:
@@ -33,6 +33,11 @@ class Pair:
     @property
     def context(self) -> int:
         return self.sparse["context"]
+
+
+def describe_k(record: Record) -> str:
+    """k and the options of the selection."""
+    return describe_selection(record["k"], record.get("selection", {}))
 
 
 def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
@@ -45,7 +50,7 @@ def pairs(records: Iterable[Record]) -> list[Pair]:
     for record in of_kind(records, "timing"):
         if record["strongest"]:
             names = ("backend", "precision", "phase", "batch", "context")
-            key = (*(record[name] for name in names), describe_topk(record["k"]))
+            key = (*(record[name] for name in names), describe_k(record))
             by_case.setdefault(key, {})[record["variant"]] = record
     return [Pair(sides["dense"], sides["sparse"]) for sides in by_case.values()]
 
@@ -149,7 +154,7 @@ def sentence(measured: Sequence[Pair]) -> str:
     warning = "; the indexer is random, so only the timing means anything" if sparse["random_indexer"] else ""
     return (
         f"At {longest:,} tokens of context (batch {batch}, {sparse['backend']}, {sparse['precision']}) {call} takes "
-        f"{ms(dense)} ms dense ({dense['core']}) and {ms(sparse)} ms sparse (k = {describe_topk(sparse['k'])}): "
+        f"{ms(dense)} ms dense ({dense['core']}) and {ms(sparse)} ms sparse (k = {describe_k(sparse)}): "
         f"{verdict} where bytes and operations predict {sparse['speedup_predicted']:.2f}×{agreement}{warning}."
     )
 

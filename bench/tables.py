@@ -12,7 +12,6 @@ from rich.table import Table as RichTable
 from bench import summary
 from bench.summary import Pair, Record, ms_with_spread
 from dsa_export.cli import console
-from dsa_export.topk import describe_topk
 
 TABLE_WIDTH = 128
 """Width of what is printed into a pipe or file."""
@@ -191,7 +190,7 @@ def operators(records: Sequence[Record]) -> list[Table]:
     parts = list(dict.fromkeys(part for record in profiles for part in record["ms"]))
     rows = [
         [
-            f"{record['precision']}, k = {describe_topk(record['k'])}",
+            f"{record['precision']}, k = {summary.describe_k(record)}",
             record["core"],
             f"{record['context']:,}",
             *(f"{record['ms'].get(part, 0):.3g}" for part in parts),
@@ -216,7 +215,7 @@ def peers(records: Sequence[Record]) -> list[Table]:
             f"{peer['tokens_per_s']:.3g}",
             "–" if peer["ttft_s"] is None else f"{peer['ttft_s']:.3g}",
             f"{ours['tokens_per_s']:.3g}",
-            f"{ours['precision']}, k = {describe_topk(ours['k'])}",
+            f"{ours['precision']}, k = {summary.describe_k(ours)}",
             f"{ratio:.2f}×",
         ]
         for peer, ours, ratio in summary.against_peers(records)
@@ -240,7 +239,7 @@ def skipped(records: Sequence[Record]) -> list[Table]:
     rows: dict[tuple[str, str], list[str]] = {}
     for record in summary.of_kind(records, "skipped"):
         words: list[str | None] = [record.get(name) for name in ("backend", "precision", "variant", "peer", "engine")]
-        words.append(f"k = {describe_topk(record['k'])}" if "k" in record else None)
+        words.append(f"k = {summary.describe_k(record)}" if "k" in record else None)
         words.append(f"batch {record['batch']}" if "batch" in record else None)
         what = ", ".join(str(word) for word in words if word)
         context = f"{record['context']:,}" if "context" in record else ""

@@ -20,6 +20,11 @@ class DSAConfig(Qwen2Config):
         index_topk: k, keys selected per query token: one number, or a list of one number per layer.
         index_queries: "own" (a projection of the indexer's) or "shared" (the main attention's rotated queries, as in
             the original reproduction; needs index_heads = num_attention_heads and index_dim = head size).
+        index_sinks, index_window: the first and the last tokens that are always selected, counted in k.
+        index_pool: m, tokens per selected group. Groups are scored by the mean of their index keys; the incomplete
+            last one is always selected. Needs a k that m divides.
+        index_share: n, layers that follow one selection: of n layers in a row the first has the indexer.
+        index_keys: "model" (index keys are cached in the model's type) or "fp8" (e4m3 with one scale per key).
 
     Raises ValueError for values that exclude each other, naming the option.
     """
@@ -34,6 +39,11 @@ class DSAConfig(Qwen2Config):
         index_dim: int = 64,
         index_topk: int | list[int] = 512,
         index_queries: str = "own",
+        index_sinks: int = 0,
+        index_window: int = 0,
+        index_pool: int = 1,
+        index_share: int = 1,
+        index_keys: str = "model",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -43,6 +53,11 @@ class DSAConfig(Qwen2Config):
         self.index_dim = index_dim
         self.index_topk = index_topk
         self.index_queries = index_queries
+        self.index_sinks = index_sinks
+        self.index_window = index_window
+        self.index_pool = index_pool
+        self.index_share = index_share
+        self.index_keys = index_keys
         self._check()
 
     @property

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsa_export.capacity import cache_rows, stride_of
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, read_manifest, sha256
 from dsa_export.topk import topk_per_layer
 
 VARIANTS = ("dense", "sparse")
 BACKENDS = ("ort", "tensorrt-rtx", "tensorrt", "torch")
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8e4m3fn": 1, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 # The distribution whose version an engine depends on, and how many parts of the version must agree: ONNX Runtime reads
 # models of its other patch releases, plans are tied to the exact build, torch reads every checkpoint.
@@ -37,20 +38,37 @@ RUNTIMES = {
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One cache of one layer. `shape` holds integers and the names "batch" and "capacity"."""
+    """One cache of a layer. `shape` holds integers, "batch" and a name of dsa_export.capacity.
+
+    layers: those that have it; None is all.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+    layers: tuple[int, ...] | None = None
 
     def concrete(self, batch: int, capacity: int) -> tuple[int, ...]:
-        sizes = {"batch": batch, "capacity": capacity}
-        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+        """The shape for a batch whose rows have room for `capacity` tokens."""
+        sizes = [batch if size == "batch" else size for size in self.shape]
+        return tuple(
+            int(cache_rows(capacity, stride_of(size) or 1)) if isinstance(size, str) else size for size in sizes
+        )
 
     @property
-    def bytes_per_token(self) -> int:
+    def stride(self) -> int:
+        """Tokens per row."""
+        return next(stride for size in self.shape if (stride := stride_of(size)))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in one layer."""
+        return math.prod(size for size in self.shape if isinstance(size, int)) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def bytes_per_token(self) -> float:
         """Bytes that one token of one row takes in one layer."""
-        return math.prod(self.concrete(1, 1)) * DTYPE_BYTES[self.dtype]
+        return self.row_bytes / self.stride
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ class Variant:
     dtype: str  # fp32 | fp16 | bf16: activations, caches, and weights that are not quantised
     precision: str  # of the weights: fp32 | fp16 | bf16 | int8 | int4
     topk: tuple[int, ...]  # k of every layer
+    selection: dict[str, Any]  # options of the selection that are not as by default: fields of DSAConfig
     random_indexer: bool
     model: Model
     cache: tuple[CacheTensor, ...]
@@ -97,24 +116,33 @@ class Variant:
 
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
-        return [(f"{layer}.{tensor.name}", tensor) for layer in range(self.model.layers) for tensor in self.cache]
+        return [(f"{layer}.{tensor.name}", tensor) for layer, tensor in self._cached()]
 
-    def cache_bytes_per_token(self) -> int:
+    def _cached(self) -> list[tuple[int, CacheTensor]]:
+        layers = range(self.model.layers)
+        return [(i, tensor) for i in layers for tensor in self.cache if tensor.layers is None or i in tensor.layers]
+
+    def cache_bytes_per_token(self) -> float:
         """Bytes that one more token of one row takes, over all layers."""
-        return self.model.layers * sum(tensor.bytes_per_token for tensor in self.cache)
+        return sum(tensor.bytes_per_token for _, tensor in self._cached())
 
     def cache_bytes_read(self, context: int, queries: int = 1) -> int:
         """Bytes of one row's caches that a call must read at least once: `queries` new tokens, `context` in all.
 
-        Dense attention reads every cached row; sparse attention every index key, and K and V of the selected rows.
+        Dense attention reads every cached row; sparse attention every index key (of pooled ones the means, and of the
+        single keys those of the groups that the call changes), and K and V of the selected rows.
         """
-        gathered = {"key", "value"} if self.variant == "sparse" else set()
-        selected = [min(context, queries * min(context, k)) for k in self.topk]
-        return sum(
-            tensor.bytes_per_token * (rows if tensor.name in gathered else context)
-            for rows in selected
-            for tensor in self.cache
-        )
+        tokens = {"key": 0, "value": 0} if self.variant == "sparse" else {}
+        pooled = next((tensor.stride for tensor in self.cache if tensor.name == "pooled"), None)
+        read = 0
+        for layer, tensor in self._cached():
+            rows = -(-context // tensor.stride)
+            if tensor.name in tokens:
+                rows = min(context, queries * min(context, self.topk[layer]))
+            elif tensor.name == "index" and pooled:
+                rows = min(context, queries + 2 * pooled - 2)
+            read += rows * tensor.row_bytes
+        return read
 
     def workspace_bytes_per_query(self, capacity: int) -> int:
         """Bytes that one layer of the ONNX form needs for one query token of one row: it bounds the prefill chunk.
@@ -126,7 +154,8 @@ class Variant:
         if self.variant == "dense":
             return 2 * capacity * self.model.query_heads * 4
         gathered_rows = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
-        return capacity * (2 * self.model.index_heads + 3) * 4 + gathered_rows
+        keys = max(tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name in ("pooled", "index"))
+        return keys * (2 * self.model.index_heads + 3) * 4 + gathered_rows
 
 
 @dataclass(frozen=True)
@@ -317,7 +346,11 @@ def _variant_facts(variant: str, manifest: dict[str, Any], cache: list[dict[str,
         "dtype": manifest["dtype"],
         "precision": manifest["precision"],
         "topk": topk_per_layer(manifest["topk"], model["layers"]),
+        "selection": manifest.get("selection", {}),
         "random_indexer": manifest["random_indexer"],
         "model": Model(**{name: model[name] for name in Model.__dataclass_fields__}),
-        "cache": tuple(CacheTensor(entry["name"], tuple(entry["shape"]), entry["dtype"]) for entry in cache),
+        "cache": tuple(
+            CacheTensor(e["name"], tuple(e["shape"]), e["dtype"], tuple(e["layers"]) if e.get("layers") else None)
+            for e in cache
+        ),
     }

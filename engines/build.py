@@ -31,7 +31,8 @@ import onnx_ir as ir
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.files import PARTIAL, check_output, output_folder, read_manifest, write_manifest
-from dsa_export.topk import compact_topk, describe_topk
+from dsa_export.selection import describe_selection
+from dsa_export.topk import compact_topk
 from engines import memory, nvidia_graph, triton, trtexec
 from engines.artifacts import (
     BACKENDS,
@@ -168,12 +169,12 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
 
 
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
-    from engines.ort import check_dtype
+    from engines.ort import check_types
 
     runtime_version("ort")
     for variant in args.variant:
         graph = export.graphs[variant]
-        check_dtype(graph.dtype)
+        check_types(graph)
         with output_folder(args.out / "ort" / variant) as folder:
             link_or_copy(graph.path, folder / "model.onnx")
             link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
@@ -432,6 +433,7 @@ def write_engine_manifest(
         dtype=graph.dtype,
         precision=graph.precision,
         topk=compact_topk(graph.topk),
+        selection=graph.selection,
         random_indexer=graph.random_indexer,
         model=asdict(graph.model),
         cache=[asdict(tensor) for tensor in graph.cache],
@@ -494,7 +496,7 @@ def gpu_compute_capability() -> str:
 def report(folder: Path) -> None:
     manifest = read_manifest(folder, "engine", "python -m engines.build")
     mib = sum(facts["bytes"] for facts in manifest["files"].values()) / 2**20
-    k = describe_topk(manifest["topk"])
+    k = describe_selection(manifest["topk"], manifest["selection"])
     console.print(f"wrote {folder}: {manifest['variant']}, {manifest['precision']}, k = {k}, {mib:,.1f} MiB")
 
 

@@ -14,7 +14,12 @@ from torch import Tensor
 from dsa_export.cli import UserError
 from engines.artifacts import Engine
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 
 
 @dataclass
@@ -35,7 +40,9 @@ class DeviceRunner:
     def allocate(self, batch: int, capacity: int) -> DeviceCaches:
         try:
             tensors = {
-                name: torch.zeros(tensor.concrete(batch, capacity), dtype=DTYPES[tensor.dtype], device=self.device)
+                name: torch.zeros(
+                    tensor.concrete(batch, capacity), dtype=getattr(torch, tensor.dtype), device=self.device
+                )
                 for name, tensor in self.engine.cache_names()
             }
         except torch.OutOfMemoryError:
@@ -49,14 +56,15 @@ class DeviceRunner:
 
     def copy(self, source: DeviceCaches, target: DeviceCaches, tokens: int, *, release: bool = False) -> None:
         for name, tensor in target.tensors.items():
-            tensor[:, :, :tokens] = source.tensors[name][:, :, :tokens]
+            rows = min(tokens, source.tensors[name].shape[2])
+            tensor[:, :, :rows] = source.tensors[name][:, :, :rows]
             if release:
                 del source.tensors[name]
 
     def randomise(self, caches: DeviceCaches, seed: int) -> None:
         generator = torch.Generator(self.device).manual_seed(seed)
         for tensor in caches.tensors.values():
-            tensor.normal_(generator=generator)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=self.device))
 
     def bound(
         self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray

@@ -53,7 +53,7 @@ def estimate(variant: Variant, limits: Limits, weight_bytes: int) -> Estimate:
     queries = batch * chunk_tokens(variant, limits.prefill_chunk, batch, capacity)
     return Estimate(
         weights=weight_bytes,
-        caches=batch * capacity * variant.cache_bytes_per_token(),
+        caches=round(batch * capacity * variant.cache_bytes_per_token()),
         workspace=queries * variant.workspace_bytes_per_query(capacity),
     )
 

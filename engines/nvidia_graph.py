@@ -14,15 +14,16 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
+from dsa_export.capacity import cache_rows, stride_of
 from engines.artifacts import Graph
 
 
 def fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
-    """Requires: inputs and outputs with the dimension "capacity". Ensures: it is the number `capacity` everywhere."""
+    """Requires: dimensions named as in dsa_export.capacity. Ensures: they are numbers, for `capacity` tokens."""
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         for size in value.type.tensor_type.shape.dim:
-            if size.dim_param == "capacity":
-                size.dim_value = capacity  # a oneof: this clears dim_param
+            if stride := stride_of(size.dim_param):
+                size.dim_value = cache_rows(capacity, stride)  # a oneof: this clears dim_param
 
 
 VISIBLE_SLOTS = """

@@ -15,7 +15,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from dsa_export.cli import UserError
-from engines.artifacts import Engine
+from engines.artifacts import Engine, Variant
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -32,7 +32,7 @@ class OrtCaches:
 
     batch: int
     capacity: int
-    arrays: dict[str, np.ndarray]  # "{layer}.{name}" -> [B, ..., C, ...]
+    arrays: dict[str, np.ndarray]  # "{layer}.{name}" -> [B, H, rows, D]
     values: dict[str, onnxruntime.OrtValue]  # the same memory
     binding: onnxruntime.IOBinding
     logits: np.ndarray  # [B, 1, V] float32
@@ -43,7 +43,7 @@ class OrtRunner:
 
     def __init__(self, engine: Engine, *, threads: int | None = None):
         self.engine = engine
-        check_dtype(engine.dtype)
+        check_types(engine)
         self.session = load(engine.folder / "model.onnx", threads)
 
     def allocate(self, batch: int, capacity: int) -> OrtCaches:
@@ -67,9 +67,9 @@ class OrtRunner:
             source.values.clear()
             source.binding.clear_binding_inputs()
             source.binding.clear_binding_outputs()
-        for name, tensor in self.engine.cache_names():
-            slots = tuple(slice(tokens) if size == "capacity" else slice(None) for size in tensor.shape)
-            target.arrays[name][slots] = source.arrays[name][slots]
+        for name, _ in self.engine.cache_names():
+            rows = min(tokens, source.arrays[name].shape[2])
+            target.arrays[name][:, :, :rows] = source.arrays[name][:, :, :rows]
             if release:
                 del source.arrays[name]
 
@@ -103,9 +103,16 @@ class OrtRunner:
         return caches.logits[:, 0]
 
 
-def check_dtype(dtype: str) -> None:
-    if dtype not in CPU_DTYPES:
-        raise UserError(f"ONNX Runtime's CPU kernels do not compute in {dtype}: export with --dtype fp32 or fp16")
+def check_types(variant: Variant) -> None:
+    """Raises UserError for types that ONNX Runtime's kernels do not take."""
+    if variant.dtype not in CPU_DTYPES:
+        raise UserError(
+            f"ONNX Runtime's CPU kernels do not compute in {variant.dtype}: export with --dtype fp32 or fp16"
+        )
+    if any(tensor.dtype not in NUMPY_DTYPES for tensor in variant.cache):
+        raise UserError(
+            "ONNX Runtime cannot update fp8 caches: export without --index-keys fp8, or use --backend torch"
+        )
 
 
 def load(

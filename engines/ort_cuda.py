@@ -13,7 +13,7 @@ from torch import Tensor
 from dsa_export.cli import UserError
 from engines.artifacts import Engine
 from engines.device import DeviceCaches, DeviceRunner
-from engines.ort import RUN_ERRORS, check_dtype, load
+from engines.ort import RUN_ERRORS, check_types, load
 
 PROVIDER = "CUDAExecutionProvider"
 NUMPY_DTYPES = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
@@ -31,7 +31,7 @@ class OrtCudaRunner(DeviceRunner):
 
     def __init__(self, engine: Engine, *, threads: int | None = None):
         super().__init__(engine)
-        check_dtype(engine.dtype)
+        check_types(engine)
         self.session = load(engine.folder / "model.onnx", threads, self.providers)
 
     def run(

@@ -23,7 +23,11 @@ from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled and library workspaces allocated
 
@@ -59,6 +63,7 @@ class TorchRunner:
             attention="dense" if engine.variant == "dense" else None,
             dtype=DTYPES[engine.dtype],
             index_topk=compact_topk(engine.topk),
+            **engine.selection,
         )
         try:
             self.step = StepGraph(model.requires_grad_(False).to(self.device)).eval()
@@ -68,7 +73,7 @@ class TorchRunner:
     def allocate(self, batch: int, capacity: int) -> TorchCaches:
         try:
             tensors = [
-                torch.zeros(tensor.concrete(batch, capacity), dtype=CACHE_DTYPES[tensor.dtype], device=self.device)
+                torch.zeros(tensor.concrete(batch, capacity), dtype=getattr(torch, tensor.dtype), device=self.device)
                 for _, tensor in self.engine.cache_names()
             ]
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU allocator raises a RuntimeError
@@ -85,14 +90,15 @@ class TorchRunner:
         if release:
             source.capture = None
         for i, tensor in enumerate(target.tensors):
-            tensor[:, :, :tokens] = source.tensors[i][:, :, :tokens]
+            rows = min(tokens, source.tensors[i].shape[2])
+            tensor[:, :, :rows] = source.tensors[i][:, :, :rows]
             if release:
                 source.tensors[i] = torch.empty(0)
 
     def randomise(self, caches: TorchCaches, seed: int) -> None:
         generator = torch.Generator(self.device).manual_seed(seed)
         for tensor in caches.tensors:
-            tensor.normal_(generator=generator)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=self.device))
 
     def run(
         self, caches: TorchCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray

@@ -24,7 +24,9 @@ from dsa_export.config import DSAConfig
 from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, write_atomically, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config
+from dsa_export.selection import DEFAULTS, add_selection_arguments, selection_options
 from dsa_export.topk import describe_topk
+from plugins.index_topk.op import check_options
 from train import options, plots, precision
 from train.allocation import allocate, write_topk
 from train.data import IGNORED, Windows, check_tokenizer, load_data
@@ -170,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
         "--every", type=int, metavar="N", help="measure the attention of every N-th query [1 up to 1024 tokens, else 8]"
     )
     text.add_argument("--min-tokens", type=int, default=64, metavar="N", help="leave out shorter documents [64]")
+    add_selection_arguments(result)
     text.add_argument("--packing", choices=("pack", "cut"), default="pack", help="as in training [pack]")
 
     auto = result.add_argument_group("k by layer (--k auto)")
@@ -218,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for length in args.length
     }
     console.print(f"Loading {args.model}")
-    model = load_model(args.model).to(device)
+    model = load_model(args.model, **selection_options(args)).to(device)
     base = load_model(args.base, attention="dense").to(device).train() if args.base else None
     if base is not None and base.config.vocab_size != config.vocab_size:
         raise UserError(f"--base {args.base} has another vocabulary than {args.model}")
@@ -303,6 +306,14 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         if max(values) > config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise UserError(f"--{name} {max(values)} is beyond the model's {limit} positions")
+    chosen = {name: getattr(config, name) for name in DEFAULTS} | selection_options(args)
+    for k in args.ks:
+        try:
+            check_options(k, chosen["index_sinks"], chosen["index_window"], chosen["index_pool"])
+        except ValueError as error:
+            raise UserError(f"--topk {k} does not fit the options of the selection: {error}") from None
+    if args.auto and chosen["index_share"] > 1:
+        raise UserError("--k auto needs an indexer in every layer: it excludes --index-share")
     if args.auto and budget >= longest:
         raise UserError(f"--k-budget {budget} leaves nothing to choose at {longest} tokens: measure a longer --length")
     if min(args.ks) >= min(args.length):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsa_export.cli import UserError, run
 from dsa_export.model import load_model, load_tokenizer
 from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
+from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapters, merge_adapters
 from train.data import check_tokenizer
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
     result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
+    add_selection_arguments(result)
     result.add_argument(
         "--lora-rank",
         type=int,
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(name)
     check_tokenizer(tokenizer, config.vocab_size)
     data = training_data(args, tokenizer, processes)
-    model = load_model(name, index_topk=args.topk)
+    model = load_model(name, index_topk=args.topk, **selection_options(args))
     stage = Stage(
         name="joint",
         groups=partial(parameter_groups, lora=args.lora_rank is not None),

@@ -92,7 +92,8 @@ def window_selection(trace: AttentionTrace, k: int) -> Tensor:
 @contextmanager
 def random_indexers(model: DSAForCausalLM, seed: int = 0) -> Iterator[None]:
     """Within the context every layer has an untrained indexer, initialised as training would begin with."""
-    layers: list[Any] = [layer.self_attn for layer in model.model.layers]
+    attentions: list[Any] = [layer.self_attn for layer in model.model.layers]
+    layers = [attention for attention in attentions if attention.leads]
     trained = [attention.indexer for attention in layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -139,7 +140,8 @@ def full_selection_error(model: DSAForCausalLM, input_ids: Tensor, dense: Tensor
 
     input_ids [1, T], dense [T, E] hidden states of the same tokens.
     """
-    full = hidden_states(model, input_ids, "trained", input_ids.shape[1])
+    everything = -(-input_ids.shape[1] // model.config.index_pool) * model.config.index_pool
+    full = hidden_states(model, input_ids, "trained", everything)
     error = largest = 0.0
     epsilon = torch.finfo(torch.float32).eps
     for a, b in zip(full.split(HEAD_ROWS), dense.split(HEAD_ROWS), strict=True):

@@ -15,6 +15,7 @@ from transformers import Qwen2Config
 from dsa_export.cli import UserError, console
 from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, read_manifest
 from dsa_export.model.checkpoint import load_config
+from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
 from train.data import CACHE, TrainingData, load_data
 from train.distributed import Processes
@@ -156,6 +157,7 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
     group.add_argument(
         "--index-queries", choices=("own", "shared"), help="own projection, or the attention's queries [own]"
     )
+    add_selection_arguments(parser)
 
 
 def start(args: argparse.Namespace) -> Processes:
@@ -229,6 +231,7 @@ def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, confi
         "index_heads": args.index_heads or (config.num_attention_heads if shared else recipe.index_heads),
         "index_dim": args.index_dim or (head_size if shared else recipe.index_dim),
         "index_queries": args.index_queries or "own",
+        **selection_options(args),
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from dsa_export.capacity import cache_rows
 from dsa_export.model.standard_ops import write_cache
 
 CAPACITY_STEP = 256
@@ -21,21 +22,29 @@ CAPACITY_STEP = 256
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One cached tensor of a layer: [batch, heads, capacity, dim]. TensorRT's cache update takes 4-D tensors only."""
+    """One cached tensor of a layer: [batch, heads, rows, dim]. TensorRT's cache update takes 4-D tensors only.
+
+    stride: tokens per row; row g belongs to the tokens g stride .. (g + 1) stride - 1. dtype: None is the model's.
+    """
 
     name: str
     heads: int
     dim: int
+    stride: int = 1
+    dtype: torch.dtype | None = None
 
     def shape(self, batch: Any, capacity: Any) -> tuple[Any, int, Any, int]:
-        """The tensor's shape; batch and capacity may be numbers or the names of dynamic dimensions."""
-        return (batch, self.heads, capacity, self.dim)
+        """The tensor's shape; batch and capacity (in tokens) may be numbers or the names of dynamic dimensions."""
+        return (batch, self.heads, cache_rows(capacity, self.stride), self.dim)
+
+    def zeros(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        return torch.zeros(self.shape(batch, capacity), dtype=self.dtype or dtype, device=device)
 
 
 class LayerCache:
     """What an attention layer sees of its cache: update() stores this call's rows and returns the cached tensor.
 
-    `used`: the slots that any row has filled after this call; the rest is not returned. None returns the capacity.
+    `used`: the tokens that any row holds after this call; what lies behind is not returned. None returns everything.
     """
 
     def __init__(self, tensors: dict[str, Tensor], past_lengths: Tensor, used: int | None = None):
@@ -43,9 +52,11 @@ class LayerCache:
         self.past_lengths = past_lengths
         self.used = used
 
-    def update(self, name: str, new: Tensor) -> Tensor:
-        self.tensors[name] = write_cache(self.tensors[name], new, self.past_lengths)
-        return self.tensors[name] if self.used is None else self.tensors[name][:, :, : self.used]
+    def update(self, name: str, new: Tensor, stride: int = 1) -> Tensor:
+        """Writes new [B, H, rows, D] from the row of the first token of this call on."""
+        first = self.past_lengths if stride == 1 else self.past_lengths // stride
+        self.tensors[name] = write_cache(self.tensors[name], new, first)
+        return self.tensors[name] if self.used is None else self.tensors[name][:, :, : -(-self.used // stride)]
 
 
 class DSACache(Cache):
@@ -62,15 +73,13 @@ class DSACache(Cache):
         self.layers: list[dict[str, Tensor]] = []  # type: ignore[assignment]
         self.lengths: Tensor | None = None
         self.columns = 0
+        self.capacity = 0
 
     def begin(self, batch: int, new_tokens: int, dtype: torch.dtype, device: torch.device) -> list[LayerCache]:
         """Makes room for `new_tokens` slots in every row and returns the layers' views."""
         if self.lengths is None:
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-            self.layers = [
-                {e.name: torch.zeros(e.shape(batch, 0), dtype=dtype, device=device) for e in layout}
-                for layout in self.layouts
-            ]
+            self.layers = [{e.name: e.zeros(batch, 0, dtype, device) for e in layout} for layout in self.layouts]
         if batch != len(self.lengths):
             raise ValueError(f"the cache holds {len(self.lengths)} rows, the input {batch}")
         used = int(self.lengths.max()) + new_tokens
@@ -84,15 +93,14 @@ class DSACache(Cache):
         self.columns += columns
 
     def _reserve(self, tokens: int) -> None:
-        capacity = self.layers[0][self.layouts[0][0].name].shape[2]
-        if tokens <= capacity:
+        if tokens <= self.capacity:
             return
-        grown = -(-max(tokens, 2 * capacity) // CAPACITY_STEP) * CAPACITY_STEP
+        self.capacity = -(-max(tokens, 2 * self.capacity) // CAPACITY_STEP) * CAPACITY_STEP
         for layout, tensors in zip(self.layouts, self.layers, strict=True):
             for entry in layout:
                 old = tensors[entry.name]
-                new = old.new_zeros(entry.shape(old.shape[0], grown))
-                new[:, :, :capacity] = old
+                new = old.new_zeros(entry.shape(old.shape[0], self.capacity))
+                new[:, :, : old.shape[2]] = old
                 tensors[entry.name] = new
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -102,7 +110,7 @@ class DSACache(Cache):
         return -1
 
     def reset(self) -> None:
-        self.layers, self.lengths, self.columns = [], None, 0
+        self.layers, self.lengths, self.columns, self.capacity = [], None, 0, 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.lengths is None:

@@ -74,7 +74,8 @@ def load_model(
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     added = {key for key in model.state_dict() if _is_added(key, attention)}
     expected_missing = set() if attention == own else added
-    if attention == VARIANTS[own].DENSE:
+    shared_by_more = isinstance(base, DSAConfig) and config.index_share > base.index_share
+    if attention == VARIANTS[own].DENSE or shared_by_more:
         unexpected = {key for key in unexpected if not _is_added(key, own)}
     wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
     if wrong:

@@ -98,7 +98,8 @@ class DSAModel(DSAPreTrainedModel):
     @property
     def cache_layouts(self) -> list[list[CacheEntry]]:
         """The cache layout of every layer."""
-        return [attention.VARIANTS[self.config.attention].cache_layout(self.config)] * self.config.num_hidden_layers
+        variant = attention.VARIANTS[self.config.attention]
+        return [variant.cache_layout(self.config, layer) for layer in range(self.config.num_hidden_layers)]
 
     def run(
         self,
@@ -130,7 +131,7 @@ class DSAModel(DSAPreTrainedModel):
         for layer in self.layers:
             hidden, layer_aux = layer(hidden, call)
             aux.append(layer_aux)
-        mean_aux = {name: torch.stack([a[name] for a in aux]).mean() for name in aux[0]}
+        mean_aux = {name: torch.stack([a[name] for a in aux if name in a]).mean() for name in aux[0]}
         return self.norm(hidden), mean_aux
 
     def forward(

@@ -15,11 +15,13 @@ from dsa_export.cli import UserError, console, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output, checkpoint_hash, output_folder, sha256, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
+from dsa_export.model.cache import CacheEntry
 from dsa_export.model.checkpoint import has_indexer, load_config
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import compare_graphs
 from dsa_export.onnx.parity import DECODED_TOKENS, check_parity, decoded_logits, parity_text
 from dsa_export.onnx.quantise import BITS, BLOCK_SIZES, Scheme, quantise, untie
+from dsa_export.selection import add_selection_arguments, chosen_options, selection_options
 from dsa_export.topk import compact_topk, describe_topk
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="K",
         help="keys selected per token in every layer (default: the checkpoint's own k, which may differ by layer)",
     )
+    add_selection_arguments(parser)
     parser.add_argument(
         "--random-indexer",
         action="store_true",
@@ -92,7 +95,9 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     torch.manual_seed(0)
     console.print(f"Loading {arguments.model}")
-    model = load_model(arguments.model, dtype=DTYPES[arguments.dtype], index_topk=arguments.topk)
+    model = load_model(
+        arguments.model, dtype=DTYPES[arguments.dtype], index_topk=arguments.topk, **selection_options(arguments)
+    )
     model.requires_grad_(False)
     scheme = None
     if arguments.weights:
@@ -186,6 +191,7 @@ def write_export_manifest(
         precision=precision_of(arguments),
         quantisation=asdict(scheme) if scheme else None,
         topk=compact_topk(config.topk_per_layer),
+        selection=chosen_options(config),
         model={
             "hidden_size": config.hidden_size,
             "layers": config.num_hidden_layers,
@@ -203,8 +209,7 @@ def write_export_manifest(
                 "path": f"{variant}/{MODEL_FILE}",
                 "sha256": sha256(out / variant / MODEL_FILE),
                 "cache": [
-                    {"name": entry.name, "shape": list(entry.shape("batch", "capacity")), "dtype": dtype_name}
-                    for entry in variant_model.model.cache_layouts[0]
+                    describe_cache(entry, variant_model, dtype_name) for entry in variant_model.model.cache_layouts[0]
                 ],
             }
             for variant, variant_model in models.items()
@@ -217,6 +222,17 @@ def write_export_manifest(
         parity=parity,
         identical_operators=identical,
     )
+
+
+def describe_cache(entry: CacheEntry, model: DSAForCausalLM, dtype: str) -> dict[str, Any]:
+    """One cached tensor for the manifest; `layers` only where not all have it."""
+    layers = [i for i, layout in enumerate(model.model.cache_layouts) if entry in layout]
+    facts = {
+        "name": entry.name,
+        "shape": list(entry.shape("batch", "capacity")),
+        "dtype": str(entry.dtype).removeprefix("torch.") if entry.dtype else dtype,
+    }
+    return facts if len(layers) == len(model.model.layers) else facts | {"layers": layers}
 
 
 if __name__ == "__main__":

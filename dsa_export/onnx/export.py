@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dsa_export.model.cache import CacheEntry, LayerCache
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.onnx import passes
+from dsa_export.selection import INDEX_CACHES
 from plugins.registry import ONNX_OPSET
 
 MODEL_FILE = "model.onnx"
@@ -62,7 +63,7 @@ def cache_names(model: DSAForCausalLM) -> list[tuple[str, CacheEntry]]:
 def export_graph(model: DSAForCausalLM) -> ir.Model:
     """Exports one variant; the weights in it are the model's own tensors, not copies."""
     entries = cache_names(model)
-    past = [torch.zeros(entry.shape(EXAMPLE_B, EXAMPLE_C), dtype=model.dtype) for _, entry in entries]
+    past = [entry.zeros(EXAMPLE_B, EXAMPLE_C, model.dtype) for _, entry in entries]
     lengths = torch.full((EXAMPLE_B,), EXAMPLE_S)
     arguments = (torch.zeros(EXAMPLE_B, EXAMPLE_S, dtype=torch.int64), torch.zeros_like(lengths), lengths, past)
     dynamic = torch.export.Dim.DYNAMIC
@@ -105,7 +106,7 @@ def dense_from_sparse(sparse: ir.Model) -> ir.Model:
     against the dense torch model.
     """
     dense = sparse.clone()
-    for value in [value for value in dense.graph.outputs if value.name.endswith(".index")]:
+    for value in [value for value in dense.graph.outputs if value.name.rpartition(".")[2] in INDEX_CACHES]:
         dense.graph.outputs.remove(value)
     for node in list(dense.graph):
         if node.op_type != "SparseAttention":

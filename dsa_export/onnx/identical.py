@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.files import read_manifest
+from dsa_export.selection import INDEX_CACHES
 from plugins.registry import DOMAIN
 
 DENSE_CORE = ("", "Attention", "")
@@ -90,9 +91,9 @@ def compare_graphs(dense: ir.Model, sparse: ir.Model) -> Comparison:
 
     _check_rest(dense, seen_dense, {core.inputs[6] for core in dense_cores if len(core.inputs) > 6}, "dense")
     indexer = _check_rest(sparse, seen_sparse, {core.inputs[3] for core in sparse_cores}, "sparse")
-    selections = sum(_operator(node) == SELECTION for node in sparse.graph)
-    if not sparse_cores or selections != len(sparse_cores):
-        raise UserError(f"{len(sparse_cores)} sparse cores are fed by {selections} selections")
+    selections = {node for node in sparse.graph if _operator(node) == SELECTION}
+    if not sparse_cores or selections != {_selection(core) for core in sparse_cores}:
+        raise UserError(f"{len(sparse_cores)} sparse cores are fed by {len(selections)} selections")
     return Comparison(len(seen_dense) - len(dense_cores), len(dense_cores), len(sparse_cores), indexer, len(weights))
 
 
@@ -154,8 +155,13 @@ def _operator(node: ir.Node) -> tuple[str, str, str]:
     return (node.domain, node.op_type, node.overload)
 
 
+def _selection(core: ir.Node) -> ir.Node | None:
+    indices = core.inputs[3]
+    return indices.producer() if indices is not None else None
+
+
 def _is_index_cache(name: str | None) -> bool:
-    return name is not None and name.startswith("present.") and name.endswith(".index")
+    return name is not None and name.startswith("present.") and name.rpartition(".")[2] in INDEX_CACHES
 
 
 def compare_folder(folder: Path) -> Comparison:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from torch.nn.functional import cross_entropy
 from dsa_export.model import AttentionTrace, DSAForCausalLM
 from dsa_export.onnx import passes
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, cache_names
-from plugins.index_topk import index_scores
 
 DECODED_TOKENS = 32
 CHUNK = 128
@@ -73,7 +73,7 @@ def check_parity(
         "passed": error <= tolerance and not bool(wrong.any()),
     }
     if ort_indices:
-        sets = _compare_sets(traces, ort_indices)
+        sets = _compare_sets(model, traces, ort_indices)
         result["selected_sets"] = sets
         # In fp16 the scores themselves are rounded: which sets differ is reported, the logits decide.
         result["passed"] &= sets["different"] == 0 or model.dtype == torch.float16
@@ -113,8 +113,10 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: 
         output = node.outputs[0]
         output.name = f"indices.{layer}"
         output.type = ir.TensorType(ir.DataType.INT32)
-        output.shape = ir.Shape(["batch", "sequence", model.config.topk_per_layer[layer]])
+        output.shape = ir.Shape(["batch", "sequence", node.attributes["k"].as_int()])
         graph.graph.outputs.append(output)
+    if model.config.index_keys == "fp8":
+        passes.upcast_fp8_caches(graph)
     folder = graph_folder
     external = None
     if model.dtype == torch.bfloat16:
@@ -138,10 +140,11 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: 
 def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[int]) -> tuple[Tensor, list[Tensor]]:
     """Chunked prefill, then single tokens: logits [DECODED_TOKENS, V], indices [T, K] of every layer."""
     capacity = -(-max(len(text), *model.config.topk_per_layer) // CHUNK) * CHUNK
-    dtype = np.float16 if model.dtype == torch.float16 else np.float32
+    dtype = torch.float16 if model.dtype == torch.float16 else torch.float32
     binding = session.io_binding()
     for name, entry in cache_names(model):
-        cache = ort.OrtValue.ortvalue_from_numpy(np.zeros(entry.shape(1, capacity), dtype))
+        zeros = torch.zeros(entry.shape(1, capacity), dtype=torch.float32 if entry.dtype else dtype)
+        cache = ort.OrtValue.ortvalue_from_numpy(zeros.numpy())
         binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
         binding.bind_ortvalue_output(f"present.{name}", cache)
     layers = sum(output.name.startswith("indices.") for output in session.get_outputs())
@@ -190,7 +193,7 @@ def _run_torch(model: DSAForCausalLM, text: list[int], *, traced: bool = True) -
     return output.logits[0].float(), traces
 
 
-def _compare_sets(traces: list[AttentionTrace], ort_indices: list[Tensor]) -> dict[str, Any]:
+def _compare_sets(model: Any, traces: list[AttentionTrace], ort_indices: list[Tensor]) -> dict[str, Any]:
     """Rows (query tokens x layers) with the same set, with ties decided otherwise, and with truly different sets."""
     rows = identical = ties = 0
     for trace, theirs in zip(traces, ort_indices, strict=True):
@@ -201,7 +204,8 @@ def _compare_sets(traces: list[AttentionTrace], ort_indices: list[Tensor]) -> di
         rows += len(same)
         identical += int(same.sum())
         for t in (~same).nonzero()[:, 0].tolist():
-            scores = index_scores(trace.index_q[:, t : t + 1], trace.index_weights[:, t : t + 1], trace.index_k)[0, 0]
+            query = replace(trace, index_q=trace.index_q[:, t : t + 1], index_weights=trace.index_weights[:, t : t + 1])
+            scores = model.model.layers[trace.layer].self_attn.token_scores(query)[0, 0]
             mine, other = set(ours[t].tolist()), set(theirs[t].tolist())
             disputed = scores[sorted((mine ^ other) - {-1})]
             within = -1 not in mine ^ other and max(other) <= t

@@ -178,6 +178,28 @@ def upcast_bf16(model: ir.Model) -> None:
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
 
 
+def upcast_fp8_caches(model: ir.Model) -> None:
+    """Ensures that no cache is fp8: what is rounded to fp8 goes back to fp32 before it is stored.
+
+    For runtimes that round to fp8 but have no cache update in it; the same numbers are cached.
+    """
+    fp8, fp32 = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.dtype == fp8:
+            value.type = ir.TensorType(fp32)
+    for node in list(model.graph):
+        for output in node.outputs:
+            if output.dtype == fp8:
+                output.type = ir.TensorType(fp32)
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == fp8:
+            (rounded,) = node.outputs
+            rounded.type = ir.TensorType(fp8)
+            back = ir.node("Cast", [rounded], {"to": ir.AttrInt64("to", fp32)}, name=f"{node.name}/raised")
+            ir.convenience.replace_all_uses_with(rounded, back.outputs[0])
+            back.replace_input_with(0, rounded)
+            model.graph.insert_after(node, back)
+
+
 def _read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The tensor, mapped if external: onnx_ir itself reads no weight file that has several hard links, as ours has."""
     if not isinstance(tensor, ir.ExternalTensor):

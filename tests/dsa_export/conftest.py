@@ -15,6 +15,7 @@ import pytest
 
 from dsa_export.cli import run
 from dsa_export.onnx.__main__ import main
+from engines.artifacts import CacheTensor
 
 CAPACITY = 96
 
@@ -55,9 +56,8 @@ class Graph:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        sizes = {"batch": batch, "capacity": CAPACITY}
         self.cache = {
-            value.name: np.zeros([sizes.get(size, size) for size in value.shape], np.float32)
+            value.name: np.zeros(CacheTensor(value.name, tuple(value.shape), "float32").concrete(batch, CAPACITY), "f")
             for value in self.session.get_inputs()
             if value.name.startswith("past_key_values.")
         }

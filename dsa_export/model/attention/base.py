@@ -7,7 +7,7 @@ heads/size, K = k.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -47,3 +47,5 @@ class Call:
     caches: list[LayerCache] | None  # None: no past, nothing is kept
     observer: Observer | None = None
     selector: Selector | None = None  # None: the layer's own indexer selects
+    selections: dict[int, Tensor] = field(default_factory=dict)
+    """indices [B, S, K] of the layers that select for others too."""

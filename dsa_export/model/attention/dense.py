@@ -36,7 +36,7 @@ class DenseAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     @staticmethod
-    def cache_layout(config: DSAConfig) -> list[CacheEntry]:
+    def cache_layout(config: DSAConfig, layer: int) -> list[CacheEntry]:
         heads = config.num_key_value_heads
         return [CacheEntry("key", heads, config.head_size), CacheEntry("value", heads, config.head_size)]
 
@@ -50,9 +50,9 @@ class DenseAttention(nn.Module):
         output, aux = self.attend(hidden, q_BSE, q, k, v, call)
         return self.o_proj(output.transpose(1, 2).flatten(-2)), aux
 
-    def store(self, name: str, new: Tensor, call: Call) -> Tensor:
+    def store(self, name: str, new: Tensor, call: Call, stride: int = 1) -> Tensor:
         """Caches this call's rows and returns all rows; without a cache this call's rows are all there is."""
-        return new if call.caches is None else call.caches[self.layer].update(name, new)
+        return new if call.caches is None else call.caches[self.layer].update(name, new, stride)
 
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call

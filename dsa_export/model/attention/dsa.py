@@ -18,9 +18,13 @@ from dsa_export.model.attention.base import AttentionTrace, Call
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.standard_ops import dense_attention, rotary
+from dsa_export.selection import KEY_TYPES
 from dsa_export.topk import topk_per_layer
-from plugins.index_topk import index_topk
+from plugins.index_topk import index_scores, index_topk
+from plugins.index_topk.op import check_options
 from plugins.sparse_attention import sparse_attention
+
+NOTHING = (torch.empty(0), torch.empty(0))
 
 
 class Indexer(nn.Module):
@@ -55,33 +59,71 @@ class SparseAttention(DenseAttention):
 
     @classmethod
     def check(cls, config: DSAConfig) -> None:
-        if config.index_queries not in ("own", "shared"):
-            raise ValueError(f"index_queries must be 'own' or 'shared', got {config.index_queries!r}")
-        for name in ("index_heads", "index_dim"):
+        for name, choices in (("index_queries", ("own", "shared")), ("index_keys", KEY_TYPES)):
+            if getattr(config, name) not in choices:
+                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {getattr(config, name)!r}")
+        for name in ("index_heads", "index_dim", "index_share"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-        topk_per_layer(config.index_topk, config.num_hidden_layers)
         if config.index_dim % 2:
             raise ValueError(f"index_dim must be even (half-split RoPE), got {config.index_dim}")
         shared = (config.num_attention_heads, config.head_size)
         if config.index_queries == "shared" and (config.index_heads, config.index_dim) != shared:
             raise ValueError(f"index_queries='shared' needs (index_heads, index_dim) = {shared}")
+        if config.index_keys == "fp8" and config.index_pool > 1:
+            raise ValueError(f"index_keys='fp8' excludes index_pool = {config.index_pool}: means are cached unrounded")
+        topk = topk_per_layer(config.index_topk, config.num_hidden_layers)
+        for layer, k in enumerate(topk):
+            try:
+                check_options(k, config.index_sinks, config.index_window, config.index_pool)
+            except ValueError as error:
+                raise ValueError(f"index_topk and the options of the selection do not fit: {error}") from None
+            if k != topk[leader(config, layer)]:
+                raise ValueError(
+                    f"index_share = {config.index_share} needs one index_topk for layers that share a selection, got "
+                    f"{topk[leader(config, layer)]} for layer {leader(config, layer)} and {k} for layer {layer}"
+                )
 
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__(config, layer)
-        self.indexer = Indexer(config)
+        self.leader = leader(config, layer)
+        if self.leads:
+            self.indexer = Indexer(config)
         self.topk = config.topk_per_layer[layer]
+        self.sinks, self.window, self.pool = config.index_sinks, config.index_window, config.index_pool
+        self.fp8_keys = config.index_keys == "fp8"
         self.sparse = True
 
+    @property
+    def leads(self) -> bool:
+        """Whether this layer has an indexer: without one it follows its leader's selection."""
+        return self.leader == self.layer
+
     @staticmethod
-    def cache_layout(config: DSAConfig) -> list[CacheEntry]:
-        return [*DenseAttention.cache_layout(config), CacheEntry("index", 1, config.index_dim)]
+    def cache_layout(config: DSAConfig, layer: int) -> list[CacheEntry]:
+        entries = DenseAttention.cache_layout(config, layer)
+        if leader(config, layer) != layer:
+            return entries
+        if config.index_keys == "fp8":
+            entries.append(CacheEntry("index", 1, config.index_dim, dtype=torch.float8_e4m3fn))
+            entries.append(CacheEntry("index_scale", 1, 1, dtype=torch.float32))
+        else:
+            entries.append(CacheEntry("index", 1, config.index_dim))
+        if config.index_pool > 1:
+            # The single keys are kept beside the means: a group's mean changes until the group is complete.
+            entries.append(CacheEntry("pooled", 1, config.index_dim, stride=config.index_pool))
+        return entries
 
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        core = masked_attention if self.training else sparse_attention
+        if not self.leads:
+            if self.sparse:
+                return core(q, k, v, call.selections[self.leader], self.scale), {}
+            return dense_attention(q, k, v, call.kv_lengths, self.scale), {}
         index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
-        all_index_k = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
+        keys, key_scale = self.stored_keys(index_k, call)
         if call.caches is not None and (call.observer or call.selector):
             raise ValueError("an observer or a selector needs a call without cache")
         trace = AttentionTrace(
@@ -90,15 +132,70 @@ class SparseAttention(DenseAttention):
         if self.sparse:
             with torch.no_grad():
                 if call.selector is None:
-                    indices = index_topk(index_q, index_weights, all_index_k, call.kv_lengths, self.topk)
+                    indices = index_topk(
+                        index_q, index_weights, keys, call.kv_lengths, self.topk, self.sinks, self.window, self.pool,
+                        key_scale,
+                    )  # fmt: skip
                 else:
                     indices = call.selector(trace)
             trace = replace(trace, indices=indices)
-            core = masked_attention if self.training else sparse_attention
+            call.selections[self.layer] = indices
             output = core(q, k, v, indices, self.scale)
         else:
             output = dense_attention(q, k, v, call.kv_lengths, self.scale)
         return output, call.observer(trace) if call.observer else {}
+
+    def stored_keys(self, index_k: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Caches this call's index keys [B, S, Di]. Returns all that are scored [B, G, Di], and their scales [B, G]."""
+        if self.fp8_keys:
+            rounded, scales = quantise_keys(index_k)
+            scales = self.store("index_scale", scales[:, None, :, None], call)[:, 0, :, 0]
+            return self.store("index", rounded.unsqueeze(1), call).squeeze(1), scales
+        keys = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
+        if self.pool == 1:
+            return keys, None
+        S = index_k.shape[1]
+        means = pool_keys(keys, call.kv_lengths - S, S, call.lengths, self.pool)
+        return self.store("pooled", means.unsqueeze(1), call, stride=self.pool).squeeze(1), None
+
+    def token_scores(self, trace: AttentionTrace) -> Tensor:
+        """The scores [B, S, S] fp32 that the selection of a call without cache compared, a group's at each token."""
+        B, S = trace.index_k.shape[:2]
+        call = Call(
+            rope=NOTHING, index_rope=NOTHING, kv_lengths=torch.full((B,), S), lengths=trace.lengths, caches=None
+        )
+        keys, scales = self.stored_keys(trace.index_k, call)
+        scores = index_scores(trace.index_q, trace.index_weights, keys.to(trace.index_q.dtype))
+        if scales is not None:
+            scores = scores * scales[:, None]
+        return scores.repeat_interleave(self.pool, dim=-1)[..., :S]
+
+
+def leader(config: DSAConfig, layer: int) -> int:
+    """The layer whose selection a layer follows."""
+    return layer - layer % config.index_share
+
+
+def quantise_keys(index_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Index keys [B, S, Di] as e4m3 and one fp32 scale per key [B, S]: the largest entry becomes 448."""
+    scales = index_k.float().abs().amax(-1).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (index_k.float() / scales[..., None]).to(torch.float8_e4m3fn), scales
+
+
+def pool_keys(keys: Tensor, past: Tensor, S: int, lengths: Tensor, pool: int) -> Tensor:
+    """Means of the groups that the S tokens after `past` [B] lie in, from the first such group on: [B, R, Di].
+
+    keys [B, C, Di]: all single keys, this call's included, of which `lengths` [B] are valid. An incomplete group has
+    the mean of what is there; one behind the end is 0.
+    """
+    R = (S + pool - 2) // pool + 1
+    ends = past + lengths
+    slots = (past // pool * pool)[:, None] + torch.arange(R * pool, device=keys.device)
+    valid = (slots < ends[:, None])[..., None]
+    rows = keys.gather(1, slots.clamp(max=keys.shape[1] - 1)[..., None].expand(-1, -1, keys.shape[2]))
+    sums = torch.where(valid, rows, 0).float().unflatten(1, (R, pool)).sum(2)
+    counts = valid.float().unflatten(1, (R, pool)).sum(2)
+    return (sums / counts.clamp(min=1)).to(keys.dtype)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> Tensor:

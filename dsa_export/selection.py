@@ -1,0 +1,52 @@
+"""Command-line options of the selection that need no other weights: they can be set for any trained indexer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from dsa_export.topk import TopK, describe_topk
+
+DEFAULTS: dict[str, Any] = {
+    "index_sinks": 0,
+    "index_window": 0,
+    "index_pool": 1,
+    "index_share": 1,
+    "index_keys": "model",
+}
+"""Fields of DSAConfig."""
+
+KEY_TYPES = ("model", "fp8")
+
+INDEX_CACHES = ("index", "index_scale", "pooled")
+"""The caches that only the selection reads: keys, their scales, and means of groups of keys."""
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "selection", "What else is selected, and what the indexer costs [the checkpoint's]"
+    )
+    add = group.add_argument
+    add("--index-sinks", type=int, metavar="N", help="always select the first N tokens, counted in k [0]")
+    add("--index-window", type=int, metavar="N", help="always select the last N tokens, counted in k [0]")
+    add("--index-pool", type=int, metavar="M", help="score means of M keys and select M tokens at a time [1]")
+    add("--index-share", type=int, metavar="N", help="N layers in a row follow the first one's selection [1]")
+    add(
+        "--index-keys", choices=KEY_TYPES, help="type of the cached index keys: the model's, or fp8 with scales [model]"
+    )
+
+
+def selection_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, as fields of DSAConfig."""
+    return {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
+
+
+def chosen_options(config: Any) -> dict[str, Any]:
+    """The options of a DSAConfig that are not as they are by default: what manifests hold."""
+    return {name: getattr(config, name) for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
+
+
+def describe_selection(topk: TopK, options: Mapping[str, Any]) -> str:
+    """For people: "512", or "512, pool 4, share 2"."""
+    return ", ".join([describe_topk(topk), *(f"{name.removeprefix('index_')} {v}" for name, v in options.items())])

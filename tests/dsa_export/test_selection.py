@@ -1,0 +1,127 @@
+"""The options of the selection: the same model however it is cut into calls, causal, dense where k covers the text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsa_export.config import DSAConfig
+from dsa_export.model import dense_twin, load_model
+from dsa_export.model.attention.dsa import pool_keys, quantise_keys
+from engines.artifacts import open_export
+from tests.dsa_export.conftest import Graph, export_command
+
+OPTIONS = {
+    "forced": {"index_sinks": 2, "index_window": 5},
+    "pooled": {"index_pool": 4},
+    "shared": {"index_share": 2},
+    "fp8": {"index_keys": "fp8"},
+    "all": {"index_topk": 24, "index_pool": 3, "index_window": 4, "index_sinks": 1, "index_share": 2},
+}
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_a_selection_with_options(dsa_folder, tokens, options):
+    plain = load_model(dsa_folder)(tokens, use_cache=False).logits
+    model = load_model(dsa_folder, **options)
+    whole = model(tokens, use_cache=False).logits
+    assert (whole - plain).abs().max() > 1e-3, "the option does nothing"
+    torch.testing.assert_close(model.train()(tokens, use_cache=False).logits, whole, **CLOSE)
+    model.eval()
+
+    for cuts in ([1] * 60, [37, 1, 22]):  # a call ends within a group
+        outputs, cache = [], None
+        for part in tokens.split(cuts, dim=1):
+            step = model(part, cache=cache, use_cache=True)
+            cache = step.cache
+            outputs.append(step.logits)
+        torch.testing.assert_close(torch.cat(outputs, 1), whole, **CLOSE)
+
+    for position in (10, 41):
+        changed = tokens.clone()
+        changed[:, position:] = (changed[:, position:] + 7) % 500 + 3
+        after = model(changed, use_cache=False).logits
+        torch.testing.assert_close(after[:, :position], whole[:, :position], atol=1e-6, rtol=0)
+
+    model.set_topk(60)
+    dense = dense_twin(model)(tokens, use_cache=False).logits
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, dense, **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_with_groups(dsa_folder, tokens):
+    """Padding behind a row's end enters no group's mean."""
+    model = load_model(dsa_folder, index_pool=4)
+    mask = torch.ones_like(tokens)
+    mask[0, :17] = 0
+    together = model(tokens, attention_mask=mask, use_cache=False).logits[0, 17:]
+    torch.testing.assert_close(together, model(tokens[:1, 17:], use_cache=False).logits[0], **CLOSE)
+
+
+def test_means_of_groups():
+    keys = torch.arange(12.0).view(1, 12, 1)
+    past, lengths = torch.tensor([5]), torch.tensor([4])  # tokens 5..8 are new, the groups 4..7 and 8..11
+    means = pool_keys(keys, past, 6, lengths, 4)  # two tokens of padding
+    assert means.flatten().tolist() == [5.5, 8.0, 0.0]
+
+
+def test_fp8_keys_keep_four_bits():
+    keys = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)) * 100
+    rounded, scales = quantise_keys(keys)
+    error = (rounded.float() * scales[..., None] - keys).abs()
+    assert (error <= keys.abs() / 16 + scales[..., None] * 2**-9).all()
+    assert quantise_keys(torch.zeros(1, 1, 64))[0].float().eq(0).all()
+
+
+def test_graphs_with_all_options(dsa_folder, tmp_path, tokens):
+    """Chunks of rows of different lengths through the exported graph, against torch."""
+    arguments = ["--topk", "24", "--index-pool", "3", "--index-window", "4", "--index-sinks", "1", "--index-share", "2"]
+    result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), *arguments)
+    assert result.returncode == 0, result.stderr
+    graph = open_export(tmp_path / "onnx").graphs["sparse"]
+    assert [name for name, _ in graph.cache_names()] == [
+        "0.key", "0.value", "0.index", "0.pooled", "1.key", "1.value",
+    ]  # fmt: skip
+    assert graph.cache_names()[3][1].concrete(2, 96) == (2, 1, 34, 32)
+    per_token = 4 * (2 * 2 * 64 + 32 + 32 / 3)
+    assert graph.cache_bytes_per_token() == pytest.approx(per_token)
+    assert graph.cache_bytes_read(90) == 4 * (2 * 2 * 64 * 24 + 32 * 5 + 32 * 30)
+
+    model = load_model(dsa_folder, **OPTIONS["all"])
+    runner = Graph(graph.path, 2)
+    a, b = tokens.tolist()
+    for first, second in ((a[:20], b[:31]), (a[20:21], b[31:45]), (a[21:22], b[45:46])):
+        logits = runner.step([first, second])
+    for row, text in enumerate((a[:22], b[:46])):
+        with torch.no_grad():
+            expected = model(torch.tensor([text]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(torch.from_numpy(logits[row]), expected, **CLOSE)
+
+
+def test_graph_with_fp8_keys(dsa_folder, tmp_path):
+    """The parity check of the export itself runs it, with the same numbers in fp32 caches."""
+    result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), "--index-keys", "fp8")
+    assert result.returncode == 0, result.stderr
+    graph = open_export(tmp_path / "onnx").graphs["sparse"]
+    assert [(tensor.name, tensor.dtype, tensor.row_bytes) for tensor in graph.cache[2:]] == [
+        ("index", "float8_e4m3fn", 32),
+        ("index_scale", "float32", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"index_pool": 3}, "pool must be at least 1 and divide k = 16, got 3"),
+        ({"index_sinks": 10, "index_window": 7}, "always select 17 keys: k = 16"),
+        ({"index_share": 0}, "index_share must be at least 1, got 0"),
+        ({"index_share": 2, "index_topk": [16, 8]}, "index_share = 2 needs one index_topk for layers that share"),
+        ({"index_keys": "fp8", "index_pool": 2}, "index_keys='fp8' excludes index_pool = 2"),
+        ({"index_keys": "int2"}, "index_keys must be 'model' or 'fp8', got 'int2'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DSAConfig(**{"index_topk": 16, "num_hidden_layers": 2, **options})
