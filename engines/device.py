@@ -14,13 +14,6 @@ from torch import Tensor
 from dsa_export.cli import UserError
 from engines.artifacts import Engine
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
-
 
 @dataclass
 class DeviceCaches:

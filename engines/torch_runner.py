@@ -23,11 +23,6 @@ from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled and library workspaces allocated
 
