@@ -1,7 +1,8 @@
-"""Configuration of a dense or sparse Qwen2.5 model."""
+"""Configuration of a dense or sparse model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Qwen2Config
@@ -10,9 +11,12 @@ from dsa_export.topk import topk_per_layer
 
 
 class DSAConfig(Qwen2Config):
-    """Qwen2's configuration plus the attention variant and the lightning indexer.
+    """Qwen2's configuration plus the family's options, the attention variant and the lightning indexer.
 
     Args:
+        family: transformers' model_type of the stock model (a name in dsa_export.model.families.FAMILIES).
+        qkv_bias: whether the projections of queries, keys and values have a bias.
+        qk_norm: whether every head of queries and keys is RMS-normalised before its rotation.
         attention: "dense", "dsa" … (a name in dsa_export.model.attention.VARIANTS).
         feed_forward: "gated" … (a name in dsa_export.model.feed_forward.VARIANTS).
         index_heads: Hi, query heads of the indexer.
@@ -28,6 +32,9 @@ class DSAConfig(Qwen2Config):
 
     def __init__(
         self,
+        family: str = "qwen2",
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
         attention: str = "dsa",
         feed_forward: str = "gated",
         index_heads: int = 8,
@@ -37,6 +44,9 @@ class DSAConfig(Qwen2Config):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.family = family
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.attention = attention
         self.feed_forward = feed_forward
         self.index_heads = index_heads
@@ -55,12 +65,17 @@ class DSAConfig(Qwen2Config):
 
     def _check(self) -> None:
         # The slots know what they can take; they are imported here because they import this module.
-        from dsa_export.model import attention, feed_forward
+        from dsa_export.model import attention, families, feed_forward
 
-        for option, slot in (("attention", attention), ("feed_forward", feed_forward)):
+        known: dict[str, Mapping[str, Any]] = {
+            "family": families.FAMILIES,
+            "attention": attention.VARIANTS,
+            "feed_forward": feed_forward.VARIANTS,
+        }
+        for option, values in known.items():
             value = getattr(self, option)
-            if value not in slot.VARIANTS:
-                names = ", ".join(map(repr, slot.VARIANTS))
+            if value not in values:
+                names = ", ".join(map(repr, values))
                 raise ValueError(f"{option} must be one of {names}, got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
