@@ -17,6 +17,9 @@ class DSAConfig(Qwen2Config):
         family: transformers' model_type of the stock model (a name in dsa_export.model.families.FAMILIES).
         qkv_bias: whether the projections of queries, keys and values have a bias.
         qk_norm: whether every head of queries and keys is RMS-normalised before its rotation.
+        kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, rope_interleave: DeepSeek-V3's, for
+            attention on latent rows ("mla", "mla-dsa"); 0 where there are none, q_lora_rank also where queries have
+            no low-rank projection.
         attention: "dense", "dsa" … (a name in dsa_export.model.attention.VARIANTS).
         feed_forward: "gated" … (a name in dsa_export.model.feed_forward.VARIANTS).
         index_heads: Hi, query heads of the indexer.
@@ -35,6 +38,12 @@ class DSAConfig(Qwen2Config):
         family: str = "qwen2",
         qkv_bias: bool = True,
         qk_norm: bool = False,
+        kv_lora_rank: int = 0,
+        q_lora_rank: int = 0,
+        qk_nope_head_dim: int = 0,
+        qk_rope_head_dim: int = 0,
+        v_head_dim: int = 0,
+        rope_interleave: bool = False,
         attention: str = "dsa",
         feed_forward: str = "gated",
         index_heads: int = 8,
@@ -47,6 +56,12 @@ class DSAConfig(Qwen2Config):
         self.family = family
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
+        self.kv_lora_rank = kv_lora_rank
+        self.q_lora_rank = q_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.rope_interleave = rope_interleave
         self.attention = attention
         self.feed_forward = feed_forward
         self.index_heads = index_heads
@@ -61,7 +76,15 @@ class DSAConfig(Qwen2Config):
 
     @property
     def head_size(self) -> int:
+        """D, the width of the rows that the attention core multiplies: of one head, or of a latent row."""
+        if self.kv_lora_rank:
+            return self.kv_lora_rank + self.qk_rope_head_dim
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_size(self) -> int:
+        """How much of a row is rotated."""
+        return self.qk_rope_head_dim or self.head_size
 
     def _check(self) -> None:
         # The slots know what they can take; they are imported here because they import this module.

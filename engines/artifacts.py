@@ -106,9 +106,10 @@ class Variant:
     def cache_bytes_read(self, context: int, queries: int = 1) -> int:
         """Bytes of one row's caches that a call must read at least once: `queries` new tokens, `context` in all.
 
-        Dense attention reads every cached row; sparse attention every index key, and K and V of the selected rows.
+        Dense attention reads every cached row; sparse attention every index key, and K and V (or the latent row, which
+        is both) of the selected tokens.
         """
-        gathered = {"key", "value"} if self.variant == "sparse" else set()
+        gathered = {"key", "value", "latent"} if self.variant == "sparse" else set()
         selected = [min(context, queries * min(context, k)) for k in self.topk]
         return sum(
             tensor.bytes_per_token * (rows if tensor.name in gathered else context)

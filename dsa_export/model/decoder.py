@@ -80,7 +80,7 @@ class DSAModel(DSAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryTable(config, config.head_size)
+        self.rotary = RotaryTable(config, config.rope_size)
         self.index_rotary = RotaryTable(config, config.index_dim)
         self.gradient_checkpointing = False
         self.post_init()

@@ -7,11 +7,11 @@ is refused here, naming the option. To support one more family is an entry in FA
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from dsa_export.config import DSAConfig
 from dsa_export.model.attention import VARIANTS
@@ -38,6 +38,9 @@ COMMON = (
 )
 """Fields of the same name and meaning everywhere; what a configuration lacks, or holds as None, is left out."""
 
+LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
+"""The same of latent attention."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -49,6 +52,10 @@ class Family:
     """DSAConfig's fields that are the same for every checkpoint of the family."""
     demanded: Mapping[str, Any] = field(default_factory=dict)
     """Options of the stock configuration, and the one value that the decoder can take."""
+    restored: Callable[[DSAConfig], Mapping[str, Any]] = lambda config: {}
+    """Fields of the stock configuration that DSAConfig does not keep, from the ones that it does."""
+    fields: tuple[str, ...] = COMMON
+    """Those that pass unchanged."""
     dense: str = "dense"
     """The attention variant that the stock model has."""
     sparse: str = "dsa"
@@ -59,6 +66,20 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2 and Qwen2.5", Qwen2Config, {"qkv_bias": True}),
     "qwen3": Family("Qwen3", Qwen3Config, {"qkv_bias": False, "qk_norm": True}, {"attention_bias": False}),
     "llama": Family("Llama", LlamaConfig, {"qkv_bias": False}, {"attention_bias": False, "mlp_bias": False}),
+    "deepseek_v3": Family(
+        "DeepSeek-V3 without experts",
+        DeepseekV3Config,
+        {"qkv_bias": False, "num_key_value_heads": 1, "head_dim": None},
+        {"attention_bias": False},
+        lambda c: {
+            "num_key_value_heads": c.num_attention_heads,
+            "first_k_dense_replace": c.num_hidden_layers,
+            "q_lora_rank": c.q_lora_rank or None,
+        },
+        fields=COMMON + LATENT,
+        dense="mla",
+        sparse="mla-dsa",
+    ),
 }
 """By transformers' model_type."""
 
@@ -73,6 +94,12 @@ def check(config: PreTrainedConfig) -> None:
         value = getattr(config, option, only)
         if value != only:
             raise ValueError(f"{option}={value!r} is not supported in {family.title}, only {only!r}")
+    layers = config.num_hidden_layers
+    if getattr(config, "first_k_dense_replace", layers) < layers:
+        raise ValueError(
+            f"first_k_dense_replace={config.first_k_dense_replace} makes mixture-of-experts layers, which are not "
+            f"supported: only {layers}, the number of layers"
+        )
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
         raise ValueError("sliding-window layers (use_sliding_window) are not supported")
     if getattr(config, "quantization_config", None) is not None:
@@ -84,7 +111,7 @@ def dsa_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """DSAConfig's fields for the stock model, dense attention included. Raises ValueError as check() does."""
     check(config)
     family = FAMILIES[config.model_type]
-    return {**_given(config), **family.fixed, "family": config.model_type, "attention": family.dense}
+    return {**_given(config, family), **family.fixed, "family": config.model_type, "attention": family.dense}
 
 
 def dense_config(config: PreTrainedConfig) -> DSAConfig:
@@ -97,9 +124,9 @@ def dense_config(config: PreTrainedConfig) -> DSAConfig:
 def stock_config(config: DSAConfig) -> PreTrainedConfig:
     """The stock configuration of the model that a checkpoint of ours was converted from."""
     family = FAMILIES[config.family]
-    return family.stock(**_given(config), **family.demanded)
+    return family.stock(**{**_given(config, family), **family.demanded, **family.restored(config)})
 
 
-def _given(config: PreTrainedConfig) -> dict[str, Any]:
-    values = {name: getattr(config, name, None) for name in COMMON}
+def _given(config: PreTrainedConfig, family: Family) -> dict[str, Any]:
+    values = {name: getattr(config, name, None) for name in family.fields}
     return copy.deepcopy({name: value for name, value in values.items() if value is not None})

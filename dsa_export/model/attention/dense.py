@@ -27,6 +27,10 @@ class DenseAttention(nn.Module):
     @classmethod
     def check(cls, config: DSAConfig) -> None:
         """Raises ValueError, naming the option, for a configuration that the variant cannot take."""
+        if config.kv_lora_rank:
+            raise ValueError(
+                f"attention={config.attention!r} has no latent rows (kv_lora_rank): use 'mla' or 'mla-dsa'"
+            )
 
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__()
@@ -44,8 +48,8 @@ class DenseAttention(nn.Module):
             self.q_norm = HeadRMSNorm(config.head_size, config.rms_norm_eps)
             self.k_norm = HeadRMSNorm(config.head_size, config.rms_norm_eps)
 
-    @staticmethod
-    def cache_layout(config: DSAConfig) -> list[CacheEntry]:
+    @classmethod
+    def cache_layout(cls, config: DSAConfig) -> list[CacheEntry]:
         heads = config.num_key_value_heads
         return [CacheEntry("key", heads, config.head_size), CacheEntry("value", heads, config.head_size)]
 

@@ -55,6 +55,7 @@ class SparseAttention(DenseAttention):
 
     @classmethod
     def check(cls, config: DSAConfig) -> None:
+        super().check(config)
         if config.index_queries not in ("own", "shared"):
             raise ValueError(f"index_queries must be 'own' or 'shared', got {config.index_queries!r}")
         for name in ("index_heads", "index_dim"):
@@ -73,9 +74,9 @@ class SparseAttention(DenseAttention):
         self.topk = config.topk_per_layer[layer]
         self.sparse = True
 
-    @staticmethod
-    def cache_layout(config: DSAConfig) -> list[CacheEntry]:
-        return [*DenseAttention.cache_layout(config), CacheEntry("index", 1, config.index_dim)]
+    @classmethod
+    def cache_layout(cls, config: DSAConfig) -> list[CacheEntry]:
+        return [*super().cache_layout(config), CacheEntry("index", 1, config.index_dim)]
 
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
