@@ -29,6 +29,7 @@ from dsa_export.model.checkpoint import load_config
 from engines.artifacts import open_export
 from tests.conftest import VOCABULARY, build_tokenizer
 from tests.dsa_export.conftest import export_command
+from train.adapters import add_adapters, merge_adapters
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -183,6 +184,23 @@ def test_training_sees_latent_attention_as_it_runs(tokens: torch.Tensor, tmp_pat
     output.loss.backward()
     for name, parameter in model.named_parameters():
         assert ".indexer." in name or parameter.grad.abs().sum() > 0, name
+
+
+def test_adapters_stand_where_latent_attention_multiplies(tokens: torch.Tensor, tmp_path: Path) -> None:
+    """An adapter beside a matrix that attention takes apart would learn nothing and never be noticed."""
+    model = load_model(build(STOCK["deepseek_v3"], tmp_path), index_topk=12, index_heads=2, index_dim=16)
+    before = model(tokens, use_cache=False).logits.detach()
+    add_adapters(model, rank=2)
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_B" in name}
+    assert len(adapters) == 2 * 7  # q_a, q_b, kv_a, o; gate, up, down
+    model.train()(tokens, labels=tokens).loss.backward()
+    for name, parameter in adapters.items():
+        assert parameter.grad.abs().sum() > 0, name
+        parameter.data.add_(parameter.grad, alpha=-1.0)
+    adapted = model(tokens).logits.detach()
+    merge_adapters(model)
+    torch.testing.assert_close(model(tokens).logits, adapted, atol=1e-4, rtol=0)
+    assert (adapted - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family_name", ["qwen3", "deepseek_v3"])
