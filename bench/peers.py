@@ -1,6 +1,6 @@
 """Others that run the same weights, in the same run: what a user would reach for instead. Decoding, batch 1.
 
-    transformers  the stock Qwen2ForCausalLM, attention by sdpa, its default cache
+    transformers  the stock model of the checkpoint's family, attention by sdpa, its default cache
     masked        "sparse" attention as research code writes it: dense scores, all but the selected ones masked
     genai         onnxruntime-genai's own export of the model, in a process of its own
 
@@ -75,6 +75,8 @@ def measure_torch(name: str, task: Task) -> list[Record]:
 
 def torch_bytes(checkpoint: str, context: int) -> int:
     """What a torch peer needs in fp32: the weights, and the cache twice, since every step may copy it."""
+    from dsa_export.model import families
+    from dsa_export.model.attention import VARIANTS
     from dsa_export.model.checkpoint import load_config
 
     config = load_config(checkpoint)
@@ -83,8 +85,9 @@ def torch_bytes(checkpoint: str, context: int) -> int:
     if folder.is_dir():
         width = 4 if "32" in str(config.dtype) else 2
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 4 // width
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_key_value_heads * head * 4 * config.num_hidden_layers
+    dense = families.dense_config(config)
+    layout = VARIANTS[dense.attention].cache_layout(dense, 0)
+    per_token = 4 * sum(entry.heads * entry.dim for entry in layout) * config.num_hidden_layers
     return weights + 2 * context * per_token + MARGIN_BYTES
 
 
@@ -126,24 +129,26 @@ def _decode(peer: Any, context: int, text: np.ndarray) -> Callable[[], Any]:
 
 
 class TransformersPeer:
-    """The stock model on the base's weights; tensors of an indexer in the checkpoint are left out."""
+    """The stock model of the family on the checkpoint's weights; what a sparse variant added to them is left out."""
 
     title = "transformers (sdpa)"
 
     def __init__(self, task: Task):
         import torch
-        from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+        from transformers import AutoModelForCausalLM, DynamicCache
 
-        from dsa_export.model.checkpoint import INDEXER, load_config
+        from dsa_export.config import DSAConfig
+        from dsa_export.model import families
+        from dsa_export.model.checkpoint import is_added, load_config
 
-        own = ("model_type", "architectures", "dtype", "attention", "index_heads", "index_dim", "index_topk")
-        base = load_config(task.checkpoint).to_dict()
-        config = Qwen2Config(**{key: value for key, value in base.items() if key not in own})
+        config, added_by = load_config(task.checkpoint), "dense"
+        if isinstance(config, DSAConfig):
+            config, added_by = families.stock_config(config), config.attention
         transformers_logging_off()
-        self.model, info = Qwen2ForCausalLM.from_pretrained(
+        self.model, info = AutoModelForCausalLM.from_pretrained(
             task.checkpoint, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
-        unexpected = [key for key in info["unexpected_keys"] if INDEXER not in key]
+        unexpected = [key for key in info["unexpected_keys"] if not is_added(key, added_by)]
         if info["missing_keys"] or unexpected:
             raise UserError(
                 f"{task.checkpoint} does not fit the stock model: {[*info['missing_keys'], *unexpected][0]}"
@@ -162,12 +167,12 @@ class TransformersPeer:
     def randomise(self, tokens: int) -> None:
         import torch
 
-        config = self.model.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache = self.new_cache()
-        for layer in range(config.num_hidden_layers):
-            key, value = (torch.randn(1, config.num_key_value_heads, tokens, head) for _ in range(2))
-            self.cache.update(key, value, layer)
+        self.append(np.zeros(1, np.int64))  # shows what the family keeps of a token
+        shapes = [[(1, kept.shape[1], tokens, kept.shape[3]) for kept in (x.keys, x.values)] for x in self.cache.layers]
+        self.cache = self.new_cache()
+        for layer, (key, value) in enumerate(shapes):
+            self.cache.update(torch.randn(key), torch.randn(value), layer)
 
 
 class MaskedPeer:

@@ -1,4 +1,4 @@
-"""Dense and sparse Qwen2.5 models, and their export to ONNX.
+"""Dense and sparse language models, and their export to ONNX.
 
 Importing this package registers the model with transformers: AutoModelForCausalLM.from_pretrained("ckpt/") then works.
 """

@@ -1,7 +1,8 @@
-"""Configuration of a dense or sparse Qwen2.5 model."""
+"""Configuration of a dense or sparse model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Qwen2Config
@@ -10,9 +11,15 @@ from dsa_export.topk import topk_per_layer
 
 
 class DSAConfig(Qwen2Config):
-    """Qwen2's configuration plus the attention variant and the lightning indexer.
+    """Qwen2's configuration plus the family's options, the attention variant and the lightning indexer.
 
     Args:
+        family: transformers' model_type of the stock model (a name in dsa_export.model.families.FAMILIES).
+        qkv_bias: whether the projections of queries, keys and values have a bias.
+        qk_norm: whether every head of queries and keys is RMS-normalised before its rotation.
+        kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, rope_interleave: DeepSeek-V3's, for
+            attention on latent rows ("mla", "mla-dsa"); 0 where there are none, q_lora_rank also where queries have
+            no low-rank projection.
         attention: "dense", "dsa" … (a name in dsa_export.model.attention.VARIANTS).
         feed_forward: "gated" … (a name in dsa_export.model.feed_forward.VARIANTS).
         index_heads: Hi, query heads of the indexer.
@@ -33,6 +40,15 @@ class DSAConfig(Qwen2Config):
 
     def __init__(
         self,
+        family: str = "qwen2",
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        kv_lora_rank: int = 0,
+        q_lora_rank: int = 0,
+        qk_nope_head_dim: int = 0,
+        qk_rope_head_dim: int = 0,
+        v_head_dim: int = 0,
+        rope_interleave: bool = False,
         attention: str = "dsa",
         feed_forward: str = "gated",
         index_heads: int = 8,
@@ -47,6 +63,15 @@ class DSAConfig(Qwen2Config):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.family = family
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
+        self.kv_lora_rank = kv_lora_rank
+        self.q_lora_rank = q_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.rope_interleave = rope_interleave
         self.attention = attention
         self.feed_forward = feed_forward
         self.index_heads = index_heads
@@ -66,16 +91,29 @@ class DSAConfig(Qwen2Config):
 
     @property
     def head_size(self) -> int:
+        """D, the width of the rows that the attention core multiplies: of one head, or of a latent row."""
+        if self.kv_lora_rank:
+            return self.kv_lora_rank + self.qk_rope_head_dim
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_size(self) -> int:
+        """How much of a row is rotated."""
+        return self.qk_rope_head_dim or self.head_size
 
     def _check(self) -> None:
         # The slots know what they can take; they are imported here because they import this module.
-        from dsa_export.model import attention, feed_forward
+        from dsa_export.model import attention, families, feed_forward
 
-        for option, slot in (("attention", attention), ("feed_forward", feed_forward)):
+        known: dict[str, Mapping[str, Any]] = {
+            "family": families.FAMILIES,
+            "attention": attention.VARIANTS,
+            "feed_forward": feed_forward.VARIANTS,
+        }
+        for option, values in known.items():
             value = getattr(self, option)
-            if value not in slot.VARIANTS:
-                names = ", ".join(map(repr, slot.VARIANTS))
+            if value not in values:
+                names = ", ".join(map(repr, values))
                 raise ValueError(f"{option} must be one of {names}, got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")

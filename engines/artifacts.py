@@ -130,14 +130,15 @@ class Variant:
         """Bytes of one row's caches that a call must read at least once: `queries` new tokens, `context` in all.
 
         Dense attention reads every cached row; sparse attention every index key (of pooled ones the means, and of the
-        single keys those of the groups that the call changes), and K and V of the selected rows.
+        single keys those of the groups that the call changes), and K and V (or the latent
+        row, which is both) of the selected tokens.
         """
-        tokens = {"key": 0, "value": 0} if self.variant == "sparse" else {}
+        gathered = {"key", "value", "latent"} if self.variant == "sparse" else set()
         pooled = next((tensor.stride for tensor in self.cache if tensor.name == "pooled"), None)
         read = 0
         for layer, tensor in self._cached():
             rows = -(-context // tensor.stride)
-            if tensor.name in tokens:
+            if tensor.name in gathered:
                 rows = min(context, queries * min(context, self.topk[layer]))
             elif tensor.name == "index" and pooled:
                 rows = min(context, queries + 2 * pooled - 2)

@@ -9,8 +9,9 @@ from torch import nn
 ADAPTER = ".lora_"
 """Part of the name of every adapter parameter."""
 
-TARGETS = r".*\.(self_attn|mlp)\.\w+_proj"
-"""Every matrix of the base's layers. The indexer's, a level deeper, train fully."""
+TARGETS = r".*\.(self_attn|mlp)\.(?!kv_b_)\w+_proj(_with_mqa)?"
+"""Every matrix of the base's layers that is multiplied as a whole: latent attention takes kv_b_proj apart. The
+indexer's, a level deeper, train fully."""
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:

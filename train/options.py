@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config
+from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
 from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, read_manifest
@@ -193,7 +193,7 @@ def check(args: argparse.Namespace) -> None:
         _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, got {value}")
 
 
-def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config: Qwen2Config) -> None:
+def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config: PreTrainedConfig) -> None:
     """Fills what was left out from the recipe of the model's size, and checks what hangs together.
 
     Raises UserError with one line for the first combination that cannot work.
@@ -221,7 +221,7 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     )
 
 
-def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, config: Qwen2Config) -> dict[str, Any]:
+def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     """The indexer of a plain model: the arguments, completed by the recipe."""
     recipe = small if config.hidden_size <= SMALL_HIDDEN_SIZE else real
     shared = args.index_queries == "shared"

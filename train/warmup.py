@@ -59,7 +59,10 @@ def warmup_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: in
 
 
 def parser() -> argparse.ArgumentParser:
-    model_help = f"a Qwen2/Qwen2.5 folder or hub name [{base.OUT}: a small model, trained first if missing]"
+    model_help = (
+        f"folder or hub name of a Qwen2, Qwen2.5, Qwen3 or Llama model [{base.OUT}: a small model, trained first if "
+        "missing]"
+    )
     result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT, model_help)
     add_indexer_arguments(result, SMALL, REAL)
     return result

@@ -1,4 +1,4 @@
-"""Checkpoints: a Qwen2 folder or hub name, or a folder of ours, loaded strictly."""
+"""Checkpoints: a folder or hub name of a supported family, or a folder of ours, loaded strictly."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
+from dsa_export.model import families
 from dsa_export.model.attention import VARIANTS
 from dsa_export.model.decoder import DSAForCausalLM
 
@@ -21,8 +22,11 @@ INDEXER = ".indexer."
 """Part of the name of every indexer parameter."""
 
 
-def load_config(name: str | Path) -> Qwen2Config:
-    """The configuration of a Qwen2 or DSA checkpoint. Raises UserError: not found, not readable, another model."""
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint: DSAConfig for ours, a family's stock one otherwise.
+
+    Raises UserError: not found, not readable, another architecture, or an option that cannot be converted.
+    """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -31,34 +35,38 @@ def load_config(name: str | Path) -> Qwen2Config:
         else:
             what = f"no folder and no reachable hub model is named {name!r}"
         raise UserError(f"{what} ({_first_line(error)})") from None
-    if not isinstance(config, Qwen2Config):
-        raise UserError(f"{name} is a {config.model_type!r} model: only Qwen2/Qwen2.5 checkpoints can be converted")
+    if not isinstance(config, DSAConfig):
+        try:
+            families.check(config)
+        except ValueError as error:
+            raise UserError(f"{name} cannot be converted: {error}") from None
     return config
 
 
-def has_indexer(config: Qwen2Config) -> bool:
+def has_indexer(config: PreTrainedConfig) -> bool:
     return isinstance(config, DSAConfig)
 
 
 def load_model(
     name: str | Path, *, attention: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> DSAForCausalLM:
-    """Loads a plain Qwen2 checkpoint (a new indexer is initialised) or a DSA checkpoint, strictly, in eval mode.
+    """Loads a plain checkpoint (a new indexer is initialised) or a DSA checkpoint, strictly, in eval mode.
 
-    attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, "dsa" for a
-    plain one. What the variant adds to a dense checkpoint is initialised.
+    attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, the
+    family's sparse one ("dsa") for a plain one. What the variant adds to a dense checkpoint is initialised.
     `options` are DSAConfig's indexer fields (index_heads, index_dim, index_topk, index_queries); None keeps the
     checkpoint's or the default. Raises UserError when the checkpoint cannot be read, is of another architecture, or
     lacks or holds tensors that it should not: only a plain checkpoint may lack tensors, and only the indexer's.
     """
     base = load_config(name)
-    own = base.attention if isinstance(base, DSAConfig) else "dense"
+    inherited = base.to_dict() if isinstance(base, DSAConfig) else families.dsa_fields(base)
+    own = inherited["attention"]
     if attention is None:
-        attention = own if isinstance(base, DSAConfig) else "dsa"
+        attention = own if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].sparse
     elif attention == "dense":
         attention = VARIANTS[own].DENSE
     given = {key: value for key, value in options.items() if value is not None}
-    inherited = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+    inherited = {k: v for k, v in inherited.items() if k not in ("model_type", "architectures", "dtype")}
     try:
         config = DSAConfig(**{**inherited, "attention": attention, **given})
     except ValueError as error:
@@ -72,11 +80,11 @@ def load_model(
             "of another configuration: fetch or train it again"
         ) from None
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-    added = {key for key in model.state_dict() if _is_added(key, attention)}
+    added = {key for key in model.state_dict() if is_added(key, attention)}
     expected_missing = set() if attention == own else added
     shared_by_more = isinstance(base, DSAConfig) and config.index_share > base.index_share
     if attention == VARIANTS[own].DENSE or shared_by_more:
-        unexpected = {key for key in unexpected if not _is_added(key, own)}
+        unexpected = {key for key in unexpected if not is_added(key, own)}
     wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
     if wrong:
         raise UserError(f"{name} does not fit the model: {len(wrong)} missing or unexpected tensors, first {wrong[0]}")
@@ -86,10 +94,10 @@ def load_model(
 def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:
     """The dense model with the same parameters (shared, not copied): all but those that its variant added."""
     sparse = model.config.attention
-    config = DSAConfig(**{**model.config.to_dict(), "attention": VARIANTS[sparse].DENSE})
+    config = families.dense_config(model.config)
     with torch.device("meta"):
         twin = DSAForCausalLM(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not _is_added(name, sparse)}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_added(name, sparse)}
     twin.load_state_dict(state, strict=True, assign=True)
     if config.tie_word_embeddings:  # assigned one by one, the two names hold two parameters
         twin.lm_head.weight = twin.model.embed_tokens.weight
@@ -97,7 +105,8 @@ def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:
     return twin.eval()
 
 
-def _is_added(parameter: str, attention: str) -> bool:
+def is_added(parameter: str, attention: str) -> bool:
+    """Whether a parameter of this name is what the variant adds to a dense checkpoint."""
     return any(part in parameter for part in VARIANTS[attention].ADDED)
 
 

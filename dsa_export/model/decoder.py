@@ -1,4 +1,4 @@
-"""The decoder: one class for dense and sparse models, with Qwen2's parameter names.
+"""The decoder: one class for dense and sparse models, with transformers' parameter names.
 
 Shapes: B batch, S tokens of this call, E hidden size, V vocabulary. Inside, rows are padded on the right and each row
 has its own past length; batches padded on the left (transformers' generate) are moved at the door and back.
@@ -21,8 +21,8 @@ from dsa_export.model import attention, feed_forward
 from dsa_export.model.attention import Call
 from dsa_export.model.attention.base import Observer, Selector
 from dsa_export.model.cache import CacheEntry, DSACache, LayerCache
+from dsa_export.model.norm import RMSNorm
 from dsa_export.model.rope import RotaryTable
-from dsa_export.model.standard_ops import rms_norm
 from dsa_export.topk import TopK, compact_topk, topk_per_layer
 
 
@@ -43,16 +43,6 @@ class CausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     cache: DSACache | None = None
     aux_losses: dict[str, Tensor] | None = None
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -90,7 +80,7 @@ class DSAModel(DSAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryTable(config, config.head_size)
+        self.rotary = RotaryTable(config, config.rope_size)
         self.index_rotary = RotaryTable(config, config.index_dim)
         self.gradient_checkpointing = False
         self.post_init()
@@ -185,7 +175,7 @@ def _valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
 
 
 class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
-    """A Qwen2.5 language model with dense or sparse attention (config.attention)."""
+    """A language model of one of the families (config.family) with dense or sparse attention (config.attention)."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,21 @@ STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Types whose frequencies do not depend on the length of the text at hand."""
 
 
+def check_rope(parameters: dict[str, Any]) -> None:
+    """Raises ValueError for RoPE parameters that the table cannot follow, naming the option."""
+    rope_type = parameters["rope_type"]
+    if rope_type not in STATIC_ROPE_TYPES:
+        raise ValueError(f"rope_type {rope_type!r} is not supported (supported: {', '.join(STATIC_ROPE_TYPES)})")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0")
+
+
 class RotaryTable(nn.Module):
     """cos and sin [B, S, dim/2] for positions [B, S], with the model's own RoPE type (YaRN included)."""
 
     def __init__(self, config: PreTrainedConfig, dim: int):
         super().__init__()
-        rope_type = config.rope_parameters["rope_type"]
-        if rope_type not in STATIC_ROPE_TYPES:
-            raise ValueError(f"rope_type {rope_type!r} is not supported (supported: {', '.join(STATIC_ROPE_TYPES)})")
+        check_rope(config.rope_parameters)
         self.dim = dim
         self.config = config
         frequencies, self.attention_scaling = self._frequencies()
@@ -33,7 +41,9 @@ class RotaryTable(nn.Module):
             return 1.0 / (rope["rope_theta"] ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)), 1.0
         config = copy.copy(self.config)
         config.head_dim = self.dim
-        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+        # Some of these functions start on the default device, which is meta inside from_pretrained.
+        with torch.device("cpu"):
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
 
     def reset(self) -> None:
         """Fills the (non-persistent) frequencies: from_pretrained builds modules on the meta device."""

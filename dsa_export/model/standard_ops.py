@@ -26,13 +26,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x_f * torch.rsqrt(x_f.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Half-split rotary embedding of x [B, S, heads * D] with cos, sin [B, S, D/2]."""
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool = False) -> Tensor:
+    """Rotary embedding of x [B, S, heads * D] with cos, sin [B, S, D/2].
+
+    Pairs are the two halves of a head (i, i + D/2), or neighbours (2i, 2i + 1) if interleaved.
+    """
     if torch.onnx.is_in_onnx_export():
-        return _onnx("RotaryEmbedding", (x, cos, sin), {"num_heads": heads, "interleaved": 0}, like=x)
-    first, second = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+        return _onnx("RotaryEmbedding", (x, cos, sin), {"num_heads": heads, "interleaved": int(interleaved)}, like=x)
+    first, second = x.unflatten(-1, (heads, -1, 2) if interleaved else (heads, 2, -1)).unbind(-1 if interleaved else -2)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1 if interleaved else -2)
+    return rotated.flatten(-3)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

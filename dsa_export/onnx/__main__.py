@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--random-indexer",
         action="store_true",
-        help="accept a plain Qwen2.5 checkpoint and give it an untrained indexer: good for timings only, its output "
+        help="accept a plain checkpoint and give it an untrained indexer: good for timings only, its output "
         "is not the model's (recorded in the manifest)",
     )
     arguments = parser.parse_args()
@@ -85,7 +85,7 @@ def main() -> None:
     config = load_config(arguments.model)
     if not has_indexer(config) and not arguments.random_indexer:
         raise UserError(
-            f"{arguments.model} is a plain Qwen2.5 checkpoint without an indexer: train one with "
+            f"{arguments.model} is a plain checkpoint without an indexer: train one with "
             f"`python -m train.warmup --model {arguments.model}`, or pass --random-indexer if only timings are wanted"
         )
     if isinstance(config, DSAConfig) and config.attention == "dense":

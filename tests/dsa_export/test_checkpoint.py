@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import MistralConfig
 
 from dsa_export.cli import UserError
 from dsa_export.model import load_model, load_tokenizer
@@ -40,8 +40,8 @@ def test_no_such_hub_model(monkeypatch):
 
 
 def test_another_architecture(tmp_path):
-    LlamaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"'llama'.*only Qwen2"):
+    MistralConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'mistral' models are not supported"):
         load_model(tmp_path)
 
 

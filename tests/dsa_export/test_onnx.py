@@ -321,7 +321,7 @@ def test_upcast_leaves_no_bf16(dsa_folder):
     ("arguments", "message"),
     [
         (["--model", "no/such/folder"], "no folder"),
-        (["--model", "QWEN"], "plain Qwen2.5 checkpoint without an indexer"),
+        (["--model", "QWEN"], "plain checkpoint without an indexer"),
         (["--model", "DSA", "--topk", "0"], "--topk must be between 1 and 4096"),
         (["--model", "DSA", "--topk", "5000"], "--topk must be between 1 and 4096"),
         (["--model", "DSA", "--out", "FOREIGN"], "was not written by this toolchain"),

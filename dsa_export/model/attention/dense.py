@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from dsa_export.config import DSAConfig
 from dsa_export.model.attention.base import Call
 from dsa_export.model.cache import CacheEntry
+from dsa_export.model.norm import HeadRMSNorm
 from dsa_export.model.standard_ops import dense_attention, rotary, split_heads
 
 
 class DenseAttention(nn.Module):
-    """Qwen2's attention. Other grouped-query variants override cache_layout() and attend()."""
+    """Qwen2's attention, or Llama's (qkv_bias=False), or Qwen3's (qk_norm=True as well).
+
+    Other grouped-query variants override cache_layout() and attend().
+    """
 
     DENSE: ClassVar[str] = "dense"
     """The variant in VARIANTS that sees everything, on the same parameters less the added ones."""
@@ -23,6 +27,10 @@ class DenseAttention(nn.Module):
     @classmethod
     def check(cls, config: DSAConfig) -> None:
         """Raises ValueError, naming the option, for a configuration that the variant cannot take."""
+        if config.kv_lora_rank:
+            raise ValueError(
+                f"attention={config.attention!r} has no latent rows (kv_lora_rank): use 'mla' or 'mla-dsa'"
+            )
 
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__()
@@ -30,21 +38,27 @@ class DenseAttention(nn.Module):
         self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale = config.head_size**-0.5
         query_size, kv_size = self.query_heads * config.head_size, self.kv_heads * config.head_size
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = HeadRMSNorm(config.head_size, config.rms_norm_eps)
+            self.k_norm = HeadRMSNorm(config.head_size, config.rms_norm_eps)
 
-    @staticmethod
-    def cache_layout(config: DSAConfig, layer: int) -> list[CacheEntry]:
+    @classmethod
+    def cache_layout(cls, config: DSAConfig, layer: int) -> list[CacheEntry]:
         heads = config.num_key_value_heads
         return [CacheEntry("key", heads, config.head_size), CacheEntry("value", heads, config.head_size)]
 
     def forward(self, hidden: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         """hidden [B, S, E] → (output [B, S, E], the observer's scalars)."""
-        q_BSE = rotary(self.q_proj(hidden), *call.rope, heads=self.query_heads)
+        q_BSE = rotary(self.q_norm(self.q_proj(hidden)), *call.rope, heads=self.query_heads)
         q = split_heads(q_BSE, self.query_heads)
-        k = split_heads(rotary(self.k_proj(hidden), *call.rope, heads=self.kv_heads), self.kv_heads)
+        k_BSE = rotary(self.k_norm(self.k_proj(hidden)), *call.rope, heads=self.kv_heads)
+        k = split_heads(k_BSE, self.kv_heads)
         v = split_heads(self.v_proj(hidden), self.kv_heads)
         k, v = self.store("key", k, call), self.store("value", v, call)
         output, aux = self.attend(hidden, q_BSE, q, k, v, call)

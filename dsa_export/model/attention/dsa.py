@@ -59,6 +59,7 @@ class SparseAttention(DenseAttention):
 
     @classmethod
     def check(cls, config: DSAConfig) -> None:
+        super().check(config)
         for name, choices in (("index_queries", ("own", "shared")), ("index_keys", KEY_TYPES)):
             if getattr(config, name) not in choices:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {getattr(config, name)!r}")
@@ -99,9 +100,9 @@ class SparseAttention(DenseAttention):
         """Whether this layer has an indexer: without one it follows its leader's selection."""
         return self.leader == self.layer
 
-    @staticmethod
-    def cache_layout(config: DSAConfig, layer: int) -> list[CacheEntry]:
-        entries = DenseAttention.cache_layout(config, layer)
+    @classmethod
+    def cache_layout(cls, config: DSAConfig, layer: int) -> list[CacheEntry]:
+        entries = super().cache_layout(config, layer)
         if leader(config, layer) != layer:
             return entries
         if config.index_keys == "fp8":
