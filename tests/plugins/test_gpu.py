@@ -41,7 +41,7 @@ def test_topk(host: Path, library: Path, tmp_path: Path, shape, dtype: torch.dty
     problem = topk_problem(*shape, dtype, ties=False, seed=1)
     *inputs, k = problem.arguments()
     like = torch.empty(len(shape[0]), shape[1], k, dtype=torch.int32)
-    case = write_case(tmp_path, "IndexTopK", ("k", k), inputs, like)
+    case = write_case(tmp_path, "IndexTopK", {"k": k}, inputs, like)
     run_host(host, "run", library, case, 3, 20, graph)
     assert_selection(read_output(tmp_path, like), problem)
 
@@ -53,7 +53,7 @@ def test_attention(host: Path, library: Path, tmp_path: Path, shape, dtype: torc
     problem = attention_problem(*shape, dtype, seed=2)
     *inputs, scale = problem.arguments()
     like = torch.empty_like(problem.q)
-    case = write_case(tmp_path, "SparseAttention", ("scale", scale), inputs, like)
+    case = write_case(tmp_path, "SparseAttention", {"scale": scale}, inputs, like)
     run_host(host, "run", library, case, 3, 20, graph)
     assert_attention(read_output(tmp_path, like), problem)
 
@@ -66,10 +66,10 @@ def test_sanitizer_finds_nothing(host: Path, library: Path, tmp_path: Path, tool
         folder.mkdir()
     problem = topk_problem([9000, 40], 3, 9001, 7, 64, 512, torch.bfloat16, ties=True, seed=3)
     *inputs, k = problem.arguments()
-    cases = [write_case(topk, "IndexTopK", ("k", k), inputs, torch.empty(2, 3, k, dtype=torch.int32))]
+    cases = [write_case(topk, "IndexTopK", {"k": k}, inputs, torch.empty(2, 3, k, dtype=torch.int32))]
     attended = attention_problem(2, 3, 900, 2, 7, 64, 512, torch.bfloat16, seed=4)
     *inputs, scale = attended.arguments()
-    cases.append(write_case(attention, "SparseAttention", ("scale", scale), inputs, torch.empty_like(attended.q)))
+    cases.append(write_case(attention, "SparseAttention", {"scale": scale}, inputs, torch.empty_like(attended.q)))
     for case in cases:
         command = [
             "compute-sanitizer",
