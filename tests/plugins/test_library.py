@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from plugins.index_topk.op import check_options
 from plugins.load import LibraryNotLoaded, find_library, load_library
 from tests.plugins.cases import run_host, write_case
 from tests.plugins.conftest import ROOT, compile_cpp
@@ -141,6 +144,21 @@ def test_registry_refuses_bad_attributes(
     assert creator.create_plugin("node_1", fields_of(lean, attributes), lean.TensorRTPhase.BUILD) is None
     captured = capfd.readouterr()
     assert message in captured.err + captured.out
+
+
+@given(k=st.integers(0, 40), sinks=st.integers(-1, 20), window=st.integers(-1, 20), pool=st.integers(0, 9))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_plugin_takes_the_options_that_the_operator_takes(
+    lean: Any, k: int, sinks: int, window: int, pool: int
+) -> None:
+    try:
+        check_options(k, sinks, window, pool)
+        fits = True
+    except ValueError:
+        fits = False
+    creator = lean.get_plugin_registry().get_creator("IndexTopK", "1", "dsa")
+    fields = fields_of(lean, {"k": k, "sinks": sinks, "window": window, "pool": pool})
+    assert (creator.create_plugin("node_1", fields, lean.TensorRTPhase.BUILD) is not None) == fits
 
 
 # -------------------------------------------------------------------------------------------------------- C++ host
