@@ -48,33 +48,58 @@ class Case:
     S: int
     C: int
     k: int
+    sinks: int = 0
+    window: int = 0
+    pool: int = 1
+    fp8: bool = False
     sets: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def fill(self) -> None:
+    @property
+    def options(self) -> dict[str, int]:
+        """Attributes of IndexTopK beside k."""
+        return {"sinks": self.sinks, "window": self.window, "pool": self.pool}
+
+    @property
+    def index_rows(self) -> int:
+        """Index keys of a sequence."""
+        return -(-self.C // self.pool)
+
+    @property
+    def index_row_bytes(self) -> int:
+        return DI + 4 if self.fp8 else 2 * DI
+
+    def fill(self, device: str = "cuda") -> None:
         """Random inputs; all rows are as long as the capacity, since dense attention takes no lengths."""
         B, S, C = self.B, self.S, self.C
-        bytes_a_set = 2 * B * C * (DI + 2 * HKV * D)
+        bytes_a_set = B * (self.index_rows * self.index_row_bytes + 2 * C * 2 * HKV * D)
         count = max(1, min(16, -(-CACHED_BYTES // bytes_a_set)))
         self.sets = []
         for _ in range(count):
             shapes = {
-                "index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "index_k": (B, C, DI),
+                "index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "index_k": (B, self.index_rows, DI),
                 "q": (B, HQ, S, D), "k": (B, HKV, C, D), "v": (B, HKV, C, D),
             }  # fmt: skip
-            tensors = {name: torch.randn(shape, device="cuda", dtype=DTYPE) for name, shape in shapes.items()}
-            tensors["lengths"] = torch.full((B,), C, device="cuda")
-            tensors["indices"] = select(tensors, self.k)
+            tensors = {name: torch.randn(shape, device=device, dtype=DTYPE) for name, shape in shapes.items()}
+            tensors["lengths"] = torch.full((B,), C, device=device)
+            if self.fp8:
+                largest = torch.finfo(torch.float8_e4m3fn).max
+                tensors["index_scale"] = tensors["index_k"].float().abs().amax(-1) / largest
+                scaled = tensors["index_k"] / tensors["index_scale"][..., None]
+                tensors["index_k"] = scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
+            tensors["indices"] = select(tensors, self)
             self.sets.append(tensors)
 
 
-def select(t: dict[str, Tensor], k: int) -> Tensor:
-    return index_topk(t["index_q"], t["index_weights"], t["index_k"], t["lengths"], k)
+def select(t: dict[str, Tensor], case: Case) -> Tensor:
+    scored = t["index_q"], t["index_weights"], t["index_k"], t["lengths"]
+    return index_topk(*scored, case.k, case.sinks, case.window, case.pool, t.get("index_scale"))
 
 
-def select_within(t: dict[str, Tensor], k: int, budget: int) -> Tensor:
+def select_within(t: dict[str, Tensor], case: Case, budget: int) -> Tensor:
     from plugins.index_topk import kernel
 
-    return kernel.index_topk(t["index_q"], t["index_weights"], t["index_k"], t["lengths"], k, budget)
+    scored = t["index_q"], t["index_weights"], t["index_k"], t["lengths"]
+    return kernel.index_topk(*scored, case.k, case.sinks, case.window, case.pool, t.get("index_scale"), budget)
 
 
 def attend(t: dict[str, Tensor], indices: Tensor) -> Tensor:
@@ -126,26 +151,41 @@ def flex(case: Case) -> Call:
 # ---- correctness
 
 
+def check_selection(t: dict[str, Tensor], case: Case, b: int, s: int) -> str:
+    """Empty if a row of indices holds what it must: whole groups, those always selected, the best of the others."""
+    visible, pool, device = case.C - case.S + s + 1, case.pool, t["indices"].device
+    first = torch.arange(0, visible, pool, device=device)
+    count = min(case.k // pool, len(first))
+    tokens = t["indices"][b, s].long()
+    tokens = tokens[tokens >= 0].sort().values
+    groups = (tokens // pool).unique()
+    whole = (groups[:, None] * pool + torch.arange(pool, device=device)).flatten()
+    if len(groups) != count or not torch.equal(tokens, whole[whole < visible]):
+        return f"is not {count} distinct groups of visible tokens"
+    always = (first < case.sinks) | (first + pool > visible - case.window)  # and the incomplete group
+    if not torch.isin(always.nonzero().flatten(), groups).all():
+        return "lacks a token that is always selected"
+    scored = t["index_q"][b : b + 1, s : s + 1], t["index_weights"][b : b + 1, s : s + 1], t["index_k"][b : b + 1]
+    exact, plain = (index_scores(*(x.to(dtype) for x in scored))[0, 0] for dtype in (torch.float32, DTYPE))
+    if "index_scale" in t:
+        exact, plain = exact * t["index_scale"][b], plain * t["index_scale"][b]
+    exact, plain = exact[: len(first)], plain[: len(first)]
+    budget = 4 * (plain - exact).abs().max()
+    ranked = exact.masked_fill(always, torch.inf)
+    if ranked[groups].min() < ranked.topk(count).values[-1] - budget:
+        return "holds a token far below the k-th best score"
+    return ""
+
+
 def check(case: Case) -> str:
     """Empty if both operators are right on the first set, else what is wrong. Rows at the corners are looked at."""
     t = case.sets[0]
     output = attend(t, t["indices"])
     for b in {0, case.B - 1}:
         for s in {0, case.S - 1}:
-            visible = case.C - case.S + s + 1
-            row = t["indices"][b, s].long()
-            count = min(case.k, visible)
-            if not (row[count:] == -1).all() or len(row[:count].unique()) != count or row[:count].max() >= visible:
-                return f"index_topk: row {b},{s} is not {count} distinct visible tokens"
+            if wrong := check_selection(t, case, b, s):
+                return f"index_topk: row {b},{s} {wrong}"
             one = slice(b, b + 1), slice(s, s + 1)
-            scored = t["index_q"][one], t["index_weights"][one], t["index_k"][b : b + 1]
-            exact, plain = (
-                index_scores(*(x.to(dtype) for x in scored))[0, 0, :visible] for dtype in (torch.float32, DTYPE)
-            )
-            kth = exact.topk(count).values[-1]
-            budget = 4 * (plain - exact).abs().max()
-            if exact[row[:count]].min() < kth - budget:
-                return f"index_topk: row {b},{s} holds a token far below the k-th best score"
             q, k, v = t["q"][b : b + 1, :, s : s + 1], t["k"][b : b + 1], t["v"][b : b + 1]
             exact = sparse_attention_torch(q.float(), k.float(), v.float(), t["indices"][one], SCALE)
             plain = sparse_attention_torch(q, k, v, t["indices"][one], SCALE).float()
@@ -153,7 +193,7 @@ def check(case: Case) -> str:
             if not error <= 2 * (plain - exact).norm() + 0.002 * exact.norm():
                 return f"sparse_attention: row {b},{s} has error {error:.3g}"
     for _ in range(20):
-        again = select(t, case.k)
+        again = select(t, case)
         if not torch.equal(again, t["indices"]) or not torch.equal(attend(t, again), output):
             return "20 repeats are not bitwise equal"
     return ""
@@ -204,7 +244,8 @@ def floors(case: Case) -> dict[str, tuple[float, float]]:
     """Bytes and floating-point operations that each part cannot do without."""
     B, S, C, k = case.B, case.S, case.C, min(case.k, case.C)
     visible = C - S / 2
-    index = 2 * B * (C * DI + S * HI * (DI + 1)) + 4 * B * S * k, 2 * B * S * visible * HI * DI
+    index_bytes = B * (case.index_rows * case.index_row_bytes + 2 * S * HI * (DI + 1)) + 4 * B * S * k
+    index: tuple[float, float] = index_bytes, 2 * B * S * visible / case.pool * HI * DI
     if k == C:  # everything is selected: the scores are skipped
         index = 4 * B * S * k, 0
     # In a prefill chunk many tokens select the same rows: no more than the whole cache has to travel.
@@ -217,19 +258,23 @@ def floors(case: Case) -> dict[str, tuple[float, float]]:
 
 def timings(case: Case) -> Iterator[tuple[str, str, Call]]:
     """(name, whose floor, call) of everything that is timed in this case."""
-    k = case.k
-    yield "index_topk", "index_topk", lambda t: select(t, k)
+    yield "index_topk", "index_topk", lambda t: select(t, case)
     yield "sparse_attention", "sparse_attention", lambda t: attend(t, t["indices"])
-    yield "both operators", "both", lambda t: attend(t, select(t, k))
+    yield "both operators", "both", lambda t: attend(t, select(t, case))
     if case.S > 1:  # what a larger or smaller tile of scores would change
         for mebibytes in (16, 64, 128):
-            yield f"index_topk, {mebibytes} MiB", "index_topk", partial(select_within, k=k, budget=mebibytes * 2**20)
+            yield (
+                f"index_topk, {mebibytes} MiB",
+                "index_topk",
+                partial(select_within, case=case, budget=mebibytes * 2**20),
+            )
     yield "dense flash", "dense", dense(SDPBackend.FLASH_ATTENTION)
     yield "dense cuDNN", "dense", dense(SDPBackend.CUDNN_ATTENTION)
     if case.S > 1:  # nearly the same work (half a chunk more keys), in case a backend refuses the mask
         yield "dense flash, no mask", "dense", dense(SDPBackend.FLASH_ATTENTION, masked=False)
     else:
-        yield "torch.topk on scores", "index_topk", lambda t: torch_topk(t, k)
+        if not case.fp8 and case.options == {"sinks": 0, "window": 0, "pool": 1}:
+            yield "torch.topk on scores", "index_topk", lambda t: torch_topk(t, case.k)
         yield "gather + SDPA", "sparse_attention", gather_and_sdpa
         if case.B * case.C <= 2**20:
             yield "flex_attention with a mask", "sparse_attention", flex(case)
@@ -245,6 +290,12 @@ def cases() -> list[Case]:
         Case("decode", 1, 1, 32 * thousand, 2048),
         Case("prefill", 1, 1024, 128 * thousand, 2048),
         Case("short", 32, 1, 2 * thousand, 2048),
+        Case("sinks and window", 32, 1, 128 * thousand, 2048, sinks=4, window=128),
+        Case("fp8", 32, 1, 128 * thousand, 2048, fp8=True),
+        Case("pooled", 32, 1, 128 * thousand, 2048, pool=4),
+        Case("pooled fp8", 32, 1, 128 * thousand, 2048, sinks=4, window=128, pool=4, fp8=True),
+        Case("prefill fp8", 1, 1024, 128 * thousand, 2048, fp8=True),
+        Case("prefill pooled", 1, 1024, 128 * thousand, 2048, pool=4),
     ]
     grid = [Case("decode", B, 1, C * thousand, k) for B in (1, 8, 32) for C in (8, 32, 64, 128) for k in (512, 2048)]
     known = {(c.B, c.C, c.k) for c in first if c.name == "decode"}
@@ -256,6 +307,7 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
     from plugins.sparse_attention.kernel import largest_workspace as attention_workspace
 
     shape = {"case": case.name, "B": case.B, "S": case.S, "C": case.C, "k": case.k}
+    shape |= case.options | {"index_k": "fp8" if case.fp8 else "bf16"}
     shape |= {"dtype": "bf16", "gpu": machine.name}
     case.fill()
     if wrong := check(case):
@@ -283,9 +335,9 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
     best_dense = min((row["ms"] for name, row in rows.items() if name.startswith("dense")), default=None)
     for name, row in rows.items():
         if name == "both operators":
-            row["workspace_bytes"] = topk_workspace(case.B, case.S, case.C, case.k) + attention_workspace(
-                case.B, case.S, HQ, HKV, D, case.k
-            )
+            row["workspace_bytes"] = topk_workspace(
+                case.B, case.S, case.index_rows, case.k // case.pool
+            ) + attention_workspace(case.B, case.S, HQ, HKV, D, case.k)
             row["times_faster_than_dense"] = best_dense / row["ms"] if best_dense else None
         yield row
 

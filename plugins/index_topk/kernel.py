@@ -1,6 +1,8 @@
 """dsa::IndexTopK on a GPU: score, histogram, filter, finish. One source for the interpreter, torch and the plugin.
 
-Shapes: B batch, S query tokens, C cache capacity, Hi indexer heads, Di indexer head size, K = k; see op.py.
+Shapes: B batch, S query tokens, Hi indexer heads, Di indexer head size, m = pool, C index keys (G in op.py),
+K = k / m; see op.py. With m > 1 a "token" of this file is a group of m tokens, one index key: positions become groups
+at the beginning (`visible_groups`), and the selected groups tokens at the end.
 A row is one query token of one sequence. Rows are worked through in tiles, so that the scores of a tile stay in the
 L2 cache; the workspace holds, for the R rows of a tile:
 
@@ -17,6 +19,9 @@ Four launches a tile, none of which waits for another program, and no atomic: th
     finish     resolves the remaining 21 bits among the listed tokens, writes the K indices, ascending, and -1
 
 Rows with at most K visible tokens skip the first three and get 0, 1, 2, ...
+
+FORCED: sinks, a window, or pool > 1 (whose incomplete last group is always selected). The histogram, the first to read
+the keys, gives what is always selected the largest key there is, and the ordinary selection does the rest.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ DECODE_QUERIES = 8
 SELECT_BLOCK = tl.constexpr(4096)  # keys that the selection reads at a time
 BINS = tl.constexpr(2048)
 ZERO_BIN = tl.constexpr(1024)  # the highest 11 bits of the key of 0.0; holds nothing else, see `score_kernel`
+E4M3_SCALE = tl.constexpr(2.0**120)
 MAX_SPLITS = 32
 SPLITS_READ = tl.constexpr(8)
 SCORE_PROGRAMS = 512  # enough to fill the largest GPU while every program still pipelines several blocks
@@ -115,12 +121,38 @@ def plan(B: int, S: int, C: int, Hi: int, Di: int, k: int, budget: int = DEFAULT
     return Plan(batch_tile, query_tile, block_s, blocks, splits, listed, workspace_bytes(rows, C, k))
 
 
+@triton.jit
+def visible_tokens(kv_lengths, batch, query, S, capacity):
+    """Tokens that a query of the sequence sees."""
+    length = tl.load(kv_lengths + batch)
+    return tl.minimum(tl.maximum(length - S + query + 1, 0), capacity).to(tl.int32)
+
+
+@triton.jit
+def visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED: tl.constexpr):
+    """Groups of which a query of the sequence sees a token."""
+    if FORCED:
+        groups = tl.cdiv(visible_tokens(kv_lengths, batch, query, S, C * POOL), POOL)
+    else:
+        groups = visible_tokens(kv_lengths, batch, query, S, C)
+    return groups
+
+
+@triton.jit
+def decode_e4m3(bits):
+    """e4m3 from its bits, exact in fp32; hardware converts from sm_89 on. The exponents' biases are 7 and 127."""
+    bits = bits.to(tl.int32)
+    number = (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * E4M3_SCALE
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
+
+
 @triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "HI", "K", "BLOCKS"])
 def score_kernel(
     index_q,  # [B, S, HI, DI]
     index_weights,  # [B, S, HI]
-    index_k,  # [B, C, DI]
+    index_k,  # [B, C, DI]; FP8: uint8, the bits of e4m3
     kv_lengths,  # [B] int64
+    index_scale,  # [B, C] fp32; FP8 only
     keys,  # [R, C'] int32, workspace
     first_batch,
     first_query,
@@ -129,15 +161,20 @@ def score_kernel(
     C,
     HI,
     K,
+    POOL,
     BLOCKS,
     HI_PADDED: tl.constexpr,
     DI: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Program (range of BLOCKS * BLOCK_C tokens, BLOCK_S query tokens, sequence): the keys of their scores."""
+    """Program (range of BLOCKS * BLOCK_C tokens, BLOCK_S query tokens, sequence): the keys of their scores.
+
+    Of groups (POOL > 1) only complete ones are scored.
+    """
     query_blocks = tl.cdiv(query_tile, BLOCK_S)
     batch_local = tl.program_id(1) // query_blocks
     query_local = tl.program_id(1) % query_blocks * BLOCK_S
@@ -145,11 +182,10 @@ def score_kernel(
     query = first_query + query_local
 
     last_query = tl.minimum(query + BLOCK_S, tl.minimum(first_query + query_tile, S)) - 1
-    length = tl.load(kv_lengths + batch)
-    visible = tl.minimum(tl.maximum(length - S + last_query + 1, 0), C).to(tl.int32)
+    visible = visible_tokens(kv_lengths, batch, last_query, S, C * POOL)
     start = tl.program_id(0) * BLOCKS * BLOCK_C
-    stop = tl.minimum(start + BLOCKS * BLOCK_C, visible)
-    if (visible <= K) | (start >= stop):
+    stop = tl.minimum(start + BLOCKS * BLOCK_C, visible // POOL)
+    if (visible <= K * POOL) | (start >= stop):
         return
 
     # Columns: head-major pairs (head, query), so that the sum over heads adds registers instead of lanes.
@@ -174,12 +210,18 @@ def score_kernel(
 
     for block in range(start, stop, BLOCK_C):
         tokens = block + tl.arange(0, BLOCK_C)
-        k_CD = tl.load(index_k + tokens[:, None] * DI + dims[None, :], mask=(tokens < stop)[:, None], other=0.0)
+        k_CD = tl.load(index_k + tokens[:, None] * DI + dims[None, :], mask=(tokens < stop)[:, None], other=0)
+        if FP8:
+            k_CD = decode_e4m3(k_CD).to(index_q.dtype.element_ty)
         if WIDEN:
             k_CD = k_CD.to(tl.float32)
         dots = tl.dot(k_CD, q_DN, input_precision=PRECISION)
-        weighted = tl.maximum(dots, 0.0) * weights_N[None, :]
+        activations = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        weighted = activations * weights_N[None, :]
         scores = tl.sum(tl.reshape(weighted, (BLOCK_C, HI_PADDED, BLOCK_S)), axis=1)
+        if FP8:
+            scale_C = tl.load(index_scale + batch * C + tokens, mask=tokens < stop, other=0.0)
+            scores *= scale_C[:, None]
         # Numbers below the smallest normal one, and -0.0, count as 0.0: ZERO_BIN then holds equal keys only.
         scores = tl.where(tl.abs(scores) < 1.17549435e-38, 0.0, scores)
         bits = scores.to(tl.int32, bitcast=True)
@@ -188,10 +230,12 @@ def score_kernel(
         tl.store(keys_S[None, :] + tokens[:, None], key, mask=row_exists[None, :])
 
 
-@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "P"])
+@triton.jit(
+    do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL", "SINKS", "WINDOW", "P"]
+)
 def histogram_kernel(
     kv_lengths,  # [B] int64
-    keys,  # [R, C'] int32
+    keys,  # [R, C'] int32; FORCED: written where a key is always selected
     counts,  # [R, P, BINS] int32, written
     first_batch,
     first_query,
@@ -199,13 +243,18 @@ def histogram_kernel(
     S,
     C,
     K,
+    POOL,
+    SINKS,  # groups
+    WINDOW,  # tokens
     P,
+    FORCED: tl.constexpr,
 ):
     """Program (split, row of the tile): how many of the split's keys have each value of the highest 11 bits."""
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    length = tl.load(kv_lengths + first_batch + row // query_tile)
-    visible = tl.minimum(tl.maximum(length - S + first_query + row % query_tile + 1, 0), C).to(tl.int32)
+    batch = first_batch + row // query_tile
+    query = first_query + row % query_tile
+    visible = visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED)
     if visible <= K:
         return
     share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
@@ -214,16 +263,23 @@ def histogram_kernel(
     readable = tl.cdiv(stop, ROW_ALIGNMENT) * ROW_ALIGNMENT  # a mask of whole vectors: 16-byte loads
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
+    if FORCED:  # the first group that is in the window or incomplete: complete ones hold no later token
+        recent = visible_tokens(kv_lengths, batch, query - WINDOW, S, C * POOL) // POOL
     bins = tl.zeros((BINS,), tl.int32)
     for block in range(start, stop, SELECT_BLOCK):
         tokens = block + tl.arange(0, SELECT_BLOCK)
         here = tokens < stop
         key = tl.load(keys + tokens, mask=tokens < readable, other=0)
+        if FORCED:
+            always = (tokens < SINKS) | (tokens >= recent)
+            is_largest = key == -1  # a NaN; it shall rank below
+            key = tl.where(always, -1, tl.where(is_largest, -2, key))
+            tl.store(keys + tokens, key, mask=here & (always | is_largest))
         bins += tl.histogram((key >> 21) & (BINS - 1), BINS, mask=here)
     tl.store(counts + (row * P + split) * BINS + tl.arange(0, BINS), bins)
 
 
-@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "P", "LIST"])
+@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL", "P", "LIST"])
 def filter_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
@@ -236,8 +292,10 @@ def filter_kernel(
     S,
     C,
     K,
+    POOL,
     P,
     LIST,
+    FORCED: tl.constexpr,
 ):
     """Program (split, row of the tile): appends the split's tokens at or above the threshold's bin to the row's list.
 
@@ -245,8 +303,9 @@ def filter_kernel(
     """
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    length = tl.load(kv_lengths + first_batch + row // query_tile)
-    visible = tl.minimum(tl.maximum(length - S + first_query + row % query_tile + 1, 0), C).to(tl.int32)
+    batch = first_batch + row // query_tile
+    query = first_query + row % query_tile
+    visible = visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED)
     if visible <= K:
         return
     share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
@@ -298,20 +357,22 @@ def filter_kernel(
         tied_before += sums >> 16
 
 
-@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "LIST"])
+@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL", "LIST"])
 def finish_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
     listed,  # [R, LIST] int32
     state,  # [R, 4] int32
-    indices,  # [B, S, K] int32, written
+    indices,  # [B, S, K * POOL] int32, written
     first_batch,
     first_query,
     query_tile,
     S,
     C,
     K,
+    POOL,
     LIST,
+    FORCED: tl.constexpr,
 ):
     """Program (row of the tile): the K tokens of highest key among the listed ones, ascending; -1 beyond.
 
@@ -320,13 +381,17 @@ def finish_kernel(
     row = tl.program_id(0).to(tl.int64)
     batch = first_batch + row // query_tile
     query = first_query + row % query_tile
-    length = tl.load(kv_lengths + batch)
-    visible = tl.minimum(tl.maximum(length - S + query + 1, 0), C).to(tl.int32)
-    indices += (batch * S + query) * K
+    visible = visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED)
+    selected = K
+    tokens_seen = visible
+    if FORCED:
+        selected = K * POOL
+        tokens_seen = visible_tokens(kv_lengths, batch, query, S, C * POOL)
+    indices += (batch * S + query) * selected
     if visible <= K:
-        for block in range(0, K, SELECT_BLOCK):
+        for block in range(0, selected, SELECT_BLOCK):
             slots = block + tl.arange(0, SELECT_BLOCK)
-            tl.store(indices + slots, tl.where(slots < visible, slots, -1), mask=slots < K)
+            tl.store(indices + slots, tl.where(slots < tokens_seen, slots, -1), mask=slots < selected)
         return
 
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -386,7 +451,13 @@ def finish_kernel(
         tied_rank = tied_before + (ranks >> 16)
         slots = kept_before + (ranks & 0xFFFF) + tl.minimum(tied_rank, tie_limit)
         keep = is_above | (is_tied & (tied_rank < tie_limit))
-        tl.store(indices + slots, tokens, mask=keep & (slots < K))
+        keep = keep & (slots < K)
+        if FORCED:
+            for place in range(POOL):
+                token = tokens * POOL + place
+                tl.store(indices + slots * POOL + place, tl.where(token < tokens_seen, token, -1), mask=keep)
+        else:
+            tl.store(indices + slots, tokens, mask=keep)
         sums = tl.sum(both, 0)
         kept_before += sums & 0xFFFF
         tied_before += sums >> 16
@@ -398,6 +469,10 @@ def index_topk(
     index_k: Tensor,
     kv_lengths: Tensor,
     k: int,
+    sinks: int = 0,
+    window: int = 0,
+    pool: int = 1,
+    index_scale: Tensor | None = None,
     budget: int = DEFAULT_WORKSPACE,
 ) -> Tensor:
     """Launches the kernels; arguments and result as `plugins.index_topk.op.index_topk`, already validated."""
@@ -406,37 +481,40 @@ def index_topk(
     indices = torch.empty(B, S, k, dtype=torch.int32, device=index_q.device)
     if indices.numel() == 0:
         return indices
-    cut = plan(B, S, C, Hi, Di, k, budget)
+    K = k // pool
+    cut = plan(B, S, C, Hi, Di, K, budget)
     rows = cut.batch_tile * cut.query_tile
-    capacity, _ = row_entries(C, k)
+    capacity, _ = row_entries(C, K)
     memory = torch.empty(cut.workspace // 4, dtype=torch.int32, device=index_q.device)
     sizes = [rows * capacity, rows * cut.listed, rows * 4, rows * cut.splits * BINS.value]
     keys, listed, state, counts = memory[: sum(sizes)].split(sizes)
     dtype = "fp32" if index_q.dtype == torch.float32 else "16 bits"
     precision = "ieee" if dtype == "fp32" else "tf32"
+    fp8 = index_scale is not None
+    stored_k = index_k.view(torch.uint8) if fp8 else index_k
+    select = {"FORCED": bool(sinks or window or pool > 1), **SELECT_OPTIONS}
     for batch in range(0, B, cut.batch_tile):
         for query in range(0, S, cut.query_tile):
             tile = min(cut.query_tile, S - query)
             tile_rows = min(cut.batch_tile, B - batch) * tile
             where = (batch, query, tile, S, C)
-            if k < C:
+            if K < C:
                 ranges = triton.cdiv(capacity, cut.blocks * block_c(Di))
                 query_blocks = triton.cdiv(tile, cut.block_s) * min(cut.batch_tile, B - batch)
                 score_kernel[(ranges, query_blocks)](
-                    index_q, index_weights, index_k, kv_lengths, keys, *where, Hi, k, cut.blocks,
+                    index_q, index_weights, stored_k, kv_lengths, index_scale, keys, *where, Hi, K, pool, cut.blocks,
                     HI_PADDED=padded_heads(Hi), DI=Di, BLOCK_S=cut.block_s, BLOCK_C=block_c(Di),
-                    PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
+                    PRECISION=precision, FP8=fp8, WIDEN=triton.knobs.runtime.interpret,
                     **score_options(dtype, S <= DECODE_QUERIES),
                 )  # fmt: skip
+                forced = (pool, triton.cdiv(sinks, pool), window)
                 histogram_kernel[(cut.splits, tile_rows)](
-                    kv_lengths, keys, counts, *where, k, cut.splits, **SELECT_OPTIONS
+                    kv_lengths, keys, counts, *where, K, *forced, cut.splits, **select
                 )
                 filter_kernel[(cut.splits, tile_rows)](
-                    kv_lengths, keys, counts, listed, state, *where, k, cut.splits, cut.listed, **SELECT_OPTIONS
+                    kv_lengths, keys, counts, listed, state, *where, K, pool, cut.splits, cut.listed, **select
                 )
-            finish_kernel[(tile_rows,)](
-                kv_lengths, keys, listed, state, indices, *where, k, cut.listed, **SELECT_OPTIONS
-            )
+            finish_kernel[(tile_rows,)](kv_lengths, keys, listed, state, indices, *where, K, pool, cut.listed, **select)
     return indices
 
 
@@ -452,24 +530,27 @@ def score_options(dtype: str, decode: bool) -> dict[str, Any]:
 
 def variants() -> Iterator[Variant]:
     """What the plugin library holds."""
-    for dtype, Di, heads, decode in product(AOT_DTYPES, HEAD_SIZES, HEADS_PADDED, (True, False)):
+    for dtype, Di, heads, decode, fp8 in product(AOT_DTYPES, HEAD_SIZES, HEADS_PADDED, (True, False), (False, True)):
         columns = DECODE_COLUMNS if decode else PREFILL_COLUMNS
         tensor = f"*{dtype}"
         yield Variant(
-            name=f"index_topk_score_{dtype}_{Di}_{heads}_{'decode' if decode else 'prefill'}",
+            name=f"index_topk_score_{dtype}_{Di}_{heads}_{'decode' if decode else 'prefill'}{'_fp8' if fp8 else ''}",
             kernel=score_kernel,
             pointers={
-                "index_q": tensor, "index_weights": tensor, "index_k": tensor, "kv_lengths": "*i64", "keys": "*i32",
+                "index_q": tensor, "index_weights": tensor, "index_k": "*u8" if fp8 else tensor, "kv_lengths": "*i64",
+                "index_scale": "*fp32", "keys": "*i32",
             },
             constants={
                 "HI_PADDED": heads, "DI": Di, "BLOCK_S": columns // heads, "BLOCK_C": block_c(Di),
-                "PRECISION": "tf32", "WIDEN": False,
+                "PRECISION": "tf32", "FP8": fp8, "WIDEN": False,
             },
             options=score_options(dtype, decode),
         )  # fmt: skip
     pointers = {"kv_lengths": "*i64"} | dict.fromkeys(("keys", "counts", "listed", "state", "indices"), "*i32")
-    for name, kernel in (("histogram", histogram_kernel), ("filter", filter_kernel), ("finish", finish_kernel)):
-        yield Variant(f"index_topk_{name}", kernel, pointers, options=SELECT_OPTIONS)
+    kernels = {"histogram": histogram_kernel, "filter": filter_kernel, "finish": finish_kernel}
+    for (name, kernel), forced in product(kernels.items(), (False, True)):
+        suffix = "_forced" if forced else ""
+        yield Variant(f"index_topk_{name}{suffix}", kernel, pointers, {"FORCED": forced}, SELECT_OPTIONS)
 
 
 def constants() -> dict[str, int]:

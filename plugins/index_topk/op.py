@@ -334,10 +334,11 @@ def _(
 ) -> Tensor:
     from plugins.index_topk import kernel
 
-    check_cuda(index_q, index_k.shape[1], k)
+    check_cuda(index_q, index_k.shape[1] * pool, k)
     q, weights, keys, lengths = (t.contiguous() for t in (index_q, index_weights, index_k, kv_lengths))
+    scale = None if index_scale is None else index_scale.contiguous()
     with torch.cuda.device_of(q):
-        return kernel.index_topk(q, weights, keys, lengths, k)
+        return kernel.index_topk(q, weights, keys, lengths, k, sinks, window, pool, scale)
 
 
 @_index_topk.register_fake

@@ -15,39 +15,57 @@ namespace
 using namespace nvinfer1;
 namespace size = index_topk; // generated from kernel.py
 
-// Positions of the inputs and of the output behind them.
-enum Tensor : int32_t
+// Positions of the inputs; the output is behind them, indices [B, S, k] int32.
+enum Input : int32_t
 {
     kQ,       // [B, S, Hi, Di] fp16 | bf16
     kWeights, // [B, S, Hi]     same type
-    kKeys,    // [B, C, Di]     same type
+    kKeys,    // [B, G, Di]     same type, or fp8 with kScale
     kLengths, // [B]            int64
-    kIndices, // [B, S, k]      int32
-    kInputs = kIndices,
+    kScale,   // [B, G]         fp32; optional
 };
+constexpr int32_t kInputs = kScale;
+constexpr char const* kCount = "4 inputs, or 5 with index_scale, and 1 output are needed";
+
+bool isCount(int32_t nbInputs)
+{
+    return nbInputs == kInputs || nbInputs == kInputs + 1;
+}
 
 struct Shape
 {
-    int64_t B, S, C, Hi, Di;
+    int64_t B, S, C, Hi, Di; // C rows of keys: G of op.py
 };
 
-Shape shapeOf(Dims const& q, Dims const& weights, Dims const& keys, Dims const& lengths)
+// `scale` is null without index_scale; `pool`: tokens per row of keys.
+Shape shapeOf(Dims const& q, Dims const& weights, Dims const& keys, Dims const& lengths, Dims const* scale, int64_t pool)
 {
     require(q.nbDims == 4, "index_q must be [B, S, Hi, Di], got " + text(q));
     require(weights.nbDims == 3, "index_weights must be [B, S, Hi], got " + text(weights));
-    require(keys.nbDims == 3, "index_k must be [B, C, Di], got " + text(keys));
+    require(keys.nbDims == 3, "index_k must be [B, G, Di], got " + text(keys));
     require(lengths.nbDims == 1, "kv_lengths must be [B], got " + text(lengths));
     Shape const shape{q.d[0], q.d[1], keys.d[1], q.d[2], q.d[3]};
     require(weights.d[0] == shape.B && weights.d[1] == shape.S && weights.d[2] == shape.Hi && keys.d[0] == shape.B
             && keys.d[2] == shape.Di && lengths.d[0] == shape.B,
         "index_q " + text(q) + ", index_weights " + text(weights) + ", index_k " + text(keys) + " and kv_lengths "
             + text(lengths) + " do not fit together");
+    require(scale == nullptr || (scale->nbDims == 2 && scale->d[0] == shape.B && scale->d[1] == shape.C),
+        "index_scale must be [B, G], got " + text(scale != nullptr ? *scale : Dims{}) + " beside index_k " + text(keys));
     require(shape.Di == 64 || shape.Di == 128, "the indexer head size Di must be 64 or 128, got " + std::to_string(shape.Di));
     require(shape.Hi >= 1 && shape.Hi <= size::MAX_HEADS,
         "the number of indexer heads Hi must be 1 to " + std::to_string(size::MAX_HEADS) + ", got " + std::to_string(shape.Hi));
-    require(shape.C >= 0 && shape.C <= size::MAX_CAPACITY,
-        "the cache capacity C must be at most " + std::to_string(size::MAX_CAPACITY) + ", got " + std::to_string(shape.C));
+    require(shape.C >= 0 && shape.C * pool <= size::MAX_CAPACITY,
+        "the cache capacity C must be at most " + std::to_string(size::MAX_CAPACITY) + " tokens, got "
+            + std::to_string(shape.C * pool));
     return shape;
+}
+
+void checkTypes(DataType q, DataType keys, DataType const* scale)
+{
+    kernelType(q);
+    require(scale == nullptr ? keys == q : keys == DataType::kFP8 && *scale == DataType::kFLOAT,
+        std::string("index_k must have index_q's type, or fp8 beside an fp32 index_scale, got ") + typeName(keys)
+            + (scale == nullptr ? " without one" : std::string(" beside ") + typeName(*scale)));
 }
 
 int64_t paddedHeads(int64_t heads)
@@ -105,37 +123,55 @@ public:
     static PluginFieldCollection const& attributeFields()
     {
         static PluginField const fields[] = {{"k", nullptr, PluginFieldType::kINT64, 1},
-            {"plugin_version", nullptr, PluginFieldType::kCHAR, 1}, {"plugin_namespace", nullptr, PluginFieldType::kCHAR, 1}};
-        static PluginFieldCollection const collection{3, fields};
+            {"sinks", nullptr, PluginFieldType::kINT64, 1}, {"window", nullptr, PluginFieldType::kINT64, 1},
+            {"pool", nullptr, PluginFieldType::kINT64, 1}, {"plugin_version", nullptr, PluginFieldType::kCHAR, 1}, {"plugin_namespace", nullptr, PluginFieldType::kCHAR, 1}};
+        static PluginFieldCollection const collection{6, fields};
         return collection;
     }
 
     explicit IndexTopK(PluginFieldCollection const& fields)
     {
-        bool found = false;
         for (int32_t i = 0; i < fields.nbFields; ++i)
         {
             PluginField const& field = fields.fields[i];
-            if (field.name != nullptr && std::strcmp(field.name, "k") == 0)
+            auto const own = std::find_if(kAttributes.begin(), kAttributes.end(),
+                [&](auto const& attribute) { return field.name != nullptr && std::strcmp(field.name, attribute.name) == 0; });
+            if (own != kAttributes.end())
             {
-                mK = integerOf(field);
-                found = true;
+                this->*own->value = integerOf(field);
             }
             else
             {
                 checkCommonAttribute(field);
             }
         }
-        require(found, "attribute k is missing");
-        require(mK >= 1 && mK <= size::MAX_K,
-            "attribute k must be 1 to " + std::to_string(size::MAX_K) + ", got " + std::to_string(mK));
-        mTimingCacheId = "k=" + std::to_string(mK);
+        auto const inRange = [](char const* name, int64_t value, int64_t least, int64_t most) {
+            require(value >= least && value <= most, std::string("attribute ") + name + " must be " + std::to_string(least)
+                    + " to " + std::to_string(most) + ", got " + std::to_string(value));
+        };
+        require(mK != kMissing, "attribute k is missing");
+        inRange("k", mK, 1, size::MAX_K);
+        inRange("sinks", mSinks, 0, mK);
+        inRange("window", mWindow, 0, mK);
+        require(mPool >= 1 && mK % mPool == 0, "attribute pool must be at least 1 and divide k = " + std::to_string(mK)
+                + ", got " + std::to_string(mPool));
+        // As forced_groups in op.py.
+        int64_t const latest = mWindow > 0 ? ceilDiv(mWindow - 1, mPool) + 1 : mPool > 1 ? 1 : 0;
+        int64_t const always = mPool * (ceilDiv(mSinks, mPool) + latest);
+        require(always <= mK, "attributes sinks = " + std::to_string(mSinks) + ", window = " + std::to_string(mWindow)
+                + " and pool = " + std::to_string(mPool) + " always select " + std::to_string(always) + " keys: k = "
+                + std::to_string(mK));
+        for (Attribute const& attribute : kAttributes)
+        {
+            mTimingCacheId += (mTimingCacheId.empty() ? "" : " ") + std::string(attribute.name) + "="
+                + std::to_string(this->*attribute.value);
+        }
     }
 
     bool supportsFormatCombination(
         int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept override
     {
-        if (nbInputs != kInputs || nbOutputs != 1 || pos < 0 || pos > kIndices
+        if (!isCount(nbInputs) || nbOutputs != 1 || pos < 0 || pos > nbInputs
             || inOut[pos].desc.format != TensorFormat::kLINEAR)
         {
             return false;
@@ -146,13 +182,14 @@ public:
             // TensorRT itself only says that no format fits.
             log(ILogger::Severity::kWARNING, std::string("dsa::") + kName + ": index_q must be fp16 or bf16, not fp32");
         }
+        bool const scaled = nbInputs > kScale;
         switch (pos)
         {
         case kQ: return isHalfOrBfloat(type);
-        case kWeights:
-        case kKeys: return type == inOut[kQ].desc.type;
+        case kWeights: return type == inOut[kQ].desc.type;
+        case kKeys: return type == (scaled ? DataType::kFP8 : inOut[kQ].desc.type);
         case kLengths: return type == DataType::kINT64;
-        default: return type == DataType::kINT32;
+        default: return type == (scaled && pos == kScale ? DataType::kFLOAT : DataType::kINT32);
         }
     }
 
@@ -160,9 +197,9 @@ public:
         int32_t nbOutputs) noexcept override
     {
         return guarded(kName, -1, [&] {
-            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
-            kernelType(in[kQ].desc.type);
-            shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max);
+            require(isCount(nbInputs) && nbOutputs == 1, kCount);
+            checkTypes(in[kQ].desc.type, in[kKeys].desc.type, nbInputs > kScale ? &in[kScale].desc.type : nullptr);
+            largest(in, nbInputs);
             require(in[kQ].desc.dims.d[2] > 0 && in[kQ].desc.dims.d[3] > 0,
                 "Hi and Di must be fixed in the network, index_q is " + text(in[kQ].desc.dims));
             return 0;
@@ -173,7 +210,7 @@ public:
         DataType* outputTypes, int32_t nbOutputs, DataType const*, int32_t nbInputs) const noexcept override
     {
         return guarded(kName, -1, [&] {
-            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
+            require(isCount(nbInputs) && nbOutputs == 1, kCount);
             outputTypes[0] = DataType::kINT32;
             return 0;
         });
@@ -183,7 +220,7 @@ public:
         int32_t nbOutputs, IExprBuilder& expressions) noexcept override
     {
         return guarded(kName, -1, [&] {
-            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
+            require(isCount(nbInputs) && nbOutputs == 1, kCount);
             require(inputs[kQ].nbDims == 4, "index_q must be [B, S, Hi, Di]");
             outputs[0].nbDims = 3;
             outputs[0].d[0] = inputs[kQ].d[0];
@@ -199,10 +236,10 @@ public:
         int32_t) const noexcept override
     {
         return guarded<std::size_t>(kName, 0, [&] {
-            require(nbInputs == kInputs, "4 inputs are needed");
-            Shape const most = shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max);
-            int64_t const bound = std::max<int64_t>(size::DEFAULT_WORKSPACE, workspaceBytes(1, most.C, mK));
-            return static_cast<std::size_t>(std::min(workspaceBytes(most.B * most.S, most.C, mK), bound));
+            require(isCount(nbInputs), kCount);
+            Shape const most = largest(in, nbInputs);
+            int64_t const bound = std::max<int64_t>(size::DEFAULT_WORKSPACE, workspaceBytes(1, most.C, groups()));
+            return static_cast<std::size_t>(std::min(workspaceBytes(most.B * most.S, most.C, groups()), bound));
         });
     }
 
@@ -216,15 +253,19 @@ public:
         PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t nbOutputs) noexcept override
     {
         return guarded(kName, -1, [&] {
-            require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
-            Shape const shape = shapeOf(in[kQ].dims, in[kWeights].dims, in[kKeys].dims, in[kLengths].dims);
+            require(isCount(nbInputs) && nbOutputs == 1, kCount);
+            bool const scaled = nbInputs > kScale;
+            checkTypes(in[kQ].type, in[kKeys].type, scaled ? &in[kScale].type : nullptr);
+            Shape const shape = current(in, scaled);
             std::string const score = std::string("index_topk_score_") + kernelType(in[kQ].type) + "_"
                 + std::to_string(shape.Di) + "_" + std::to_string(paddedHeads(shape.Hi));
-            mDecode = Kernel(score + "_decode");
-            mPrefill = Kernel(score + "_prefill");
-            mHistogram = Kernel("index_topk_histogram");
-            mFilter = Kernel("index_topk_filter");
-            mFinish = Kernel("index_topk_finish");
+            std::string const fp8 = scaled ? "_fp8" : "";
+            std::string const forced = mSinks > 0 || mWindow > 0 || mPool > 1 ? "_forced" : "";
+            mDecode = Kernel(score + "_decode" + fp8);
+            mPrefill = Kernel(score + "_prefill" + fp8);
+            mHistogram = Kernel("index_topk_histogram" + forced);
+            mFilter = Kernel("index_topk_filter" + forced);
+            mFinish = Kernel("index_topk_finish" + forced);
             return 0;
         });
     }
@@ -233,34 +274,66 @@ public:
         void* const* outputs, void* workspace, cudaStream_t stream) noexcept override
     {
         return guarded(kName, -1, [&] {
-            Shape const shape = shapeOf(in[kQ].dims, in[kWeights].dims, in[kKeys].dims, in[kLengths].dims);
+            bool const scaled = in[kKeys].type == DataType::kFP8;
+            Shape const shape = current(in, scaled);
             if (shape.B * shape.S == 0)
             {
                 return 0;
             }
-            static constexpr std::array<char const*, kInputs> kNames{"index_q", "index_weights", "index_k", "kv_lengths"};
-            for (int32_t i = 0; i < kInputs; ++i)
+            static constexpr std::array<char const*, kInputs + 1> kNames{
+                "index_q", "index_weights", "index_k", "kv_lengths", "index_scale"};
+            for (int32_t i = 0; i < kInputs + scaled; ++i)
             {
                 requireAligned(inputs[i], kNames[i]);
             }
             requireAligned(outputs[0], "indices");
             requireAligned(workspace, "the workspace");
-            launch(shape, inputs, outputs[0], static_cast<int32_t*>(workspace), stream);
+            launch(shape, inputs, scaled ? inputs[kScale] : nullptr, outputs[0], static_cast<int32_t*>(workspace), stream);
             return 0;
         });
     }
 
     PluginFieldCollection const* getFieldsToSerialize() noexcept override
     {
-        mField = {"k", &mK, PluginFieldType::kINT64, 1};
-        mFields = {1, &mField};
+        for (std::size_t i = 0; i < kAttributes.size(); ++i)
+        {
+            mSaved[i] = {kAttributes[i].name, &(this->*kAttributes[i].value), PluginFieldType::kINT64, 1};
+        }
+        mFields = {static_cast<int32_t>(mSaved.size()), mSaved.data()};
         return &mFields;
     }
 
 private:
-    void launch(Shape const& shape, void const* const* inputs, void* indices, int32_t* workspace, cudaStream_t stream) const
+    static constexpr int64_t kMissing = INT64_MIN;
+
+    struct Attribute
     {
-        Plan const plan = planOf(shape, mK);
+        char const* name;
+        int64_t IndexTopK::*value;
+    };
+
+    // Rows of keys to select.
+    int64_t groups() const
+    {
+        return mK / mPool;
+    }
+
+    Shape largest(DynamicPluginTensorDesc const* in, int32_t nbInputs) const
+    {
+        Dims const* scale = nbInputs > kScale ? &in[kScale].max : nullptr;
+        return shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max, scale, mPool);
+    }
+
+    Shape current(PluginTensorDesc const* in, bool scaled) const
+    {
+        Dims const* scale = scaled ? &in[kScale].dims : nullptr;
+        return shapeOf(in[kQ].dims, in[kWeights].dims, in[kKeys].dims, in[kLengths].dims, scale, mPool);
+    }
+
+    void launch(Shape const& shape, void const* const* inputs, void const* scale, void* indices, int32_t* workspace,
+        cudaStream_t stream) const
+    {
+        Plan const plan = planOf(shape, groups());
         int64_t const rows = plan.batchTile * plan.queryTile;
         int32_t* keys = workspace;
         int32_t* listed = keys + rows * plan.capacity;
@@ -268,7 +341,9 @@ private:
         int32_t* counts = state + rows * 4;
 
         // Kernel arguments are 32 bits wide; shapeOf and the plan keep them there.
-        int32_t const S = static_cast<int32_t>(shape.S), C = static_cast<int32_t>(shape.C), K = static_cast<int32_t>(mK);
+        int32_t const S = static_cast<int32_t>(shape.S), C = static_cast<int32_t>(shape.C);
+        int32_t const K = static_cast<int32_t>(groups()), pool = static_cast<int32_t>(mPool);
+        int32_t const sinks = static_cast<int32_t>(ceilDiv(mSinks, mPool)), window = static_cast<int32_t>(mWindow);
         int32_t const heads = static_cast<int32_t>(shape.Hi), blocks = static_cast<int32_t>(plan.blocks);
         int32_t const splits = static_cast<int32_t>(plan.splits), list = static_cast<int32_t>(plan.listed);
         unsigned const ranges = static_cast<unsigned>(ceilDiv(plan.capacity, plan.blocks * plan.blockC));
@@ -281,28 +356,33 @@ private:
                 int32_t const tile = static_cast<int32_t>(std::min(plan.queryTile, shape.S - firstQuery));
                 int64_t const batches = std::min(plan.batchTile, shape.B - firstBatch);
                 unsigned const tileRows = static_cast<unsigned>(batches * tile);
-                if (shape.C > mK)
+                if (shape.C > K)
                 {
                     unsigned const queryBlocks = static_cast<unsigned>(ceilDiv(tile, plan.blockS) * batches);
                     score.launch(ranges, queryBlocks,
-                        {&inputs[kQ], &inputs[kWeights], &inputs[kKeys], &inputs[kLengths], &keys, &batch, &query, &tile,
-                            &S, &C, &heads, &K, &blocks},
+                        {&inputs[kQ], &inputs[kWeights], &inputs[kKeys], &inputs[kLengths], &scale, &keys, &batch, &query,
+                            &tile, &S, &C, &heads, &K, &pool, &blocks},
                         stream);
                     mHistogram.launch(plan.splits, tileRows,
-                        {&inputs[kLengths], &keys, &counts, &batch, &query, &tile, &S, &C, &K, &splits}, stream);
+                        {&inputs[kLengths], &keys, &counts, &batch, &query, &tile, &S, &C, &K, &pool, &sinks, &window, &splits},
+                        stream);
                     mFilter.launch(plan.splits, tileRows,
-                        {&inputs[kLengths], &keys, &counts, &listed, &state, &batch, &query, &tile, &S, &C, &K, &splits, &list},
+                        {&inputs[kLengths], &keys, &counts, &listed, &state, &batch, &query, &tile, &S, &C, &K, &pool, &splits,
+                            &list},
                         stream);
                 }
                 mFinish.launch(tileRows, 1,
-                    {&inputs[kLengths], &keys, &listed, &state, &indices, &batch, &query, &tile, &S, &C, &K, &list}, stream);
+                    {&inputs[kLengths], &keys, &listed, &state, &indices, &batch, &query, &tile, &S, &C, &K, &pool, &list},
+                    stream);
             }
         }
     }
 
-    int64_t mK{0};
+    int64_t mK{kMissing}, mSinks{0}, mWindow{0}, mPool{1};
+    static constexpr std::array<Attribute, 4> kAttributes{{{"k", &IndexTopK::mK}, {"sinks", &IndexTopK::mSinks},
+        {"window", &IndexTopK::mWindow}, {"pool", &IndexTopK::mPool}}};
     std::string mTimingCacheId;
-    PluginField mField{};
+    std::array<PluginField, 4> mSaved{};
     PluginFieldCollection mFields{};
     Kernel mDecode, mPrefill, mHistogram, mFilter, mFinish;
 };

@@ -14,14 +14,15 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8",
     torch.int32: "int32",
     torch.int64: "int64",
 }
 
 
-def write_case(folder: Path, plugin: str, attribute: tuple[str, float], inputs: list[Tensor], output: Tensor) -> Path:
+def write_case(folder: Path, plugin: str, attributes: dict[str, float], inputs: list[Tensor], output: Tensor) -> Path:
     """Writes CASE for the host; meta tensors carry no data. The output goes to `folder`/output."""
-    lines = [f"plugin {plugin} {attribute[0]} {attribute[1]!r}"]
+    lines = [" ".join(["plugin", plugin, *(f"{name} {value!r}" for name, value in attributes.items())])]
     for number, tensor in enumerate([*inputs, output]):
         path = folder / ("output" if tensor is output else f"input{number}")
         is_data = tensor is not output and not tensor.is_meta

@@ -8,7 +8,7 @@
 //                                   written. Needs a GPU (or the fake driver beside this file, which records the launches).
 //
 // CASE is a text file:
-//   plugin NAME ATTRIBUTE VALUE
+//   plugin NAME ATTRIBUTE VALUE ...
 //   input TYPE RANK DIMS... PATH    the tensors' bytes; "-": left as allocated
 //   output TYPE RANK DIMS... PATH
 #include "NvInferRuntime.h"
@@ -143,7 +143,7 @@ struct Tensor
 
     std::size_t bytes() const
     {
-        std::size_t size = desc.type == DataType::kINT64 ? 8
+        std::size_t size = desc.type == DataType::kINT64 ? 8 : desc.type == DataType::kFP8 ? 1
             : desc.type == DataType::kINT32 || desc.type == DataType::kFLOAT ? 4 : 2;
         for (int32_t i = 0; i < desc.dims.nbDims; ++i)
         {
@@ -171,14 +171,14 @@ DynamicPluginTensorDesc dynamic(PluginTensorDesc const& desc)
 
 struct Case
 {
-    std::string plugin, attribute;
-    double value{};
+    std::string plugin;
+    std::map<std::string, double> attributes;
     std::vector<Tensor> tensors; // inputs, then the output
 
     explicit Case(char const* path)
     {
         std::map<std::string, DataType> const types{{"fp16", DataType::kHALF}, {"bf16", DataType::kBF16},
-            {"fp32", DataType::kFLOAT}, {"int32", DataType::kINT32}, {"int64", DataType::kINT64}};
+            {"fp32", DataType::kFLOAT}, {"fp8", DataType::kFP8}, {"int32", DataType::kINT32}, {"int64", DataType::kINT64}};
         std::ifstream file(path);
         std::string line;
         while (std::getline(file, line))
@@ -188,7 +188,12 @@ struct Case
             words >> kind;
             if (kind == "plugin")
             {
-                words >> plugin >> attribute >> value;
+                std::string attribute;
+                words >> plugin;
+                while (words >> attribute)
+                {
+                    words >> attributes[attribute];
+                }
                 continue;
             }
             std::size_t rank{};
@@ -258,12 +263,23 @@ IPluginV3* create(Library& library, std::string const& name, std::vector<PluginF
 
 IPluginV3* create(Library& library, Case const& problem)
 {
-    int64_t const whole = static_cast<int64_t>(problem.value);
-    float const real = static_cast<float>(problem.value);
-    bool const isInteger = problem.attribute == "k";
-    void const* data = isInteger ? static_cast<void const*>(&whole) : &real;
-    PluginFieldType const type = isInteger ? PluginFieldType::kINT64 : PluginFieldType::kFLOAT32;
-    IPluginV3* plugin = create(library, problem.plugin, {{problem.attribute.c_str(), data, type, 1}});
+    std::map<std::string, int64_t> integers;
+    float real{};
+    std::vector<PluginField> fields;
+    for (auto const& [name, value] : problem.attributes)
+    {
+        if (name == "scale")
+        {
+            real = static_cast<float>(value);
+            fields.emplace_back(name.c_str(), &real, PluginFieldType::kFLOAT32, 1);
+        }
+        else
+        {
+            integers[name] = static_cast<int64_t>(value);
+            fields.emplace_back(name.c_str(), &integers[name], PluginFieldType::kINT64, 1);
+        }
+    }
+    IPluginV3* plugin = create(library, problem.plugin, fields);
     if (plugin == nullptr)
     {
         fail("plugin not created");
@@ -304,9 +320,11 @@ std::vector<DynamicPluginTensorDesc> dynamic(Descriptions const& all)
     return result;
 }
 
-// What holds for both plugins: `good` are the descriptions of 4 inputs and 1 output.
-void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, std::string const& cacheId)
+// What holds for both plugins: `good` are the descriptions of n inputs (4, or 5 with an optional one) and 1 output.
+void checkPlugin(
+    IPluginV3* plugin, char const* name, Descriptions const& good, std::string const& cacheId, int32_t attributes)
 {
+    int32_t const n = static_cast<int32_t>(good.size()) - 1;
     auto* core = capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
     expect(!std::strcmp(core->getPluginName(), name) && !std::strcmp(core->getPluginVersion(), "1")
             && !std::strcmp(core->getPluginNamespace(), "dsa"), "name, version, namespace");
@@ -317,17 +335,17 @@ void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, 
     expect(b->getNbOutputs() == 1, "number of outputs");
     expect(b->getTimingCacheID() != nullptr && cacheId == b->getTimingCacheID(), std::string("timing cache id ") + b->getTimingCacheID());
 
-    DataType types[4], output{};
-    for (int i = 0; i < 4; ++i)
+    DataType types[5], output{};
+    for (int i = 0; i < n; ++i)
     {
         types[i] = good[i].type;
     }
-    expect(b->getOutputDataTypes(&output, 1, types, 4) == 0 && output == good[4].type, "output type");
+    expect(b->getOutputDataTypes(&output, 1, types, n) == 0 && output == good[n].type, "output type");
     expectError(b->getOutputDataTypes(&output, 1, types, 3) != 0, "4 inputs", "output type of 3 inputs");
 
     Expressions expressions;
-    DimsExprs inputs[4], shape{};
-    for (int i = 0; i < 4; ++i)
+    DimsExprs inputs[5], shape{};
+    for (int i = 0; i < n; ++i)
     {
         inputs[i].nbDims = good[i].dims.nbDims;
         for (int j = 0; j < inputs[i].nbDims; ++j)
@@ -335,19 +353,19 @@ void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, 
             inputs[i].d[j] = expressions.constant(good[i].dims.d[j]);
         }
     }
-    expect(b->getOutputShapes(inputs, 4, nullptr, 0, &shape, 1, expressions) == 0, "output shapes");
-    expect(shape.nbDims == good[4].dims.nbDims, "rank of the output");
+    expect(b->getOutputShapes(inputs, n, nullptr, 0, &shape, 1, expressions) == 0, "output shapes");
+    expect(shape.nbDims == good[n].dims.nbDims, "rank of the output");
     for (int j = 0; j < shape.nbDims; ++j)
     {
-        expect(shape.d[j]->getConstantValue() == good[4].dims.d[j], "output dimension " + std::to_string(j));
+        expect(shape.d[j]->getConstantValue() == good[n].dims.d[j], "output dimension " + std::to_string(j));
     }
     inputs[0].nbDims = 2;
-    expectError(b->getOutputShapes(inputs, 4, nullptr, 0, &shape, 1, expressions) != 0, "must be [B,", "output shape of rank 2");
+    expectError(b->getOutputShapes(inputs, n, nullptr, 0, &shape, 1, expressions) != 0, "must be [B,", "output shape of rank 2");
 
     // Formats: the two types that the kernels have, nothing else at any position; only entries up to pos are read.
     for (DataType type : {DataType::kHALF, DataType::kBF16, DataType::kFLOAT})
     {
-        for (int32_t pos = 0; pos < 5; ++pos)
+        for (int32_t pos = 0; pos <= n; ++pos)
         {
             Descriptions descs = good;
             for (PluginTensorDesc& desc : descs)
@@ -355,29 +373,29 @@ void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, 
                 desc.type = desc.type == DataType::kHALF ? type : desc.type;
             }
             auto all = dynamic(descs);
-            for (int32_t later = pos + 1; later < 5; ++later)
+            for (int32_t later = pos + 1; later <= n; ++later)
             {
                 all[later].desc.type = static_cast<DataType>(99);
                 all[later].desc.format = static_cast<TensorFormat>(99);
             }
             bool const first = pos == 0 || good[pos].type == DataType::kHALF;
             bool const wanted = type != DataType::kFLOAT || !first || pos > 0;
-            expect(b->supportsFormatCombination(pos, all.data(), 4, 1) == wanted, "format at " + std::to_string(pos));
+            expect(b->supportsFormatCombination(pos, all.data(), n, 1) == wanted, "format at " + std::to_string(pos));
             all[pos].desc.format = TensorFormat::kCHW32;
-            expect(!b->supportsFormatCombination(pos, all.data(), 4, 1), "only linear at " + std::to_string(pos));
+            expect(!b->supportsFormatCombination(pos, all.data(), n, 1), "only linear at " + std::to_string(pos));
             all[pos].desc.format = TensorFormat::kLINEAR;
             all[pos].desc.type = DataType::kINT8;
-            expect(!b->supportsFormatCombination(pos, all.data(), 4, 1), "no int8 at " + std::to_string(pos));
+            expect(!b->supportsFormatCombination(pos, all.data(), n, 1), "no int8 at " + std::to_string(pos));
         }
     }
     expect(gLogged.find("must be fp16 or bf16, not fp32") != std::string::npos, "a word on fp32");
     gLogged.clear();
     auto const all = dynamic(good);
-    expect(!b->supportsFormatCombination(5, all.data(), 4, 1) && !b->supportsFormatCombination(0, all.data(), 3, 1), "count");
+    expect(!b->supportsFormatCombination(n + 1, all.data(), n, 1) && !b->supportsFormatCombination(0, all.data(), 3, 1), "count");
 
-    expect(b->configurePlugin(all.data(), 4, &all[4], 1) == 0, "configure");
-    expectError(b->configurePlugin(all.data(), 3, &all[4], 1) != 0, "4 inputs", "configure with 3 inputs");
-    std::size_t const workspace = b->getWorkspaceSize(all.data(), 4, &all[4], 1);
+    expect(b->configurePlugin(all.data(), n, &all[n], 1) == 0, "configure");
+    expectError(b->configurePlugin(all.data(), 3, &all[n], 1) != 0, "4 inputs", "configure with 3 inputs");
+    std::size_t const workspace = b->getWorkspaceSize(all.data(), n, &all[n], 1);
     expect(workspace > 0 && workspace <= (std::size_t{256} << 20), "workspace");
     int32_t tactic{};
     expect(b->getNbTactics() == 0 && b->getValidTactics(&tactic, 0) == 0 && r->setTactic(0) == 0, "tactics");
@@ -385,7 +403,7 @@ void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, 
 
     // Serialise, create again, clone, attach: the same plugin.
     PluginFieldCollection const* fields = r->getFieldsToSerialize();
-    expect(fields != nullptr && fields->nbFields == 1, "fields");
+    expect(fields != nullptr && fields->nbFields == attributes, "fields");
     IPluginV3* copy = plugin->clone();
     expect(copy != nullptr && copy != plugin && cacheId == build(copy)->getTimingCacheID(), "clone");
     IPluginV3* attached = r->attachToContext(nullptr);
@@ -394,19 +412,19 @@ void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, 
 
     // Without a driver nothing runs, and nothing crashes.
     void* const nothing[1] = {nullptr};
-    void const* const none[4] = {};
+    void const* const none[5] = {};
     IPluginV3OneRuntime* a = runtime(attached);
-    expectError(a->enqueue(good.data(), &good[4], none, nothing, nullptr, nullptr) != 0, "has no address", "null pointers");
+    expectError(a->enqueue(good.data(), &good[n], none, nothing, nullptr, nullptr) != 0, "has no address", "null pointers");
     alignas(16) char memory[64];
-    void const* const shifted[4] = {memory + 2, memory, memory, memory};
+    void const* const shifted[5] = {memory + 2, memory, memory, memory, memory};
     void* const target[1] = {memory};
-    expectError(a->enqueue(good.data(), &good[4], shifted, target, memory, nullptr) != 0, "aligned to 16 bytes", "alignment");
-    void const* const pointers[4] = {memory, memory, memory, memory};
-    expectError(a->enqueue(good.data(), &good[4], pointers, target, memory, nullptr) != 0, "before onShapeChange", "order");
-    expectError(a->onShapeChange(good.data(), 3, &good[4], 1) != 0, "4 inputs", "onShapeChange with 3 inputs");
+    expectError(a->enqueue(good.data(), &good[n], shifted, target, memory, nullptr) != 0, "aligned to 16 bytes", "alignment");
+    void const* const pointers[5] = {memory, memory, memory, memory, memory};
+    expectError(a->enqueue(good.data(), &good[n], pointers, target, memory, nullptr) != 0, "before onShapeChange", "order");
+    expectError(a->onShapeChange(good.data(), 3, &good[n], 1) != 0, "4 inputs", "onShapeChange with 3 inputs");
     if (dlopen("libcuda.so.1", RTLD_NOW) == nullptr)
     {
-        expectError(a->onShapeChange(good.data(), 4, &good[4], 1) != 0, "no NVIDIA driver", "no driver");
+        expectError(a->onShapeChange(good.data(), n, &good[n], 1) != 0, "no NVIDIA driver", "no driver");
     }
     delete attached;
 }
@@ -415,33 +433,37 @@ void checkPlugin(IPluginV3* plugin, char const* name, Descriptions const& good, 
 void checkRefused(IPluginV3* plugin, Descriptions const& bad, std::string const& message)
 {
     auto const all = dynamic(bad);
-    expectError(build(plugin)->configurePlugin(all.data(), 4, &all[4], 1) != 0, message, "configure");
-    if (message.find("fp16 or bf16") == std::string::npos) // a matter of size alone
+    int32_t const n = static_cast<int32_t>(bad.size()) - 1;
+    expectError(build(plugin)->configurePlugin(all.data(), n, &all[n], 1) != 0, message, "configure");
+    if (message.find(", got fp") == std::string::npos) // a matter of size alone
     {
-        expectError(build(plugin)->getWorkspaceSize(all.data(), 4, &all[4], 1) == 0, message, "workspace");
+        expectError(build(plugin)->getWorkspaceSize(all.data(), n, &all[n], 1) == 0, message, "workspace");
     }
-    expectError(runtime(plugin)->onShapeChange(bad.data(), 4, &bad[4], 1) != 0, message, "onShapeChange");
+    expectError(runtime(plugin)->onShapeChange(bad.data(), n, &bad[n], 1) != 0, message, "onShapeChange");
 }
 
 int check(Library& library)
 {
-    constexpr DataType kH = DataType::kHALF, kI = DataType::kINT32, kL = DataType::kINT64;
+    constexpr DataType kH = DataType::kHALF, kI = DataType::kINT32, kL = DataType::kINT64, kF8 = DataType::kFP8;
     expect(library.creators.size() == 2, "two creators");
     for (auto const& [name, creator] : library.creators)
     {
         expect(!std::strcmp(creator->getPluginVersion(), "1") && !std::strcmp(creator->getPluginNamespace(), "dsa"), "creator");
-        expect(creator->getFieldNames()->nbFields == 3, "names of the attributes");
+        expect(creator->getFieldNames()->nbFields == (name == "IndexTopK" ? 6 : 3), "names of the attributes");
         expectError(creator->createPlugin("layer", nullptr, TensorRTPhase::kBUILD) == nullptr, "no attributes", name);
     }
 
     // Attributes.
     int32_t k32 = 64;
-    int64_t k = 64, tooMany = 4097, none = 0;
+    int64_t k = 64, tooMany = 4097, none = 0, minus = -1, three = 3, four = 4, huge = int64_t{1} << 62;
     float scale = 0.125F, infinite = 1.0F / 0.0F, negative = -1.0F;
     double scale64 = 0.125;
     PluginField const version{"plugin_version", "1", PluginFieldType::kCHAR, 1};
     PluginField const space{"plugin_namespace", "dsa", PluginFieldType::kCHAR, 3};
     PluginField const goodK{"k", &k, PluginFieldType::kINT64, 1}, goodScale{"scale", &scale, PluginFieldType::kFLOAT32, 1};
+    auto const integer = [](char const* name, int64_t const& value) {
+        return PluginField{name, &value, PluginFieldType::kINT64, 1};
+    };
     struct Bad
     {
         char const* plugin;
@@ -453,6 +475,14 @@ int check(Library& library)
         {"IndexTopK", {{"k", &none, PluginFieldType::kINT64, 1}}, "attribute k must be 1 to 4096, got 0"},
         {"IndexTopK", {{"k", &tooMany, PluginFieldType::kINT64, 1}}, "attribute k must be 1 to 4096, got 4097"},
         {"IndexTopK", {{"k", &scale, PluginFieldType::kFLOAT32, 1}}, "attribute k must be an integer"},
+        {"IndexTopK", {integer("k", k), integer("pool", three)}, "attribute pool must be at least 1 and divide k = 64, got 3"},
+        {"IndexTopK", {integer("k", k), integer("pool", none)}, "attribute pool must be at least 1 and divide k = 64, got 0"},
+        {"IndexTopK", {integer("k", k), integer("sinks", minus)}, "attribute sinks must be 0 to 64, got -1"},
+        {"IndexTopK", {integer("window", huge), integer("k", k)}, "attribute window must be 0 to 64, got 4611686018427387904"},
+        {"IndexTopK", {integer("k", k), {"window", &scale, PluginFieldType::kFLOAT32, 1}}, "attribute window must be an integer"},
+        {"IndexTopK", {integer("k", k), integer("sinks", three), integer("window", k), integer("pool", four)},
+            "attributes sinks = 3, window = 64 and pool = 4 always select 72 keys: k = 64"},
+        {"IndexTopK", {integer("sinks", four)}, "attribute k is missing"},
         {"IndexTopK", {{"k", &k, PluginFieldType::kINT64, 2}}, "attribute k must be one integer"},
         {"IndexTopK", {{"k", nullptr, PluginFieldType::kINT64, 1}}, "attribute k must be one integer"},
         {"IndexTopK", {goodK, {"scale", &scale, PluginFieldType::kFLOAT32, 1}}, "unknown attribute scale"},
@@ -469,6 +499,7 @@ int check(Library& library)
     }
     for (auto const& [name, fields] : std::vector<std::pair<char const*, std::vector<PluginField>>>{
              {"IndexTopK", {{"k", &k32, PluginFieldType::kINT32, 1}, version, space}},
+             {"IndexTopK", {integer("pool", four), integer("sinks", three), integer("window", four), goodK}},
              {"SparseAttention", {{"scale", &scale64, PluginFieldType::kFLOAT64, 1}, version, space}}})
     {
         IPluginV3* plugin = create(library, name, fields);
@@ -483,7 +514,7 @@ int check(Library& library)
     IPluginV3* topk = create(library, "IndexTopK", {goodK});
     Descriptions const selection{describe(kH, {2, 3, 8, 64}), describe(kH, {2, 3, 8}), describe(kH, {2, 500, 64}),
         describe(kL, {2}), describe(kI, {2, 3, 64})};
-    checkPlugin(topk, "IndexTopK", selection, "k=64");
+    checkPlugin(topk, "IndexTopK", selection, "k=64 sinks=0 window=0 pool=1", 4);
     auto changed = [](Descriptions descs, int tensor, std::vector<int64_t> const& dims, DataType type) {
         descs[tensor] = describe(type, dims);
         return descs;
@@ -496,7 +527,7 @@ int check(Library& library)
     checkRefused(topk, many, "Hi must be 1 to 16, got 17");
     checkRefused(topk, changed(selection, 0, {2, 3, 64}, kH), "index_q must be [B, S, Hi, Di], got [2, 3, 64]");
     checkRefused(topk, changed(selection, 1, {2, 3}, kH), "index_weights must be [B, S, Hi]");
-    checkRefused(topk, changed(selection, 2, {2, 500}, kH), "index_k must be [B, C, Di]");
+    checkRefused(topk, changed(selection, 2, {2, 500}, kH), "index_k must be [B, G, Di]");
     checkRefused(topk, changed(selection, 3, {2, 1}, kL), "kv_lengths must be [B]");
     checkRefused(topk, changed(selection, 3, {3}, kL), "do not fit together");
     checkRefused(topk, changed(selection, 2, {2, (1 << 20) + 1, 64}, kH), "C must be at most 1048576");
@@ -504,12 +535,26 @@ int check(Library& library)
     auto open = dynamic(selection);
     open[0].desc.dims.d[3] = -1; // as if one profile fixed what the network leaves open
     expectError(build(topk)->configurePlugin(open.data(), 4, &open[4], 1) != 0, "Hi and Di must be fixed", "open Di");
+    checkRefused(topk, changed(selection, 2, {2, 500, 64}, kF8), "beside an fp32 index_scale, got fp8 without one");
     delete topk;
+
+    IPluginV3* grouped = create(library, "IndexTopK", {goodK, integer("sinks", three), integer("window", four), integer("pool", four)});
+    Descriptions const scaled{describe(kH, {2, 3, 8, 64}), describe(kH, {2, 3, 8}), describe(kF8, {2, 500, 64}),
+        describe(kL, {2}), describe(DataType::kFLOAT, {2, 500}), describe(kI, {2, 3, 64})};
+    checkPlugin(grouped, "IndexTopK", scaled, "k=64 sinks=3 window=4 pool=4", 4);
+    checkRefused(grouped, changed(scaled, 4, {2, 499}, DataType::kFLOAT), "index_scale must be [B, G], got [2, 499] beside index_k [2, 500, 64]");
+    checkRefused(grouped, changed(scaled, 4, {2, 500, 1}, DataType::kFLOAT), "index_scale must be [B, G]");
+    checkRefused(grouped, changed(scaled, 2, {2, 500, 64}, kH), "beside an fp32 index_scale, got fp16 beside fp32");
+    checkRefused(grouped, changed(scaled, 4, {2, 500}, kH), "beside an fp32 index_scale, got fp8 beside fp16");
+    Descriptions larger = changed(scaled, 2, {2, (1 << 18) + 1, 64}, kF8);
+    larger[4] = describe(DataType::kFLOAT, {2, (1 << 18) + 1});
+    checkRefused(grouped, larger, "C must be at most 1048576 tokens, got 1048580");
+    delete grouped;
 
     IPluginV3* attention = create(library, "SparseAttention", {goodScale});
     Descriptions const heads{describe(kH, {2, 14, 3, 64}), describe(kH, {2, 2, 500, 64}), describe(kH, {2, 2, 500, 64}),
         describe(kI, {2, 3, 64}), describe(kH, {2, 14, 3, 64})};
-    checkPlugin(attention, "SparseAttention", heads, "scale=0.125");
+    checkPlugin(attention, "SparseAttention", heads, "scale=0.125", 1);
     Descriptions narrow = changed(heads, 0, {2, 14, 3, 32}, kH);
     narrow[1] = narrow[2] = describe(kH, {2, 2, 500, 32});
     checkRefused(attention, narrow, "head size D must be 64 or 128, got 32");

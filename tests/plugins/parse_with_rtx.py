@@ -1,4 +1,6 @@
-"""Parses one operator's node with TensorRT-RTX: parse_with_rtx.py OPERATOR [LIBRARY]. Run in a process of its own.
+"""Parses one operator's node with TensorRT-RTX: parse_with_rtx.py OPERATOR [LIBRARY [fp8] [NAME=VALUE ...]].
+
+Run in a process of its own. `fp8`, NAME=VALUE: IndexTopK with fp8 keys, with these attributes.
 
 With the plugin library its parser takes the plugin, and then aborts the process (it supports no user plugins). Without
 the library, the function body is built into an engine, in the form that engines.build gives NVIDIA's products.
@@ -30,7 +32,7 @@ class Log(trt.ILogger):
         print(message, flush=True)
 
 
-def main(operator: str, library: str | None = None) -> None:
+def main(operator: str, library: str | None = None, *options: str) -> None:
     log = Log()
     if library:
         load_library(trt.get_plugin_registry(), Path(library))
@@ -38,7 +40,8 @@ def main(operator: str, library: str | None = None) -> None:
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
     attributes = {"k": 64} if operator == "IndexTopK" else {"scale": 0.125}
-    model = bodies.model(operator, TensorProto.FLOAT16, **attributes)
+    attributes |= {name: int(value) for name, _, value in (o.partition("=") for o in options if o != "fp8")}
+    model = bodies.model(operator, TensorProto.FLOAT16, scaled="fp8" in options, **attributes)
     take_general_branches(model)
     if not parser.parse(model.SerializeToString()):
         sys.exit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))

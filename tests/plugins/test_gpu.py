@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from plugins.index_topk import index_topk
 from tests.plugins.cases import read_output, run_host, write_case
-from tests.plugins.problems import assert_attention, assert_selection, attention_problem, topk_problem
+from tests.plugins.problems import assert_attention, assert_selection, attention_problem, sets, topk_problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,9 +42,36 @@ def test_topk(host: Path, library: Path, tmp_path: Path, shape, dtype: torch.dty
     problem = topk_problem(*shape, dtype, ties=False, seed=1)
     *inputs, k = problem.arguments()
     like = torch.empty(len(shape[0]), shape[1], k, dtype=torch.int32)
-    case = write_case(tmp_path, "IndexTopK", ("k", k), inputs, like)
+    case = write_case(tmp_path, "IndexTopK", {"k": k}, inputs, like)
     run_host(host, "run", library, case, 3, 20, graph)
     assert_selection(read_output(tmp_path, like), problem)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S", [1, 200])
+@pytest.mark.parametrize(("sinks", "window", "pool"), [(4, 128, 1), (4, 128, 4), (0, 0, 1), (0, 0, 8)])
+def test_topk_with_options(
+    host: Path, library: Path, tmp_path: Path, S: int, sinks: int, window: int, pool: int, fp8: bool, dtype: torch.dtype
+) -> None:
+    """Plugin and torch operator alike, bit for bit, and the torch form's sets: the arithmetic is exact."""
+    rows, k = 32001, 512
+    lengths = [rows * pool, rows * pool // 2 + 1]
+    problem = topk_problem(lengths, S, rows, 8, 64, k, dtype, ties=True, seed=5, poison=False)
+    *inputs, k = problem.arguments()
+    options = {"sinks": sinks, "window": window, "pool": pool}
+    scale = None
+    if fp8:
+        inputs[2] = inputs[2].to(torch.float8_e4m3fn)
+        scale = torch.randint(-1, 2, inputs[2].shape[:2], generator=torch.Generator().manual_seed(5)).float().exp2()
+    like = torch.empty(2, S, k, dtype=torch.int32)
+    tensors = inputs if scale is None else [*inputs, scale]
+    run_host(host, "run", library, write_case(tmp_path, "IndexTopK", {"k": k, **options}, tensors, like), 2, 5, 1)
+    got = read_output(tmp_path, like)
+    on_gpu = [t.cuda() for t in inputs]
+    scale_on_gpu = None if scale is None else scale.cuda()
+    assert torch.equal(index_topk(*on_gpu, k, **options, index_scale=scale_on_gpu).cpu(), got)
+    assert sets(index_topk(*inputs, k, **options, index_scale=scale)) == sets(got)
 
 
 @pytest.mark.parametrize("graph", [0, 1], ids=["streams", "graph"])
@@ -53,7 +81,7 @@ def test_attention(host: Path, library: Path, tmp_path: Path, shape, dtype: torc
     problem = attention_problem(*shape, dtype, seed=2)
     *inputs, scale = problem.arguments()
     like = torch.empty_like(problem.q)
-    case = write_case(tmp_path, "SparseAttention", ("scale", scale), inputs, like)
+    case = write_case(tmp_path, "SparseAttention", {"scale": scale}, inputs, like)
     run_host(host, "run", library, case, 3, 20, graph)
     assert_attention(read_output(tmp_path, like), problem)
 
@@ -66,10 +94,10 @@ def test_sanitizer_finds_nothing(host: Path, library: Path, tmp_path: Path, tool
         folder.mkdir()
     problem = topk_problem([9000, 40], 3, 9001, 7, 64, 512, torch.bfloat16, ties=True, seed=3)
     *inputs, k = problem.arguments()
-    cases = [write_case(topk, "IndexTopK", ("k", k), inputs, torch.empty(2, 3, k, dtype=torch.int32))]
+    cases = [write_case(topk, "IndexTopK", {"k": k}, inputs, torch.empty(2, 3, k, dtype=torch.int32))]
     attended = attention_problem(2, 3, 900, 2, 7, 64, 512, torch.bfloat16, seed=4)
     *inputs, scale = attended.arguments()
-    cases.append(write_case(attention, "SparseAttention", ("scale", scale), inputs, torch.empty_like(attended.q)))
+    cases.append(write_case(attention, "SparseAttention", {"scale": scale}, inputs, torch.empty_like(attended.q)))
     for case in cases:
         command = [
             "compute-sanitizer",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plugins.index_topk import index_topk as operator_index_topk
 from plugins.index_topk import index_topk_reference
+from plugins.index_topk.op import forced_groups
 from plugins.sparse_attention import sparse_attention as operator_sparse_attention
 from tests.plugins.problems import (
     TopK,
@@ -56,9 +57,10 @@ def fenced(tensor: Tensor) -> Tensor:
     return memory[1:-1]
 
 
-def select(problem, **options) -> Tensor:
+def select(problem, index_scale: Tensor | None = None, **options) -> Tensor:
     *tensors, k = problem.arguments()
-    return topk_kernel.index_topk(*map(fenced, tensors), k, **options)
+    scale = None if index_scale is None else fenced(index_scale)
+    return topk_kernel.index_topk(*map(fenced, tensors), k, index_scale=scale, **options)
 
 
 def attend(problem) -> Tensor:
@@ -103,6 +105,87 @@ def test_selection_is_exact_where_arithmetic_is(data: st.DataObject) -> None:
 def test_the_definition_agrees_with_the_sets_of_these_tests() -> None:
     problem = topk_problem([40, 7, 0], 3, 40, 5, 64, 9, FLOAT, ties=True, seed=2)
     assert sets(index_topk_reference(*problem.arguments())) == exact_selection(problem)
+
+
+def problem_with_options(data: st.DataObject) -> tuple[TopK, dict[str, int], Tensor | None]:
+    """Many ties, and the scale of fp8 keys or None. Keys and scales of incomplete groups, and beyond, are NaN."""
+    sinks, window, pool = (data.draw(st.integers(least, 9), "sinks, window, pool") for least in (0, 0, 1))
+    options = {"sinks": sinks, "window": window, "pool": pool}
+    K = max(1, forced_groups(**options)) + data.draw(st.integers(0, 8), "free groups")
+    G = data.draw(st.integers(1, 150), "rows")
+    lengths = data.draw(st.lists(st.integers(-2, G * pool + 3), min_size=1, max_size=2), "lengths")
+    S, Hi = data.draw(st.sampled_from([1, 2, 9]), "S"), data.draw(st.integers(1, 16), "Hi")
+    Di, dtype = data.draw(st.sampled_from([64, 128]), "Di"), data.draw(st.sampled_from([HALF, BFLOAT, FLOAT]), "dtype")
+    seed = data.draw(st.integers(0, 999), "seed")
+    whole = [max(length, 0) // pool for length in lengths]
+    problem = topk_problem(whole, S, G, Hi, Di, K * pool, dtype, True, seed, device=DEVICE)
+    problem.kv_lengths = torch.tensor(lengths, device=DEVICE)
+    if not data.draw(st.booleans(), "fp8"):
+        return problem, options, None
+    problem.index_k = problem.index_k.to(torch.float8_e4m3fn)
+    scale = torch.randint(-1, 2, (len(lengths), G), generator=torch.Generator().manual_seed(seed)).float().exp2()
+    for row, groups in zip(scale, whole, strict=True):
+        row[groups:] = torch.nan
+    return problem, options, scale.to(DEVICE)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_selection_with_options_is_exact_where_arithmetic_is(data: st.DataObject) -> None:
+    """Sinks, window, groups and fp8 keys: the sets of the definition, every token once, ascending, -1 behind."""
+    problem, options, scale = problem_with_options(data)
+    indices = select(problem, scale, **options).cpu()
+    q, weights, keys, lengths, k = (t.cpu() if isinstance(t, Tensor) else t for t in problem.arguments())
+    scaled = keys.float() if scale is None else keys.float() * scale.cpu()[..., None]
+    # The definition computes the score of an incomplete group, and selects it whatever it is.
+    expected = index_topk_reference(q, weights, scaled.nan_to_num(0.0), lengths, k, **options)
+    last = 2**30
+    assert torch.equal(
+        torch.where(indices < 0, last, indices), torch.where(expected < 0, last, expected).sort(-1).values
+    )
+
+
+def test_every_e4m3_number_is_decoded_exactly() -> None:
+    """Keys of one number each; the scores are those numbers, NaN first."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for dtype in (HALF, BFLOAT, FLOAT):
+        problem = topk_problem([256], 1, 256, 2, 64, 130, dtype, ties=True, seed=1, device=DEVICE)
+        problem.index_k = torch.zeros(1, 256, 64).to(torch.float8_e4m3fn)
+        problem.index_k[0, :, 0] = numbers
+        problem.index_k = problem.index_k.to(DEVICE)
+        problem.index_q.zero_()
+        problem.index_q[:, :, 0, 0], problem.index_q[:, :, 1, 0] = 1, -1
+        problem.index_weights[:, :, 0], problem.index_weights[:, :, 1] = 1, -1  # ReLU(x) - ReLU(-x) = x
+        scale = torch.full((1, 256), 0.375, device=DEVICE)
+        for k in (3, 130):
+            problem.k = k
+            values = numbers.float().nan_to_num(nan=torch.inf)
+            best = values.argsort(descending=True, stable=True)[:k].tolist()
+            assert sets(select(problem, scale).cpu()) == [[set(best)]], (dtype, k)
+
+
+def test_what_is_always_selected_precedes_nan_scores() -> None:
+    """More NaN scores than room: they come behind sinks and window, before all numbers, lower index first."""
+    problem = topk_problem([500], 1, 500, 4, 64, 16, HALF, ties=True, seed=8, device=DEVICE)
+    problem.index_k[0, 100:120] = torch.nan
+    assert select(problem, sinks=2, window=3).cpu()[0, 0].tolist() == [0, 1, *range(100, 111), 497, 498, 499]
+
+
+def test_groups_in_several_splits_and_tiles() -> None:
+    """5,001 groups of 2, of which the last is incomplete; the same with tiles of one row."""
+    G, K = 5001, 520
+    problem = topk_problem([5000], 2, G, 4, 64, 2 * K, HALF, ties=True, seed=9, device=DEVICE)
+    problem.kv_lengths = torch.tensor([10001], device=DEVICE)
+    options = {"sinks": 3, "window": 40, "pool": 2}
+    indices = select(problem, **options)
+    row = topk_kernel.workspace_bytes(1, G, K) - topk_kernel.workspace_bytes(0, G, K)
+    budget = topk_kernel.workspace_bytes(0, G, K) + row
+    assert topk_kernel.plan(1, 2, G, 4, 64, K).splits == 2
+    assert torch.equal(select(problem, budget=budget, **options), indices)
+    assert {0, 1, 2, 3, *range(9960, 10001)} <= set(indices[0, 1].tolist())
+    q, weights, keys, lengths, k = (t.cpu() if isinstance(t, Tensor) else t for t in problem.arguments())
+    expected = operator_index_topk(q, weights, keys.nan_to_num(0.0), lengths, k, **options)
+    assert sets(indices.cpu()) == sets(expected)
 
 
 @pytest.mark.parametrize("score", [0.0, 3.0, -3.0])

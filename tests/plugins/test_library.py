@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from plugins.index_topk.op import check_options
 from plugins.load import LibraryNotLoaded, find_library, load_library
 from tests.plugins.cases import run_host, write_case
 from tests.plugins.conftest import ROOT, compile_cpp
@@ -101,7 +104,7 @@ def fields_of(tensorrt: Any, attributes: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("name", "attributes"),
     [
-        ("IndexTopK", {"k": 64, "plugin_version": "1", "plugin_namespace": "dsa"}),
+        ("IndexTopK", {"k": 64, "sinks": 4, "window": 8, "pool": 2, "plugin_version": "1", "plugin_namespace": "dsa"}),
         ("SparseAttention", {"scale": 0.125, "plugin_version": "1", "plugin_namespace": "dsa"}),
     ],
 )
@@ -122,6 +125,12 @@ def test_registry_finds_the_creators_and_creates_plugins(lean: Any, library: Pat
     [
         ("IndexTopK", {"k": 0}, "dsa::IndexTopK: node node_1: attribute k must be 1 to 4096, got 0"),
         ("IndexTopK", {"k": 1.5}, "attribute k must be an integer"),
+        ("IndexTopK", {"k": 64, "pool": 5}, "attribute pool must be at least 1 and divide k = 64, got 5"),
+        (
+            "IndexTopK",
+            {"k": 8, "sinks": 4, "window": 5},
+            "sinks = 4, window = 5 and pool = 1 always select 9 keys: k = 8",
+        ),
         ("IndexTopK", {"top": 3}, "unknown attribute top"),
         ("SparseAttention", {}, "attribute scale is missing"),
         ("SparseAttention", {"scale": -1.0}, "attribute scale must be positive and finite, got -1"),
@@ -137,6 +146,21 @@ def test_registry_refuses_bad_attributes(
     assert message in captured.err + captured.out
 
 
+@given(k=st.integers(0, 40), sinks=st.integers(-1, 20), window=st.integers(-1, 20), pool=st.integers(0, 9))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_plugin_takes_the_options_that_the_operator_takes(
+    lean: Any, k: int, sinks: int, window: int, pool: int
+) -> None:
+    try:
+        check_options(k, sinks, window, pool)
+        fits = True
+    except ValueError:
+        fits = False
+    creator = lean.get_plugin_registry().get_creator("IndexTopK", "1", "dsa")
+    fields = fields_of(lean, {"k": k, "sinks": sinks, "window": window, "pool": pool})
+    assert (creator.create_plugin("node_1", fields, lean.TensorRTPhase.BUILD) is not None) == fits
+
+
 # -------------------------------------------------------------------------------------------------------- C++ host
 
 
@@ -148,16 +172,29 @@ def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def topk_case(folder: Path, B: int, S: int, C: int, Hi: int, Di: int, k: int, dtype: torch.dtype) -> Path:
-    shapes = (B, S, Hi, Di), (B, S, Hi), (B, C, Di)
-    inputs = [*(meta(*shape, dtype=dtype) for shape in shapes), meta(B, dtype=torch.int64)]
-    return write_case(folder, "IndexTopK", ("k", k), inputs, meta(B, S, k, dtype=torch.int32))
+def topk_case(
+    folder: Path,
+    B: int,
+    S: int,
+    C: int,
+    Hi: int,
+    Di: int,
+    k: int,
+    dtype: torch.dtype,
+    fp8: bool = False,
+    **options: int,
+) -> Path:
+    """C: rows of index_k."""
+    key_dtype = torch.float8_e4m3fn if fp8 else dtype
+    inputs = [meta(B, S, Hi, Di, dtype=dtype), meta(B, S, Hi, dtype=dtype), meta(B, C, Di, dtype=key_dtype)]
+    inputs += [meta(B, dtype=torch.int64), *([meta(B, C, dtype=torch.float32)] if fp8 else [])]
+    return write_case(folder, "IndexTopK", {"k": k, **options}, inputs, meta(B, S, k, dtype=torch.int32))
 
 
 def attention_case(folder: Path, B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int) -> Path:
     q, cache = meta(B, Hkv * group, S, D), meta(B, Hkv, C, D)
     inputs = [q, cache, cache, meta(B, S, K, dtype=torch.int32)]
-    return write_case(folder, "SparseAttention", ("scale", 0.125), inputs, torch.empty_like(q))
+    return write_case(folder, "SparseAttention", {"scale": 0.125}, inputs, torch.empty_like(q))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +205,9 @@ def test_workspace_is_the_documented_formula(
 ) -> None:
     case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
     assert int(run_host(host, "workspace", library, case)) == topk_kernel.largest_workspace(B, S, C, k)
+    if k % 4 == 0:  # groups of tokens: a quarter of the rows and of what is selected
+        case = topk_case(tmp_path, B, S, C // 4, 8, 64, k, torch.float16, fp8=True, pool=4)
+        assert int(run_host(host, "workspace", library, case)) == topk_kernel.largest_workspace(B, S, C // 4, k // 4)
     case = attention_case(tmp_path, B, S, C, 2, 7, 64, k)
     assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 14, 2, 64, k)
 
@@ -193,8 +233,8 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, num_warps: int, **options: Any) -> None:
-            pointers = [a for a in arguments if isinstance(a, torch.Tensor)]
-            numbers = [a for a in arguments if not isinstance(a, torch.Tensor)]
+            pointers = [a for a in arguments if a is None or isinstance(a, torch.Tensor)]
+            numbers = [a for a in arguments if isinstance(a, int | float)]
             x, y = (*grid, 1)[:2]
             self.launches.append([self.fn.__name__, x, y, num_warps * 32, len(pointers), numbers])
 
@@ -206,6 +246,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, kernels: list[str]) -
     for name in kernels:
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     return launches
+
+
+TOPK_KERNELS = ["score_kernel", "histogram_kernel", "filter_kernel", "finish_kernel"]
 
 
 def as_recorded(text: str) -> list[list[Any]]:
@@ -234,12 +277,37 @@ def test_topk_launches_are_those_of_torch(
     host: Path, library: Path, fake_driver: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     B: int, S: int, C: int, Hi: int, Di: int, k: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    names = ["score_kernel", "histogram_kernel", "filter_kernel", "finish_kernel"]
-    launches = recorded(monkeypatch, topk_kernel, names)
+    launches = recorded(monkeypatch, topk_kernel, TOPK_KERNELS)
     q, weights, keys = (torch.empty(s, dtype=dtype) for s in ((B, S, Hi, Di), (B, S, Hi), (B, C, Di)))
     topk_kernel.index_topk(q, weights, keys, torch.zeros(B, dtype=torch.int64), k)
     case = topk_case(tmp_path, B, S, C, Hi, Di, k, dtype)
     assert as_recorded(run_host(host, "run", library, case, 1, 1, 0, **fake_driver)) == launches
+
+
+@pytest.mark.parametrize("arch", ["80", "120"])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(
+    "B, S, C, k, sinks, window, pool",
+    [
+        (2, 1, 9000, 2048, 4, 100, 1),
+        (1, 100, 20000, 512, 5, 0, 4),  # several tiles
+        (3, 9, 300, 1200, 0, 7, 4),  # as many groups as are selected: nothing to score
+    ],
+)
+def test_topk_launches_with_options_are_those_of_torch(
+    host: Path, library: Path, fake_driver: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    B: int, S: int, C: int, k: int, sinks: int, window: int, pool: int, fp8: bool, arch: str,
+) -> None:  # fmt: skip
+    launches = recorded(monkeypatch, topk_kernel, TOPK_KERNELS)
+    q, weights = (torch.empty(s, dtype=torch.float16) for s in ((B, S, 8, 64), (B, S, 8)))
+    keys = torch.empty(B, C, 64, dtype=torch.float8_e4m3fn if fp8 else torch.float16)
+    scale = torch.empty(B, C) if fp8 else None
+    topk_kernel.index_topk(q, weights, keys, torch.zeros(B, dtype=torch.int64), k, sinks, window, pool, scale)
+    case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16, fp8, sinks=sinks, window=window, pool=pool)
+    output = run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH=arch)
+    assert as_recorded(output) == launches
+    scales = {line.split()[9] for line in output.splitlines() if line.startswith("score_kernel")}
+    assert not scales or (scales == {"p0"}) == (not fp8)
 
 
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90", "120"])

@@ -19,9 +19,12 @@ def parse(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("operator", ["IndexTopK", "SparseAttention"])
-def test_parser_takes_the_plugin(operator: str, library: Path) -> None:
-    log = parse(operator, library).stdout
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [("IndexTopK", []), ("IndexTopK", ["fp8", "sinks=4", "window=8", "pool=4"]), ("SparseAttention", [])],
+)
+def test_parser_takes_the_plugin(operator: str, options: list[str], library: Path) -> None:
+    log = parse(operator, library, *options).stdout
     assert f"Searching for plugin: {operator}, plugin_version: 1, plugin_namespace: dsa" in log
     assert f"Successfully created plugin: {operator}" in log
 
