@@ -32,7 +32,7 @@ lint: venv ## ruff, mypy, import contracts
 	$(BIN)/lint-imports
 
 test: venv lint ## everything that needs no GPU
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 clean: ## remove what the commands wrote
 	rm -rf ckpt out build
