@@ -57,7 +57,7 @@ def joint_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int
 
 def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
-    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help)
+    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help, trains_indexer=True)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
     add_selection_arguments(result)
     result.add_argument(

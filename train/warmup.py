@@ -60,7 +60,7 @@ def warmup_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: in
 
 def parser() -> argparse.ArgumentParser:
     model_help = f"a Qwen2/Qwen2.5 folder or hub name [{base.OUT}: a small model, trained first if missing]"
-    result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT, model_help)
+    result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT, model_help, trains_indexer=True)
     add_indexer_arguments(result, SMALL, REAL)
     return result
 
