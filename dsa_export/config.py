@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from dsa_export.topk import topk_per_layer
 
 
 class DSAConfig(Qwen2Config):
@@ -25,6 +24,11 @@ class DSAConfig(Qwen2Config):
             last one is always selected. Needs a k that m divides.
         index_share: n, layers that follow one selection: of n layers in a row the first has the indexer.
         index_keys: "model" (index keys are cached in the model's type) or "fp8" (e4m3 with one scale per key).
+        nsa_block_size, nsa_stride: l and d of native sparse attention: tokens of a compressed block, and from one to the
+            next. d divides l and nsa_selection_size.
+        nsa_selection_size, nsa_selected_blocks: l' and n, tokens of a selected block and blocks per query; the first
+            and the two most recent blocks are always among them.
+        nsa_window: w, tokens of its sliding window.
 
     Raises ValueError for values that exclude each other, naming the option.
     """
@@ -44,6 +48,11 @@ class DSAConfig(Qwen2Config):
         index_pool: int = 1,
         index_share: int = 1,
         index_keys: str = "model",
+        nsa_block_size: int = 32,
+        nsa_stride: int = 16,
+        nsa_selection_size: int = 64,
+        nsa_selected_blocks: int = 16,
+        nsa_window: int = 512,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -58,11 +67,19 @@ class DSAConfig(Qwen2Config):
         self.index_pool = index_pool
         self.index_share = index_share
         self.index_keys = index_keys
+        self.nsa_block_size = nsa_block_size
+        self.nsa_stride = nsa_stride
+        self.nsa_selection_size = nsa_selection_size
+        self.nsa_selected_blocks = nsa_selected_blocks
+        self.nsa_window = nsa_window
         self._check()
 
     @property
     def topk_per_layer(self) -> tuple[int, ...]:
-        return topk_per_layer(self.index_topk, self.num_hidden_layers)
+        """Tokens that a query attends to at most by selection, in every layer."""
+        from dsa_export.model import attention
+
+        return attention.VARIANTS[self.attention].topk_per_layer(self)
 
     @property
     def head_size(self) -> int:

@@ -78,7 +78,7 @@ class DSAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RotaryTable):
+        if hasattr(module, "reset"):  # RotaryTable, and what a variant initialises in a way of its own
             module.reset()
 
 

@@ -3,7 +3,8 @@
 from dsa_export.model.attention.base import AttentionTrace, Call, Selector
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.attention.dsa import SparseAttention
+from dsa_export.model.attention.nsa import NativeSparseAttention
 
-VARIANTS: dict[str, type[DenseAttention]] = {"dense": DenseAttention, "dsa": SparseAttention}
+VARIANTS: dict[str, type[DenseAttention]] = {"dense": DenseAttention, "dsa": SparseAttention, "nsa": NativeSparseAttention}
 
 __all__ = ["VARIANTS", "AttentionTrace", "Call", "Selector", "DenseAttention", "SparseAttention"]

@@ -10,6 +10,7 @@ from dsa_export.config import DSAConfig
 from dsa_export.model.attention.base import Call
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.standard_ops import dense_attention, rotary, split_heads
+from dsa_export.topk import topk_per_layer
 
 
 class DenseAttention(nn.Module):
@@ -24,6 +25,11 @@ class DenseAttention(nn.Module):
     def check(cls, config: DSAConfig) -> None:
         """Raises ValueError, naming the option, for a configuration that the variant cannot take."""
 
+    @classmethod
+    def topk_per_layer(cls, config: DSAConfig) -> tuple[int, ...]:
+        """Rows of K and V that a query of each layer attends to at most where the variant selects."""
+        return topk_per_layer(config.index_topk, config.num_hidden_layers)
+
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -34,6 +40,9 @@ class DenseAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def start_from_dense(self) -> None:
+        """Sets the added parameters after a dense checkpoint was loaded, where random ones are no good start."""
 
     @staticmethod
     def cache_layout(config: DSAConfig, layer: int) -> list[CacheEntry]:
