@@ -7,7 +7,6 @@ from typing import Any
 from transformers import Qwen2Config
 
 
-
 class DSAConfig(Qwen2Config):
     """Qwen2's configuration plus the attention variant and the lightning indexer.
 
@@ -24,8 +23,8 @@ class DSAConfig(Qwen2Config):
             last one is always selected. Needs a k that m divides.
         index_share: n, layers that follow one selection: of n layers in a row the first has the indexer.
         index_keys: "model" (index keys are cached in the model's type) or "fp8" (e4m3 with one scale per key).
-        nsa_block_size, nsa_stride: l and d of native sparse attention: tokens of a compressed block, and from one to the
-            next. d divides l and nsa_selection_size.
+        nsa_block_size, nsa_stride: l and d of native sparse attention, tokens of a compressed block and from one to
+            the next. d divides l and nsa_selection_size.
         nsa_selection_size, nsa_selected_blocks: l' and n, tokens of a selected block and blocks per query; the first
             and the two most recent blocks are always among them.
         nsa_window: w, tokens of its sliding window.

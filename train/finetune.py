@@ -1,6 +1,6 @@
 """Plain cross-entropy training of a whole model, whatever its attention: from a checkpoint, or with new weights of the
-same configuration (--from-scratch). Not for DSA, whose indexer cross-entropy cannot reach: there are train.warmup and
-train.joint."""
+same configuration (--from-scratch). Native sparse attention learns its selection this way; for DSA, whose indexer
+cross-entropy cannot reach, there are train.warmup and train.joint."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from train import base, precision
 from train.data import IGNORED, Windows, check_tokenizer
 from train.options import (
     DTYPES,
+    SMALL_HIDDEN_SIZE,
     Recipe,
     argument_parser,
     identity,
@@ -34,7 +35,22 @@ from train.options import (
 from train.trainer import Stage
 
 OUT = "out/finetune"
-ATTENTION = ("dense",)
+ATTENTION = ("nsa", "dense")
+NSA_OPTIONS = {
+    "nsa_block_size": "l, tokens of a compressed block",
+    "nsa_stride": "d, tokens from one compressed block to the next",
+    "nsa_selection_size": "l', tokens of a selected block",
+    "nsa_selected_blocks": "n, blocks per query",
+    "nsa_window": "w, tokens of the sliding window",
+}
+SMALL_NSA = {
+    "nsa_block_size": 16,
+    "nsa_stride": 8,
+    "nsa_selection_size": 16,
+    "nsa_selected_blocks": 4,
+    "nsa_window": 32,
+}
+"""A small model's texts are short: with DSAConfig's defaults it would see everything."""
 
 SMALL = Recipe(steps=300, batch_size=2, length=(512,), lr=1e-3, min_tokens=64)
 REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024)
@@ -98,11 +114,26 @@ def new_model(config: Qwen2Config, attention: str, seed: int, **options: Any) ->
 def parser() -> argparse.ArgumentParser:
     model_help = f"a checkpoint, folder or hub name [{base.OUT}: a small model, trained first if missing]"
     result = argument_parser("finetune", __doc__ or "", SMALL, REAL, OUT, model_help)
-    result.add_argument("--attention", choices=ATTENTION, default="dense", help="the variant to train [dense]")
+    result.add_argument("--attention", choices=ATTENTION, default="nsa", help="the variant to train [nsa]")
     result.add_argument(
         "--from-scratch", action="store_true", help="new weights; --model gives configuration and tokenizer only"
     )
+    group = result.add_argument_group("native sparse attention", "Of a checkpoint that has none yet; one that has it keeps its own.")
+    for name, text in NSA_OPTIONS.items():
+        text += f" [{getattr(DSAConfig(), name)}; small models: {SMALL_NSA[name]}]"
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
     return result
+
+
+def nsa_options(args: argparse.Namespace, config: Qwen2Config) -> dict[str, int]:
+    """The NSA of a model that has none yet: the arguments, completed by the small model's; {} for dense attention."""
+    given = {name: value for name in NSA_OPTIONS if (value := getattr(args, name)) is not None}
+    if args.attention != "nsa":
+        if given:
+            raise UserError(f"--{next(iter(given)).replace('_', '-')} needs --attention nsa")
+        return {}
+    new = getattr(config, "attention", None) != "nsa"
+    return {**(SMALL_NSA if new and config.hidden_size <= SMALL_HIDDEN_SIZE else {}), **given}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args.model or base.ensure()
     config = load_config(name)
     resolve(args, SMALL, REAL, config)
+    options = nsa_options(args, config)
+    vars(args).update(options)
     source = model_source(name)
     run_identity = identity("finetune", args)
     if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
@@ -121,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = training_data(args, tokenizer, processes)
     torch.manual_seed(args.seed)
     if args.from_scratch:
-        model = new_model(config, args.attention, args.seed)
+        model = new_model(config, args.attention, args.seed, **options)
     else:
-        model = load_model(name, attention=args.attention)
+        model = load_model(name, attention=args.attention, **options)
     whole = stage(batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
     train(whole, model, tokenizer, data, source, run_identity, args, processes)
 

@@ -54,8 +54,11 @@ def write_cache(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
 
 
 def gather_rows(cache: Tensor, slots: Tensor) -> Tensor:
-    """Rows of cache [B, H, C, D] at slots [B, N], the same for all heads → [B, H, N, D]. Slots outside read the ends."""
-    slots = slots.clamp(min=0).minimum(slots.new_tensor(cache.shape[2] - 1))
+    """Rows of cache [B, H, C, D] at slots [B, N], the same for all heads → [B, H, N, D].
+
+    Slots outside [0, C) read its ends.
+    """
+    slots = slots.clamp(0, cache.shape[2] - 1)
     if torch.onnx.is_in_onnx_export():
         B, H, _, D = cache.shape
         indices = slots[:, None, :, None].expand(B, H, slots.shape[1], 1)

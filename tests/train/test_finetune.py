@@ -24,7 +24,7 @@ def finetuned(model: Path, records: Path, out: Path, *arguments: str) -> dict:
 
 
 def test_dense_training_lowers_the_loss_of_a_checkpoint(tiny: Path, records: Path, tmp_path: Path) -> None:
-    manifest = finetuned(tiny, records, tmp_path / "out")
+    manifest = finetuned(tiny, records, tmp_path / "out", "--attention", "dense")
     assert manifest["after"]["loss"] < manifest["before"]["loss"] - 0.2
     assert load_model(tmp_path / "out").config.attention == "dense"
 
@@ -37,6 +37,23 @@ def test_the_held_out_loss_is_that_of_transformers(tiny: Path) -> None:
     model = load_model(tiny, attention="dense")
     assert finetune.held_out_loss(model, windows) == {"loss": pytest.approx(expected, abs=1e-5)}
     assert not model.training
+
+
+NSA = "--nsa-block-size 8 --nsa-stride 4 --nsa-selection-size 8 --nsa-selected-blocks 3 --nsa-window 8".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("start", [(), ("--from-scratch",)])
+def test_native_sparse_attention_trains_end_to_end(tiny: Path, records: Path, tmp_path: Path, start: tuple) -> None:
+    manifest = finetuned(tiny, records, tmp_path / "out", "--attention", "nsa", *NSA, *start)
+    assert manifest["after"]["loss"] < manifest["before"]["loss"] - 0.2
+    model = load_model(tmp_path / "out")
+    assert (model.config.attention, model.config.nsa_window) == ("nsa", 8)
+    assert model.model.layers[0].self_attn.compression.key.position.abs().max() > 0  # it began at 0
+
+
+def test_options_of_another_attention_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--nsa-window needs --attention nsa"):
+        finetune.main(["--model", str(tiny), "--attention", "dense", "--nsa-window", "9", "--out", str(tmp_path / "x")])
 
 
 def test_new_weights_of_one_seed_are_the_same(tiny: Path) -> None:

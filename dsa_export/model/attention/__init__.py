@@ -5,6 +5,10 @@ from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.attention.dsa import SparseAttention
 from dsa_export.model.attention.nsa import NativeSparseAttention
 
-VARIANTS: dict[str, type[DenseAttention]] = {"dense": DenseAttention, "dsa": SparseAttention, "nsa": NativeSparseAttention}
+VARIANTS: dict[str, type[DenseAttention]] = {
+    "dense": DenseAttention,
+    "dsa": SparseAttention,
+    "nsa": NativeSparseAttention,
+}
 
 __all__ = ["VARIANTS", "AttentionTrace", "Call", "Selector", "DenseAttention", "SparseAttention"]

@@ -123,8 +123,8 @@ class NativeSparseAttention(DenseAttention):
         return [
             *DenseAttention.cache_layout(config, layer),
             *(CacheEntry(f"window_{name}", heads, dim) for name in ("key", "value")),
-            *(CacheEntry(f"block_{name}", heads, dim) for name in ("key", "value")),  # what is compressed, per token
-            *(CacheEntry(f"compressed_{name}", heads, dim, stride=config.nsa_stride) for name in ("key", "value")),
+            CacheEntry("block", 2 * heads, dim),  # keys and values to be compressed, one row per token
+            CacheEntry("compressed", 2 * heads, dim, stride=config.nsa_stride),
         ]
 
     def attend(
@@ -158,32 +158,19 @@ class NativeSparseAttention(DenseAttention):
         These are the rows of the stripes that hold the call's tokens; what is incomplete is made again by a later call.
         A compressed key is rotated once, at the position of its block's last token.
         """
-        S = hidden.shape[1]
-        rows = (S + 2 * self.stride - 2) // self.stride  # stripes that S tokens can touch, wherever they begin
-        first_row = past // self.stride
-        raw_keys = self.store("block_key", split_heads(self.compression.k_proj(hidden), self.kv_heads), call)
-        raw_values = self.store("block_value", split_heads(self.compression.v_proj(hidden), self.kv_heads), call)
+        projected = torch.cat([self.compression.k_proj(hidden), self.compression.v_proj(hidden)], dim=-1)
+        tokens = self.store("block", split_heads(projected, 2 * self.kv_heads), call)
 
-        length = (rows - 1) * self.stride + self.block  # tokens of these blocks, the first from (row + 1) d - l on
-        first_token = (first_row + 1) * self.stride - self.block
-        tokens = first_token[:, None] + torch.arange(length, device=hidden.device)
-        keys, values = (
-            compressor(self.blocks(gather_rows(raw, tokens)))
-            for compressor, raw in ((self.compression.key, raw_keys), (self.compression.value, raw_values))
-        )
+        rows = (hidden.shape[1] + 2 * self.stride - 2) // self.stride  # as many as S tokens can touch
+        row_ends = (past // self.stride + 1)[:, None] * self.stride  # [B, rows], the position behind the last token
+        row_ends = row_ends + torch.arange(rows, device=hidden.device) * self.stride
+        slots = row_ends[..., None] - self.block + torch.arange(self.block, device=hidden.device)
+        keys, values = gather_rows(tokens, slots.flatten(1)).unflatten(2, (-1, self.block)).chunk(2, dim=1)
+        keys, values = self.compression.key(keys), self.compression.value(values)
         # The last token of a block that is complete after this call belongs to this call: its angles are at hand.
-        last = (first_row[:, None] + 1 + torch.arange(rows, device=hidden.device)) * self.stride - 1 - past[:, None]
-        cos, sin = (gather_rows(table.unsqueeze(1), last).squeeze(1) for table in call.rope)
+        cos, sin = gather_rows(torch.stack(call.rope, dim=1), row_ends - 1 - past[:, None]).unbind(1)
         keys = split_heads(rotary(keys.transpose(1, 2).flatten(-2), cos, sin, self.kv_heads), self.kv_heads)
-        all_keys = self.store("compressed_key", keys, call, self.stride)
-        return all_keys, self.store("compressed_value", values, call, self.stride)
-
-    def blocks(self, tokens: Tensor) -> Tensor:
-        """[B, H, (rows - 1) d + l, D] → [B, H, rows, l, D]: overlapping blocks, one every d tokens."""
-        stripes = tokens.unflatten(2, (-1, self.stride))
-        overlapping = self.block // self.stride
-        rows = stripes.shape[2] - overlapping + 1
-        return torch.cat([stripes[:, :, i : i + rows] for i in range(overlapping)], dim=3)
+        return self.store("compressed", torch.cat([keys, values], dim=1), call, self.stride).chunk(2, dim=1)
 
     # ------------------------------------------------------------ selection
 
@@ -205,19 +192,13 @@ class NativeSparseAttention(DenseAttention):
     # ------------------------------------------------------------ window
 
     def attend_window(self, hidden: Tensor, q: Tensor, positions: Tensor, call: Call) -> Tensor:
-        """Over the rows that some query of this call can see; without a cache these are the call's own."""
         k_BSE = rotary(self.window.k_proj(hidden), *call.rope, heads=self.kv_heads)
         k = self.store("window_key", split_heads(k_BSE, self.kv_heads), call)
         v = self.store("window_value", split_heads(self.window.v_proj(hidden), self.kv_heads), call)
-        if call.caches is None:
-            slots = positions
-        else:
-            rows = q.shape[2] + self.window_size - 1
-            slots = positions[:, :1] + 1 - self.window_size + torch.arange(rows, device=q.device)
-            k, v = gather_rows(k, slots), gather_rows(v, slots)
-        slots, queries = slots[:, None, :], positions[..., None]
-        visible = (slots >= 0) & (slots <= queries) & (slots > queries - self.window_size)
-        return grouped_attention(q, k, v, visible, self.scale)[0]
+        back = torch.arange(self.window_size, device=q.device)
+        indices = (positions[..., None] - back).clamp(min=-1).to(torch.int32)
+        core = masked_attention if self.training else sparse_attention
+        return core(q, k, v, indices, self.scale)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
