@@ -33,7 +33,7 @@ BUGS = (
 )
 
 
-def config(**options) -> DSAConfig:
+def config(layers: int = 2, **options) -> DSAConfig:
     """Two layers, 14 query heads on 2 KV heads: groups of 7."""
     return DSAConfig(
         attention="nsa",
@@ -41,7 +41,7 @@ def config(**options) -> DSAConfig:
         hidden_size=64,
         head_dim=16,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=14,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -51,10 +51,10 @@ def config(**options) -> DSAConfig:
     )
 
 
-def build(**options) -> DSAForCausalLM:
+def build(layers: int = 2, **options) -> DSAForCausalLM:
     """Random weights that make attention sharp and every part of a branch matter."""
     torch.manual_seed(0)
-    model = DSAForCausalLM(config(**options)).eval()
+    model = DSAForCausalLM(config(layers, **options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "self_attn" in name:

@@ -122,8 +122,9 @@ class NativeSparseAttention(DenseAttention):
         heads, dim = config.num_key_value_heads, config.head_size
         return [
             *DenseAttention.cache_layout(config, layer),
-            *(CacheEntry(f"window_{name}", heads, dim) for name in ("key", "value")),
-            CacheEntry("block", 2 * heads, dim),  # keys and values to be compressed, one row per token
+            *(CacheEntry(f"window_{name}", heads, dim, recent=config.nsa_window - 1) for name in ("key", "value")),
+            # Keys and values to be compressed, one row per token; a call reads from the first block that it ends on.
+            CacheEntry("block", 2 * heads, dim, recent=config.nsa_block_size - 1),
             CacheEntry("compressed", 2 * heads, dim, stride=config.nsa_stride),
         ]
 
