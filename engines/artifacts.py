@@ -115,6 +115,11 @@ class Variant:
         """The largest k of any layer: the capacity that the sparse graph needs at least."""
         return max(self.topk)
 
+    @property
+    def reduces_to_dense(self) -> bool:
+        """Whether up to k tokens the variant computes what its dense twin does: DSA, and not NSA's sum of branches."""
+        return "nsa_window" not in self.selection
+
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
         return [(f"{layer}.{tensor.name}", tensor) for layer, tensor in self._cached()]
@@ -153,7 +158,7 @@ class Variant:
 
         Dense: scores and probabilities of every head, fp32. Sparse: index scores of every indexer head before and after
         ReLU, their weighted sum, the same masked, and its mask; then K and V of the selected rows, gathered and
-        reshaped. Native sparse attention: scores, masked scores and probabilities of its compressed rows in the place of
+        reshaped. Native sparse attention: scores, masked scores and probabilities of its compressed rows instead of
         index scores. Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
         """
         if self.variant == "dense":

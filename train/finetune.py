@@ -118,7 +118,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--from-scratch", action="store_true", help="new weights; --model gives configuration and tokenizer only"
     )
-    group = result.add_argument_group("native sparse attention", "Of a checkpoint that has none yet; one that has it keeps its own.")
+    group = result.add_argument_group(
+        "native sparse attention", "Of a checkpoint that has none yet; one that has it keeps its own."
+    )
     for name, text in NSA_OPTIONS.items():
         text += f" [{getattr(DSAConfig(), name)}; small models: {SMALL_NSA[name]}]"
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)

@@ -93,7 +93,9 @@ def main() -> None:
     if arguments.topk is not None and not 1 <= arguments.topk <= config.max_position_embeddings:
         raise UserError(f"--topk must be between 1 and {config.max_position_embeddings}, got {arguments.topk}")
     if getattr(config, "attention", None) == "nsa" and (arguments.topk or selection_options(arguments)):
-        raise UserError(f"{arguments.model} has native sparse attention: --topk and --index-… are options of an indexer")
+        raise UserError(
+            f"{arguments.model} has native sparse attention: --topk and --index-… are options of an indexer"
+        )
     tokenizer = load_tokenizer(arguments.model)
     torch.manual_seed(0)
     console.print(f"Loading {arguments.model}")
