@@ -52,6 +52,12 @@ class DSAConfig(Qwen2Config):
         nsa_selection_size: int = 64,
         nsa_selected_blocks: int = 16,
         nsa_window: int = 512,
+        num_experts: int = 4,
+        num_experts_per_tok: int = 2,
+        moe_intermediate_size: int = 512,
+        n_shared_experts: int = 0,
+        routed_scaling_factor: float = 1.0,
+        router_aux_loss_coef: float = 0.01,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -71,6 +77,12 @@ class DSAConfig(Qwen2Config):
         self.nsa_selection_size = nsa_selection_size
         self.nsa_selected_blocks = nsa_selected_blocks
         self.nsa_window = nsa_window
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.n_shared_experts = n_shared_experts
+        self.routed_scaling_factor = routed_scaling_factor
+        self.router_aux_loss_coef = router_aux_loss_coef
         self._check()
 
     @property
