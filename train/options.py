@@ -285,6 +285,7 @@ def train(
     trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity, processes)
     trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
     trainer.run()
+    processes.leave()
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
