@@ -185,13 +185,13 @@ def remarks(presets: Sequence[Preset], args: argparse.Namespace) -> list[str]:
             notes.append(
                 f"{preset.name}: k = {max(ks)} covers all {preset.length} tokens: DSA attends to everything there"
             )
-        source = PRESETS[preset.name]
-        notes.append(
-            f"{preset.name}: {preset.warmup_steps} + {preset.steps} updates of {preset.batch_size} × {preset.length} "
-            f"tokens for every twin, the warm-up counted (the full preset: {source.warmup_steps} + {source.steps} of "
-            f"{source.batch_size} × {source.length}); in the warm-up DSA attends to everything and trains base and "
-            "indexer"
-        )
+        full = PRESETS[preset.name]
+        reduced = "" if preset == full else f" (the full preset: {described(full)})"
+        notes.append(f"{preset.name}: {described(preset)}{reduced}")
+    notes.append(
+        "every twin makes all of these updates, the warm-up counted: there DSA attends to everything and trains base "
+        "and indexer, the others train as ever"
+    )
     notes.append(
         "± is the standard deviation over the seeds; coverage is the attention mass that DSA's selection catches, "
         "window and best that of the last k keys and of the best possible k, all these and the mean distance over the "
@@ -199,6 +199,17 @@ def remarks(presets: Sequence[Preset], args: argparse.Namespace) -> list[str]:
         f"{torch.get_num_threads()} threads, {args.dtype}"
     )
     return notes
+
+
+def described(preset: Preset) -> str:
+    """The model and its training, in one line."""
+    experts = f"{preset.active} of {preset.experts} experts of {preset.expert_size}"
+    feed_forward = experts if preset.feed_forward == "moe" else f"feed-forward of {preset.active * preset.expert_size}"
+    return (
+        f"{preset.layers} layers of {preset.hidden_size}, {preset.heads} heads, {feed_forward}, {preset.vocabulary} "
+        f"tokens of vocabulary; {preset.warmup_steps} + {preset.steps} updates of {preset.batch_size} × "
+        f"{preset.length} tokens"
+    )
 
 
 def prepare_output(args: argparse.Namespace, processes: Processes) -> None:

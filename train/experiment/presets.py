@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from dsa_export.config import DSAConfig
 
+NSA_BLOCK, NSA_LEAST_BLOCKS = 16, 3
+"""Tokens of NSA's compressed and selected blocks; the first block and the two most recent are always selected."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -36,9 +39,14 @@ class Preset:
         """Windows per update."""
         return max(1, self.tokens_per_update // self.length)
 
-    def config(self) -> DSAConfig:
-        """The dense model. A plain feed-forward is as large as a token's experts together: the same work per token.
+    @property
+    def mean_topk(self) -> int:
+        return self.topk if isinstance(self.topk, int) else round(sum(self.topk) / len(self.topk))
 
+    def config(self) -> DSAConfig:
+        """The dense model, with the options of the others: NSA selects about as many tokens as DSA.
+
+        A plain feed-forward is as large as a token's experts together: the same work per token.
         Raises ValueError for fields that exclude each other.
         """
         return DSAConfig(
@@ -58,6 +66,11 @@ class Preset:
             index_heads=self.index_heads,
             index_dim=self.index_dim,
             index_topk=self.topk,
+            nsa_block_size=NSA_BLOCK,
+            nsa_stride=NSA_BLOCK // 2,
+            nsa_selection_size=NSA_BLOCK,
+            nsa_selected_blocks=max(NSA_LEAST_BLOCKS, self.mean_topk // NSA_BLOCK),
+            nsa_window=max(NSA_BLOCK, self.mean_topk // 2),
         )
 
 

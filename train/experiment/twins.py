@@ -67,7 +67,8 @@ class Twin:
 
     def identity(self, plan: Plan) -> dict[str, Any]:
         """What a finished or stopped run must share with this one to be used."""
-        facts = {"attention": self.attention, "seed": self.seed, "data": plan.data_source, "auto_k": plan.auto_k}
+        facts = {"attention": self.attention, "seed": self.seed, "data": plan.data_source}
+        facts["auto_k"] = plan.auto_k and self.attention == "dsa"
         return {"stage": "experiment", "arguments": {**asdict(self.preset), **facts, "dtype": str(plan.dtype)}}
 
 
@@ -189,13 +190,9 @@ def fresh(twin: Twin) -> DSAForCausalLM:
 
 def choose_topk(model: DSAForCausalLM, windows: Windows, preset: Preset, seed: int) -> list[int]:
     """k by layer with the preset's k as their mean, by the attention mass that the warmed-up indexers catch."""
-    budget = mean_topk(preset)
+    budget = preset.mean_topk
     step = max(1, budget // K_STEPS)
     study = Study(model, (), 1, seed)
     count = min(ALLOCATION_WINDOWS, len(windows))
     some = Windows(windows.input_ids[:count], windows.labels[:count], windows.lengths[:count])
     return allocate(study.caught(some), budget, step=step, floor=step)
-
-
-def mean_topk(preset: Preset) -> int:
-    return preset.topk if isinstance(preset.topk, int) else round(sum(preset.topk) / len(preset.topk))
