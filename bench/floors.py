@@ -54,9 +54,10 @@ def call_bytes(engine: Engine, case: Case) -> int:
 
 
 def call_flops(engine: Engine, case: Case) -> int:
-    """Operations of one call, multiply and add counted: the weights (the head for one token a row), scores and sums
-    over the visible or selected tokens, and the indexer's scores over the visible ones; of native sparse attention
-    scores and sums over the compressed rows and the window instead."""
+    """Operations of one call, multiply and add counted: the weights (the head for one token a row; all experts, which
+    the graph computes whatever the router chooses), scores and sums over the visible or selected tokens, and the
+    indexer's scores over the visible ones; of native sparse attention scores and sums over the compressed rows and the
+    window instead."""
     model = engine.model
     head = model.hidden_size * model.vocab_size
     body = 2 * (engine.manifest["step_weights"] - head) * case.queries + 2 * head

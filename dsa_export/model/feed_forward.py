@@ -2,13 +2,15 @@
 
     forward(hidden [B, S, E], lengths [B]) → (output [B, S, E], {name: scalar})
 
-The scalars are auxiliary losses of the training mode, which the model averages over the layers and hands to the
-stages beside the observer's; `lengths` are the valid tokens of each row, padded on the right.
+The scalars are auxiliary losses of the training mode (LOSSES names them), which the model averages over the layers and
+hands to the stages beside the observer's; `lengths` are the valid tokens of each row, padded on the right.
 
 Shapes: B batch, S tokens of this call, E hidden size, N experts, K experts per token, I size of an expert.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,9 @@ ROUTER = ".mlp.gate."
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)): Qwen2's SwiGLU, of config.intermediate_size unless another size is given."""
+
+    LOSSES: ClassVar[tuple[str, ...]] = ()
+    """The scalars that a stage which trains the layer adds to its losses."""
 
     def __init__(self, config: DSAConfig, intermediate_size: int | None = None):
         super().__init__()
@@ -104,6 +109,8 @@ class MixtureOfExperts(nn.Module):
     router_aux_loss_coef: N / K times the share of tokens that chose an expert, times its mean normalised score, summed
     over the experts; router_aux_loss_coef itself when the experts are used alike.
     """
+
+    LOSSES: ClassVar[tuple[str, ...]] = ("balance",)
 
     def __init__(self, config: DSAConfig):
         super().__init__()

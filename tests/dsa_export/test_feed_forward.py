@@ -15,6 +15,7 @@ from dsa_export.files import read_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model
 from dsa_export.model.feed_forward import MixtureOfExperts
 from dsa_export.onnx.quantise import Scheme
+from engines.build import step_weights
 from tests.conftest import VOCABULARY, build_tokenizer
 from tests.dsa_export.conftest import Graph, export_command
 
@@ -146,6 +147,10 @@ def test_export(moe_folder, tmp_path):
     assert manifest["parity"]["sparse"]["selected_sets"]["different"] == 0
     text = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(5))
     model = load_model(moe_folder)
+    # The floors of bench/ count what the graph computes: every expert, not the chosen ones.
+    multiplied = sum(p.numel() for n, p in dense_twin(model).named_parameters() if p.dim() == 2 and "embed" not in n)
+    counted = step_weights(out / "dense" / "model.onnx").step_weights
+    assert multiplied <= counted < multiplied + 2000, "and norms, biases, shapes"
     for variant, twin in {"sparse": model, "dense": dense_twin(model)}.items():
         session = Graph(out / variant / "model.onnx", batch=2)
         session.step([text[0, :25].tolist(), text[1, :9].tolist()])

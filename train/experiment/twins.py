@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dsa_export.cli import console
 from dsa_export.model import DSAForCausalLM, load_model
+from dsa_export.model.feed_forward import VARIANTS
 from train import joint, precision
 from train.allocation import allocate
 from train.data import IGNORED, TrainingData, Windows
@@ -114,12 +115,11 @@ def stage_of(preset: Preset, attention: str, dtype: torch.dtype, *, sparse: bool
     """sparse: attend as the variant does; False: to everything, where the variant can."""
     indexer = attention == "dsa"
     groups: Callable[[nn.Module], dict[str, list[nn.Parameter]]] = joint.parameter_groups if indexer else all_parameters
-    balance = ("balance",) if preset.feed_forward == "moe" else ()
     return Stage(
         name="main" if sparse else "warm-up",
         groups=groups,
         terms=partial(terms, indexer=indexer, sparse=sparse),
-        losses=("cross_entropy", *(("kl",) if indexer else ()), *balance),
+        losses=("cross_entropy", *(("kl",) if indexer else ()), *VARIANTS[preset.feed_forward].LOSSES),
         evaluate=partial(
             evaluate, indexer=indexer, sparse=sparse, batch_size=preset.batch_size, compute_dtype=dtype
         ),
