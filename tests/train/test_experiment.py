@@ -195,3 +195,10 @@ def test_crossover(speedups, expected):
     ]
     assert crossover(records, "decode", "dsa") == (None if expected is None else pytest.approx(expected))
     assert crossover(records, "prefill", "dsa") is None
+
+
+def test_the_verdict_names_the_lengths_that_pay():
+    speeds = [{"phase": "decode", "length": 100 * 2**i, "ms": {"dense": s, "dsa": 1.0}} for i, s in enumerate([1.1, 2])]
+    assert report.verdicts([], speeds) == [
+        "decode, dsa: faster than dense from about 100 tokens on, 1.2× from about 111 tokens on; 2.00× at 200 tokens"
+    ]

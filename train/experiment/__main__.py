@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--vocabulary", type=int, metavar="N", help="tokens of the tokenizer trained on it [4096]")
     where.add_argument("--held-out", type=int, metavar="N", help="windows to measure on [64]")
     where.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help=f"where tokens are kept [{CACHE}]")
-    where.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"output folder [{OUT}]")
+    where.add_argument("--out", type=Path, metavar="DIR", help=f"output folder [{OUT}; --quick: {OUT}-quick]")
     where.add_argument("--overwrite", action="store_true", help="train everything again")
     return result
 
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def resolve(args: argparse.Namespace) -> list[Preset]:
     """The presets with what the arguments change. Raises UserError with one line for what cannot work."""
+    args.out = args.out or (Path(f"{OUT}-quick") if args.quick else OUT)
     args.attention = [name for name in ATTENTION if name in args.attention]
     args.seeds = list(dict.fromkeys(args.seeds if args.seeds is not None else SEEDS[:1] if args.quick else SEEDS))
     if args.speed_lengths is None:

@@ -232,12 +232,13 @@ def _in_turn(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, flo
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def crossover(records: Sequence[Record], phase: str, attention: str) -> float | None:
-    """Tokens from which `attention` is faster than dense at every longer measured length, interpolated in log2.
+def crossover(records: Sequence[Record], phase: str, attention: str, factor: float = 1.0) -> float | None:
+    """Tokens from which `attention` is `factor` times as fast as dense at every longer measured length, by
+    interpolation in log2.
 
     None: not within the lengths measured.
     """
-    points = [(r["length"], r["ms"]["dense"] / r["ms"][attention]) for r in records if r["phase"] == phase]
+    points = [(r["length"], r["ms"]["dense"] / r["ms"][attention] / factor) for r in records if r["phase"] == phase]
     if not points or points[-1][1] < 1:
         return None
     for (short, slow), (long, fast) in reversed(list(itertools.pairwise(points))):
