@@ -73,11 +73,23 @@ class Twin:
         return {"stage": "experiment", "arguments": {**asdict(self.preset), **facts, "dtype": str(plan.dtype)}}
 
 
+def terms(model: Any, batch: Batch, indexer: bool, sparse: bool) -> dict[str, Tensor]:
+    """{"cross_entropy"[, "balance"][, "kl", "recall", …]} of a batch."""
+    observer = None
+    if indexer:
+        model.sparse = sparse
+        observer = IndexerObserver(model.config.topk_per_layer, MEASURE_EVERY)
+    output = model(**batch, observer=observer)
+    return {"cross_entropy": output.loss, **output.aux_losses}
+
+
 @torch.no_grad()
-def held_out(
-    model: Any, windows: Windows, *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32
+def evaluate(
+    model: Any, windows: Windows, *, indexer: bool, sparse: bool, batch_size: int, compute_dtype: torch.dtype
 ) -> dict[str, float]:
     """{"loss", "accuracy", "perplexity"} of the next token, in the training mode's form of attention."""
+    if indexer:
+        model.sparse = sparse
     was_training = model.training
     device = next(model.parameters()).device
     model.train()
@@ -93,22 +105,6 @@ def held_out(
         labels += int(counted.sum())
     model.train(was_training)
     return {"loss": loss / labels, "accuracy": right / labels, "perplexity": exp(loss / labels)}
-
-
-def terms(model: Any, batch: Batch, indexer: bool, sparse: bool) -> dict[str, Tensor]:
-    """{"cross_entropy"[, "balance"][, "kl", "recall", …]} of a batch."""
-    observer = None
-    if indexer:
-        model.sparse = sparse
-        observer = IndexerObserver(model.config.topk_per_layer, MEASURE_EVERY)
-    output = model(**batch, observer=observer)
-    return {"cross_entropy": output.loss, **output.aux_losses}
-
-
-def evaluate(model: Any, windows: Windows, *, indexer: bool, sparse: bool, **options: Any) -> dict[str, float]:
-    if indexer:
-        model.sparse = sparse
-    return held_out(model, windows, **options)
 
 
 def stage_of(preset: Preset, attention: str, dtype: torch.dtype, *, sparse: bool) -> Stage:
