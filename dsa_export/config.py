@@ -28,6 +28,12 @@ class DSAConfig(Qwen2Config):
         nsa_selection_size, nsa_selected_blocks: l' and n, tokens of a selected block and blocks per query; the first
             and the two most recent blocks are always among them.
         nsa_window: w, tokens of its sliding window.
+        num_experts: N, experts of feed_forward="moe" (GLM4-MoE's block), all in every layer.
+        num_experts_per_tok: K of them that a token passes through.
+        moe_intermediate_size: I, the size of an expert.
+        n_shared_experts: experts beside them that every token passes through; 0: none.
+        routed_scaling_factor: what the weights of a token's experts add up to.
+        router_aux_loss_coef: factor of the loss "balance" that training adds, so that all experts are used; 0: none.
 
     Raises ValueError for values that exclude each other, naming the option.
     """
