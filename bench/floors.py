@@ -54,8 +54,10 @@ def call_bytes(engine: Engine, case: Case) -> int:
 
 
 def call_flops(engine: Engine, case: Case) -> int:
-    """Operations of one call, multiply and add counted: the weights (the head for one token a row), scores and sums
-    over the visible or selected tokens, and the indexer's scores over the visible ones."""
+    """Operations of one call, multiply and add counted: the weights (the head for one token a row; all experts, which
+    the graph computes whatever the router chooses), scores and sums over the visible or selected tokens, and the
+    indexer's scores over the visible ones; of native sparse attention scores and sums over the compressed rows and the
+    window instead."""
     model = engine.model
     head = model.hidden_size * model.vocab_size
     body = 2 * (engine.manifest["step_weights"] - head) * case.queries + 2 * head
@@ -65,6 +67,11 @@ def call_flops(engine: Engine, case: Case) -> int:
     if engine.variant != "sparse":
         return case.batch * (body + model.layers * attention * visible)
     selected = sum(min(position, k) for k in engine.topk for position in range(last - case.queries + 1, last + 1))
+    if not engine.reduces_to_dense:  # two more branches in the indexer's place
+        options = engine.selection
+        spans = range(last - case.queries + 1, last + 1)
+        window = sum(min(position, options["nsa_window"]) for position in spans)
+        return case.batch * (body + attention * (selected + model.layers * (visible // options["nsa_stride"] + window)))
     leading, pool = -(-model.layers // engine.selection.get("index_share", 1)), engine.selection.get("index_pool", 1)
     indexer = leading * 2 * model.index_heads * model.index_dim * visible // pool
     return case.batch * (body + attention * selected + indexer)

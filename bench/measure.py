@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,30 +74,6 @@ def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-class PeakMemory:
-    """Resident memory that this process gained at most since it was created, in MiB. Linux only: elsewhere None."""
-
-    STATUS = Path("/proc/self/status")
-
-    def __init__(self) -> None:
-        self.before = self._kib("VmRSS")
-
-    def reset(self) -> None:
-        """Forgets the highest mark so far."""
-        if self.STATUS.is_file():
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def mib(self) -> float | None:
-        peak = self._kib("VmHWM")
-        return None if peak is None or self.before is None else (peak - self.before) / 1024
-
-    def _kib(self, field: str) -> float | None:
-        if not self.STATUS.is_file():
-            return None
-        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith(field))
-        return float(line.split()[1])
 
 
 def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> Any:

@@ -26,6 +26,7 @@ from bench import measure
 from bench.matrix import MARGIN_BYTES, Group
 from dsa_export.cli import UserError, progress_bar
 from dsa_export.files import read_manifest
+from dsa_export.memory import PeakMemory
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ def _measure_torch(name: str, task: Task, contexts: Sequence[int]) -> list[Recor
     import transformers
 
     torch.set_num_threads(task.threads)
-    memory = measure.PeakMemory()
+    memory = PeakMemory()
     make = MaskedPeer if name == "masked" else TransformersPeer
     records: list[Record] = []
     with torch.no_grad(), progress_bar() as progress:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from bench import floors, measure, parity
 from bench.matrix import Case, Group, core_of
 from dsa_export.cli import progress_bar
+from dsa_export.memory import PeakMemory
 from engines.artifacts import Engine
 from engines.session import Runner, Session, open_runner
 
@@ -197,7 +198,7 @@ def _gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.G
 def _peak_memory(engine: Engine, cases: Sequence[Case], rows: np.ndarray, threads: int) -> dict[Case, float | None]:
     """In the order of growing need: ONNX Runtime keeps the workspace of earlier calls."""
     peaks = {}
-    memory = measure.PeakMemory()
+    memory = PeakMemory()
     runner = open_runner(engine.folder, threads=threads, verify=False)
     ordered = sorted(cases, key=lambda case: (case.queries > 1, case.batch * case.context))
     with progress_bar() as progress:

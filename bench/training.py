@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from bench.measure import PeakMemory, machine, timed
+from bench.measure import machine, timed
 from dsa_export.cli import UserError, console, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import write_atomically
+from dsa_export.memory import PeakMemory
 from dsa_export.model import DSAForCausalLM, load_model
 from dsa_export.model.attention.base import Call
 from dsa_export.model.attention.dsa import SparseAttention

@@ -7,8 +7,6 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from dsa_export.topk import topk_per_layer
-
 
 class DSAConfig(Qwen2Config):
     """Qwen2's configuration plus the family's options, the attention variant and the lightning indexer.
@@ -32,6 +30,17 @@ class DSAConfig(Qwen2Config):
             last one is always selected. Needs a k that m divides.
         index_share: n, layers that follow one selection: of n layers in a row the first has the indexer.
         index_keys: "model" (index keys are cached in the model's type) or "fp8" (e4m3 with one scale per key).
+        nsa_block_size, nsa_stride: l and d of native sparse attention, tokens of a compressed block and from one to
+            the next. d divides l and nsa_selection_size.
+        nsa_selection_size, nsa_selected_blocks: l' and n, tokens of a selected block and blocks per query; the first
+            and the two most recent blocks are always among them.
+        nsa_window: w, tokens of its sliding window.
+        num_experts: N, experts of feed_forward="moe" (GLM4-MoE's block), all in every layer.
+        num_experts_per_tok: K of them that a token passes through.
+        moe_intermediate_size: I, the size of an expert.
+        n_shared_experts: experts beside them that every token passes through; 0: none.
+        routed_scaling_factor: what the weights of a token's experts add up to.
+        router_aux_loss_coef: factor of the loss "balance" that training adds, so that all experts are used; 0: none.
 
     Raises ValueError for values that exclude each other, naming the option.
     """
@@ -60,6 +69,17 @@ class DSAConfig(Qwen2Config):
         index_pool: int = 1,
         index_share: int = 1,
         index_keys: str = "model",
+        nsa_block_size: int = 32,
+        nsa_stride: int = 16,
+        nsa_selection_size: int = 64,
+        nsa_selected_blocks: int = 16,
+        nsa_window: int = 512,
+        num_experts: int = 4,
+        num_experts_per_tok: int = 2,
+        moe_intermediate_size: int = 512,
+        n_shared_experts: int = 0,
+        routed_scaling_factor: float = 1.0,
+        router_aux_loss_coef: float = 0.01,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -83,11 +103,25 @@ class DSAConfig(Qwen2Config):
         self.index_pool = index_pool
         self.index_share = index_share
         self.index_keys = index_keys
+        self.nsa_block_size = nsa_block_size
+        self.nsa_stride = nsa_stride
+        self.nsa_selection_size = nsa_selection_size
+        self.nsa_selected_blocks = nsa_selected_blocks
+        self.nsa_window = nsa_window
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.n_shared_experts = n_shared_experts
+        self.routed_scaling_factor = routed_scaling_factor
+        self.router_aux_loss_coef = router_aux_loss_coef
         self._check()
 
     @property
     def topk_per_layer(self) -> tuple[int, ...]:
-        return topk_per_layer(self.index_topk, self.num_hidden_layers)
+        """Tokens that a query attends to at most by selection, in every layer."""
+        from dsa_export.model import attention
+
+        return attention.VARIANTS[self.attention].topk_per_layer(self)
 
     @property
     def head_size(self) -> int:

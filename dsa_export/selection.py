@@ -17,6 +17,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """Fields of DSAConfig."""
 
+NSA_OPTIONS = ("nsa_block_size", "nsa_stride", "nsa_selection_size", "nsa_selected_blocks", "nsa_window")
+"""Fields of DSAConfig for native sparse attention, always stated: its branches follow from no k."""
+
 KEY_TYPES = ("model", "fp8")
 
 INDEX_CACHES = ("index", "index_scale", "pooled")
@@ -44,6 +47,8 @@ def selection_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def chosen_options(config: Any) -> dict[str, Any]:
     """The options of a DSAConfig that are not as they are by default: what manifests hold."""
+    if config.attention == "nsa":
+        return {name: getattr(config, name) for name in NSA_OPTIONS}
     return {name: getattr(config, name) for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
 
 

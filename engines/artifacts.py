@@ -40,13 +40,14 @@ RUNTIMES = {
 class CacheTensor:
     """One cache of a layer. `shape` holds integers, "batch" and a name of dsa_export.capacity.
 
-    layers: those that have it; None is all.
+    layers: those that have it; None is all. recent: the last rows before a call's own that it reads, where only those.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
     layers: tuple[int, ...] | None = None
+    recent: int | None = None
 
     def concrete(self, batch: int, capacity: int) -> tuple[int, ...]:
         """The shape for a batch whose rows have room for `capacity` tokens."""
@@ -114,6 +115,11 @@ class Variant:
         """The largest k of any layer: the capacity that the sparse graph needs at least."""
         return max(self.topk)
 
+    @property
+    def reduces_to_dense(self) -> bool:
+        """Whether up to k tokens the variant computes what its dense twin does: DSA, and not NSA's sum of branches."""
+        return "nsa_window" not in self.selection
+
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
         return [(f"{layer}.{tensor.name}", tensor) for layer, tensor in self._cached()]
@@ -130,8 +136,9 @@ class Variant:
         """Bytes of one row's caches that a call must read at least once: `queries` new tokens, `context` in all.
 
         Dense attention reads every cached row; sparse attention every index key (of pooled ones the means, and of the
-        single keys those of the groups that the call changes), and K and V (or the latent
-        row, which is both) of the selected tokens.
+        single keys those of the groups that the call changes), and K and V (or the latent row, which is both) of the
+        selected rows. Native sparse attention reads every compressed row, and of its window and of what it compresses
+        the most recent rows.
         """
         gathered = {"key", "value", "latent"} if self.variant == "sparse" else set()
         pooled = next((tensor.stride for tensor in self.cache if tensor.name == "pooled"), None)
@@ -140,6 +147,8 @@ class Variant:
             rows = -(-context // tensor.stride)
             if tensor.name in gathered:
                 rows = min(context, queries * min(context, self.topk[layer]))
+            elif tensor.recent is not None:
+                rows = min(context, queries + tensor.recent)
             elif tensor.name == "index" and pooled:
                 rows = min(context, queries + 2 * pooled - 2)
             read += rows * tensor.row_bytes
@@ -150,11 +159,15 @@ class Variant:
 
         Dense: scores and probabilities of every head, fp32. Sparse: index scores of every indexer head before and after
         ReLU, their weighted sum, the same masked, and its mask; then K and V of the selected rows, gathered and
-        reshaped. Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
+        reshaped. Native sparse attention: scores, masked scores and probabilities of its compressed rows instead of
+        index scores. Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
         """
         if self.variant == "dense":
             return 2 * capacity * self.model.query_heads * 4
         gathered_rows = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
+        compressed = [tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name == "compressed"]
+        if compressed:
+            return 3 * compressed[0] * self.model.query_heads * 4 + gathered_rows
         keys = max(tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name in ("pooled", "index"))
         return keys * (2 * self.model.index_heads + 3) * 4 + gathered_rows
 
@@ -351,7 +364,13 @@ def _variant_facts(variant: str, manifest: dict[str, Any], cache: list[dict[str,
         "random_indexer": manifest["random_indexer"],
         "model": Model(**{name: model[name] for name in Model.__dataclass_fields__}),
         "cache": tuple(
-            CacheTensor(e["name"], tuple(e["shape"]), e["dtype"], tuple(e["layers"]) if e.get("layers") else None)
+            CacheTensor(
+                e["name"],
+                tuple(e["shape"]),
+                e["dtype"],
+                tuple(e["layers"]) if e.get("layers") else None,
+                e.get("recent"),
+            )
             for e in cache
         ),
     }

@@ -23,7 +23,9 @@ def function_protos(index_options: bool = False, index_scaled: bool = False) -> 
 
     index_options: its IndexTopK nodes carry sinks, window and pool. index_scaled: and an index_scale.
     """
+    from plugins.block_topk.op import FUNCTION_BODY as block_topk
     from plugins.index_topk.op import function_body as index_topk
     from plugins.sparse_attention.op import FUNCTION_BODY as sparse_attention
 
-    return [function_proto(index_topk(index_options, index_scaled)), function_proto(sparse_attention)]
+    bodies = (index_topk(index_options, index_scaled), sparse_attention, block_topk)
+    return [function_proto(body) for body in bodies]

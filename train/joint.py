@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, run
-from dsa_export.model import load_model, load_tokenizer
+from dsa_export.model import feed_forward, load_model, load_tokenizer
 from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
@@ -57,7 +57,7 @@ def joint_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int
 
 def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
-    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help)
+    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help, trains_indexer=True)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
     add_selection_arguments(result)
     result.add_argument(
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name="joint",
         groups=partial(parameter_groups, lora=args.lora_rank is not None),
         terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries),
-        losses=("cross_entropy", "kl"),
+        losses=("cross_entropy", "kl", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
         evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
     )
     if args.lora_rank is not None:

@@ -44,7 +44,14 @@ class Recipe:
 
 
 def argument_parser(
-    name: str, description: str, small: Recipe, real: Recipe | None, out: str, model_help: str | None = None
+    name: str,
+    description: str,
+    small: Recipe,
+    real: Recipe | None,
+    out: str,
+    model_help: str | None = None,
+    *,
+    trains_indexer: bool = False,
 ) -> argparse.ArgumentParser:
     """The parser of `python -m train.<name>`. Arguments left out are None and filled by resolve().
 
@@ -95,7 +102,7 @@ def argument_parser(
         help="tokens per window; with several the windows grow in this order, and each length gets the same number of "
         f"tokens: more steps while they are short {default('length')}",
     )
-    if model_help:
+    if trains_indexer:
         run.add_argument(
             "--kl-queries",
             type=int,
@@ -278,6 +285,7 @@ def train(
     trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity, processes)
     trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
     trainer.run()
+    processes.leave()
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -124,15 +124,29 @@ def plot_heads(heads: Mapping[str, Any], length: int, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def plot_maps(maps: Mapping[int, Any], k: int, length: int, path: Path) -> None:
-    """Selection maps {layer: [queries, keys]}: how dark a cell is says how many of its keys are selected."""
+def plot_maps(
+    maps: Mapping[int, Any], k: int, length: int, path: Path, attention: Mapping[int, Any] | None = None
+) -> None:
+    """Selection maps {layer: [queries, keys]}: how dark a cell is says how many of its keys are selected.
+
+    attention: maps of the dense attention, mean over the heads, drawn above them (each row relative to its largest).
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(maps), 5.3), layout="constrained")
-    figure.suptitle(f"keys that the indexer selects, k = {k}, one text of {length:,} tokens")
+    rows = 2 if attention else 1
+    figure = Figure(figsize=(4.6 * len(maps), 5.3 * rows), layout="constrained")
+    above = "dense attention (above) and " if attention else ""
+    figure.suptitle(f"{above}keys that the indexer selects, k = {k}, one text of {length:,} tokens")
+    place: dict[str, Any] = {"extent": (0, length, length, 0), "interpolation": "nearest", "vmin": 0, "vmax": 1}
     for column, (layer, image) in enumerate(sorted(maps.items()), start=1):
-        axes = figure.add_subplot(1, len(maps), column, title=f"layer {layer}", xlabel="key", ylabel="query")
-        axes.imshow(image, cmap="Blues", vmin=0, vmax=1, extent=(0, length, length, 0), interpolation="nearest")
+        if attention:
+            mass = attention[layer]
+            axes = figure.add_subplot(rows, len(maps), column, title=f"layer {layer}: attention", ylabel="query")
+            axes.imshow((mass / mass.amax(1, keepdim=True)).sqrt(), cmap="Blues", **place)
+        axes = figure.add_subplot(
+            rows, len(maps), (rows - 1) * len(maps) + column, title=f"layer {layer}", xlabel="key", ylabel="query"
+        )
+        axes.imshow(image, cmap="Blues", **place)
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -46,6 +46,7 @@ class SelectionMeter:
         self.curve_rows = 0
         self.map_layers = set(map_layers)
         self.maps: dict[int, Tensor] = {}
+        self.mass_maps: dict[int, Tensor] = {}  # the attention itself, beside what is selected of it
 
     @torch.no_grad()
     def __call__(self, trace: AttentionTrace) -> dict[str, Tensor]:
@@ -65,6 +66,7 @@ class SelectionMeter:
         used = torch.zeros(len(self.ks), T, dtype=torch.bool, device=device)
         curve = torch.zeros(T, dtype=torch.float64, device=device)
         selected_rows = []
+        mass_rows = []
         for rows in queries.split(ROWS):
             positions = rows[:, None]
             visible = slots <= positions
@@ -97,6 +99,7 @@ class SelectionMeter:
                 k = self.ks[0]
                 chosen = torch.zeros(len(rows), T, dtype=torch.bool, device=device)
                 selected_rows.append((chosen.scatter_(-1, order[:, :k], True) & visible).cpu())
+                mass_rows.append(mass.float().cpu())
         for number, k in enumerate(self.ks):
             if k < T:
                 self.coverage[t.layer, number] += float(used[number].float().mean())
@@ -104,6 +107,7 @@ class SelectionMeter:
         self._measure_heads(t, queries)
         if selected_rows:
             self.maps[t.layer] = _shrink(torch.cat(selected_rows).float())
+            self.mass_maps[t.layer] = _shrink(torch.cat(mass_rows))
 
     def _measure_heads(self, t: AttentionTrace, queries: Tensor) -> None:
         """Where each head's own best keys lie: the shares of its top k (the first of `ks`) by distance."""

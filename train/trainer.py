@@ -163,7 +163,6 @@ class Trainer:
         if first:
             (self.out / STATE).unlink(missing_ok=True)
             self._report(after)
-        self.processes.leave()
         return after
 
     def _write(self, after: dict[str, float]) -> None:

@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         f"folder or hub name of a Qwen2, Qwen2.5, Qwen3 or Llama model [{base.OUT}: a small model, trained first if "
         "missing]"
     )
-    result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT, model_help)
+    result = argument_parser("warmup", __doc__ or "", SMALL, REAL, OUT, model_help, trains_indexer=True)
     add_indexer_arguments(result, SMALL, REAL)
     return result
 

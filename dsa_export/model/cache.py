@@ -25,6 +25,7 @@ class CacheEntry:
     """One cached tensor of a layer: [batch, heads, rows, dim]. TensorRT's cache update takes 4-D tensors only.
 
     stride: tokens per row; row g belongs to the tokens g stride .. (g + 1) stride - 1. dtype: None is the model's.
+    recent: the last rows before a call's own that it reads; None is what the variant says of the others.
     """
 
     name: str
@@ -32,6 +33,7 @@ class CacheEntry:
     dim: int
     stride: int = 1
     dtype: torch.dtype | None = None
+    recent: int | None = None
 
     def shape(self, batch: Any, capacity: Any) -> tuple[Any, int, Any, int]:
         """The tensor's shape; batch and capacity (in tokens) may be numbers or the names of dynamic dimensions."""

@@ -88,6 +88,9 @@ def load_model(
     wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
     if wrong:
         raise UserError(f"{name} does not fit the model: {len(wrong)} missing or unexpected tensors, first {wrong[0]}")
+    if expected_missing:
+        for layer in model.model.layers:
+            layer.self_attn.start_from_dense()
     return model.eval()
 
 

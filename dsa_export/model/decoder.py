@@ -28,7 +28,7 @@ from dsa_export.topk import TopK, compact_topk, topk_per_layer
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """last_hidden_state [B, S, E]; cache; aux_losses: the observer's scalars, averaged over the layers."""
+    """last_hidden_state [B, S, E]; cache; aux_losses: the observer's and the slots' scalars, means of the layers."""
 
     last_hidden_state: Tensor | None = None
     cache: DSACache | None = None
@@ -56,7 +56,8 @@ class DecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         attended, aux = self.self_attn(self.input_layernorm(hidden), call)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), aux
+        transformed, mlp_aux = self.mlp(self.post_attention_layernorm(hidden), call.lengths)
+        return hidden + transformed, aux | mlp_aux
 
 
 class DSAPreTrainedModel(PreTrainedModel):
@@ -68,8 +69,9 @@ class DSAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RotaryTable):
-            module.reset()
+        reset = getattr(module, "reset", None)  # RotaryTable, and what a variant initialises in a way of its own
+        if callable(reset):
+            reset()
 
 
 class DSAModel(DSAPreTrainedModel):
@@ -103,7 +105,7 @@ class DSAModel(DSAPreTrainedModel):
         """The step that the exported graphs hold: input_ids [B, S], padded on the right, after past_lengths [B] tokens.
 
         `lengths` [B] are the valid tokens of this call. Returns the hidden states [B, S, E] (after the final norm)
-        and the observer's scalars averaged over the layers.
+        and the scalars of the observer and the feed-forwards, averaged over the layers.
         """
         S = input_ids.shape[1]
         hidden = self.embed_tokens(input_ids)

@@ -57,6 +57,19 @@ def write_cache(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
     return cache
 
 
+def gather_rows(cache: Tensor, slots: Tensor) -> Tensor:
+    """Rows of cache [B, H, C, D] at slots [B, N], the same for all heads → [B, H, N, D].
+
+    Slots outside [0, C) read its ends.
+    """
+    slots = slots.clamp(0, cache.shape[2] - 1)
+    if torch.onnx.is_in_onnx_export():
+        B, H, _, D = cache.shape
+        indices = slots[:, None, :, None].expand(B, H, slots.shape[1], 1)
+        return _onnx("GatherND", (cache, indices), {"batch_dims": 2}, like=cache, shape=(B, H, slots.shape[1], D))
+    return cache.gather(2, slots[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3]))
+
+
 def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_lengths: Tensor, scale: float) -> Tensor:
     """Causal grouped-query attention over the whole cache: q [B, Hq, S, D], caches [B, Hkv, C, D] → [B, Hq, S, D].
 

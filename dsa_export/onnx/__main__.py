@@ -18,7 +18,7 @@ from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokeni
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.checkpoint import has_indexer, load_config
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
-from dsa_export.onnx.identical import compare_graphs
+from dsa_export.onnx.identical import Comparison, SharedWeights, compare_graphs, compare_weights
 from dsa_export.onnx.parity import DECODED_TOKENS, check_parity, decoded_logits, parity_text
 from dsa_export.onnx.quantise import BITS, BLOCK_SIZES, Scheme, quantise, untie
 from dsa_export.selection import add_selection_arguments, chosen_options, selection_options
@@ -92,6 +92,10 @@ def main() -> None:
         raise UserError(f"{arguments.model} was saved with attention='dense': it has no indexer to export")
     if arguments.topk is not None and not 1 <= arguments.topk <= config.max_position_embeddings:
         raise UserError(f"--topk must be between 1 and {config.max_position_embeddings}, got {arguments.topk}")
+    if getattr(config, "attention", None) == "nsa" and (arguments.topk or selection_options(arguments)):
+        raise UserError(
+            f"{arguments.model} has native sparse attention: --topk and --index-… are options of an indexer"
+        )
     tokenizer = load_tokenizer(arguments.model)
     torch.manual_seed(0)
     console.print(f"Loading {arguments.model}")
@@ -110,7 +114,9 @@ def main() -> None:
         models = {"dense": dense_twin(model), "sparse": model}
         with console.status("Exporting the graphs"):
             sparse = export_graph(model)
-            graphs = {"dense": dense_from_sparse(sparse), "sparse": sparse}
+            derivable = model.config.attention == "dsa"
+            dense = dense_from_sparse(sparse) if derivable else export_graph(models["dense"])
+            graphs = {"dense": dense, "sparse": sparse}
         length = min(max(model.config.topk_per_layer) + 64, MAX_PARITY_PROMPT) + DECODED_TOKENS
         text = tokenizer(parity_text(), add_special_tokens=False).input_ids[:length]
         unquantised: dict[str, Tensor] = {}
@@ -120,11 +126,12 @@ def main() -> None:
                 quantise(graphs.values(), dict(model.named_parameters()), scheme)
         with console.status("Writing the weights"):
             save_graphs(graphs, out)
-        del graphs, sparse
+        del graphs, sparse, dense
         tokenizer.save_pretrained(out)
 
-        same = compare_graphs(*(ir.load(out / variant / MODEL_FILE) for variant in models))
-        console.print(f"Identical operators: {same}")
+        compare = compare_graphs if derivable else compare_weights
+        same = compare(*(ir.load(out / variant / MODEL_FILE) for variant in models))
+        console.print(f"{'Identical operators' if derivable else 'Shared weights'}: {same}")
         parity = {}
         for variant, variant_model in models.items():
             with console.status(f"Checking the {variant} graph against torch"):
@@ -134,7 +141,7 @@ def main() -> None:
             console.print(describe(variant, parity[variant]))
         if not all(result["passed"] for result in parity.values()):
             raise UserError("the exported graphs do not compute what torch computes (figures above): nothing was kept")
-        write_export_manifest(out, arguments, model, models, parity, vars(same), scheme)
+        write_export_manifest(out, arguments, model, models, parity, same, scheme)
     size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
     console.print(
         f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
@@ -175,7 +182,7 @@ def write_export_manifest(
     model: DSAForCausalLM,
     models: dict[str, DSAForCausalLM],
     parity: dict[str, Any],
-    identical: dict[str, int],
+    same: Comparison | SharedWeights,
     scheme: Scheme | None,
 ) -> None:
     config = model.config
@@ -220,18 +227,21 @@ def write_export_manifest(
             "sha256": sha256(out / "dense" / WEIGHTS_FILE),
         },
         parity=parity,
-        identical_operators=identical,
+        identical_operators=asdict(same) if isinstance(same, Comparison) else None,
+        shared_weights=asdict(same) if isinstance(same, SharedWeights) else None,
     )
 
 
 def describe_cache(entry: CacheEntry, model: DSAForCausalLM, dtype: str) -> dict[str, Any]:
     """One cached tensor for the manifest; `layers` only where not all have it."""
     layers = [i for i, layout in enumerate(model.model.cache_layouts) if entry in layout]
-    facts = {
+    facts: dict[str, Any] = {
         "name": entry.name,
         "shape": list(entry.shape("batch", "capacity")),
         "dtype": str(entry.dtype).removeprefix("torch.") if entry.dtype else dtype,
     }
+    if entry.recent is not None:
+        facts["recent"] = entry.recent
     return facts if len(layers) == len(model.model.layers) else facts | {"layers": layers}
 
 

@@ -97,6 +97,34 @@ def compare_graphs(dense: ir.Model, sparse: ir.Model) -> Comparison:
     return Comparison(len(seen_dense) - len(dense_cores), len(dense_cores), len(sparse_cores), indexer, len(weights))
 
 
+@dataclass
+class SharedWeights:
+    """Counts of weights. For variants whose branches have no counterpart in the dense graph."""
+
+    shared: int
+    sparse_only: int
+
+    def __str__(self) -> str:
+        return (
+            f"all {self.shared} weights of the dense graph are the sparse graph's; the sparse graph has "
+            f"{self.sparse_only} more, and its attention is other operators"
+        )
+
+
+def compare_weights(dense: ir.Model, sparse: ir.Model) -> SharedWeights:
+    """Raises UserError unless every weight of the dense graph is, by name and bytes, one of the sparse graph."""
+    weights = [{n: v for n, v in g.graph.initializers.items() if _is_external(v)} for g in (dense, sparse)]
+    for name, value in weights[0].items():
+        if name not in weights[1]:
+            raise UserError(f"the sparse graph lacks the weight {name}")
+        _compare_leaves(value, weights[1][name], set())
+    return SharedWeights(len(weights[0]), len(weights[1]) - len(weights[0]))
+
+
+def _is_external(value: ir.Value) -> bool:
+    return isinstance(value.const_value, ir.ExternalTensor)
+
+
 def _compare_nodes(node: ir.Node, other: ir.Node) -> None:
     if _operator(node) != _operator(other):
         raise UserError(f"dense has {node.op_type} ({node.name}) where sparse has {other.op_type} ({other.name})")
@@ -166,7 +194,10 @@ def _is_index_cache(name: str | None) -> bool:
 
 def compare_folder(folder: Path) -> Comparison:
     """compare_graphs() for an export folder (out/onnx)."""
-    graphs = read_manifest(folder, "onnx", "python -m dsa_export.onnx")["graphs"]
+    manifest = read_manifest(folder, "onnx", "python -m dsa_export.onnx")
+    if manifest["identical_operators"] is None:
+        raise UserError(f"{folder}: sparse and dense attention are other operators here, not DSA beside its dense twin")
+    graphs = manifest["graphs"]
     return compare_graphs(*(ir.load(folder / graphs[variant]["path"]) for variant in ("dense", "sparse")))
 
 

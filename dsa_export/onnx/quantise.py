@@ -3,7 +3,7 @@
 A block is `block_size` consecutive input features of one output feature; it has one scale and no zero point. ONNX
 Runtime fuses the pair into its MatMulNBits kernel when it loads the graph, NVIDIA's parsers read the int4 form. The
 integers come from ONNX Runtime's own quantiser. The indexer keeps its type, or takes int8 at most: what it loses, no
-later layer can mend.
+later layer can mend. A router of experts keeps its type: it is tiny, and it decides.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dsa_export.model.checkpoint import INDEXER
 from dsa_export.model.decoder import DSAForCausalLM
+from dsa_export.model.feed_forward import ROUTER
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (32, 64, 128)
@@ -38,6 +39,8 @@ class Scheme:
         """Bits of a weight of this name; None leaves it as it is."""
         if INDEXER in name:
             return BITS["int8"] if self.indexer else None
+        if ROUTER in name:
+            return None
         return None if name == LM_HEAD and not self.lm_head else BITS[self.weights]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from bench import measure, parity, prompts
 from dsa_export.cli import UserError
+from dsa_export.memory import PeakMemory
 from engines.session import Session
 from tests.engines import toy
 
@@ -113,7 +114,7 @@ def test_alternating_timing():
 
 def test_peak_memory_sees_what_was_freed_again():
     def peak():
-        memory = measure.PeakMemory()
+        memory = PeakMemory()
         memory.reset()
         block = np.ones(100 * 2**20, np.uint8)
         del block

@@ -11,9 +11,10 @@ import onnx
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from bench.measure import PeakMemory, in_child
+from bench.measure import in_child
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, sha256
+from dsa_export.memory import PeakMemory
 from engines import ort
 from engines.artifacts import Limits
 from engines.memory import estimate

@@ -24,6 +24,9 @@ def model(operator: str, float_type: int, scaled: bool = False, **attributes: in
             inputs["index_k"] = (TensorProto.FLOAT8E4M3FN, "B G Di")
             inputs["index_scale"] = (TensorProto.FLOAT, "B G")
         output = helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "S", attributes["k"]])
+    elif operator == "BlockTopK":
+        inputs = {"importance": (TensorProto.FLOAT, "B H S J"), "kv_lengths": (TensorProto.INT64, "B")}
+        output = helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "H", "S", "N"])
     else:
         inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
                   "v_cache": (float_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip

@@ -11,6 +11,7 @@ from dsa_export.model.attention.base import Call
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.norm import HeadRMSNorm
 from dsa_export.model.standard_ops import dense_attention, rotary, split_heads
+from dsa_export.topk import topk_per_layer
 
 
 class DenseAttention(nn.Module):
@@ -32,6 +33,11 @@ class DenseAttention(nn.Module):
                 f"attention={config.attention!r} has no latent rows (kv_lora_rank): use 'mla' or 'mla-dsa'"
             )
 
+    @classmethod
+    def topk_per_layer(cls, config: DSAConfig) -> tuple[int, ...]:
+        """Rows of K and V that a query of each layer attends to at most where the variant selects."""
+        return topk_per_layer(config.index_topk, config.num_hidden_layers)
+
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -47,6 +53,9 @@ class DenseAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = HeadRMSNorm(config.head_size, config.rms_norm_eps)
             self.k_norm = HeadRMSNorm(config.head_size, config.rms_norm_eps)
+
+    def start_from_dense(self) -> None:
+        """Sets the added parameters after a dense checkpoint was loaded, where random ones are no good start."""
 
     @classmethod
     def cache_layout(cls, config: DSAConfig, layer: int) -> list[CacheEntry]:

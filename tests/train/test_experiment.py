@@ -1,0 +1,214 @@
+"""The experiment in toy size: twins that differ in attention alone, results, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsa_export.cli import UserError
+from dsa_export.files import read_manifest
+from dsa_export.model import load_model
+from train.experiment import measure, report
+from train.experiment.__main__ import main, parser, resolve
+from train.experiment.measure import crossover
+from train.experiment.presets import PRESETS, quick
+from train.experiment.twins import Twin, fresh, parts_of
+from train.trainer import Trainer
+
+TOY = replace(
+    PRESETS["glm4-moe"], length=32, hidden_size=32, heads=2, layers=2, expert_size=16, vocabulary=300, index_heads=2,
+    index_dim=8, topk=8, tokens_per_update=64, warmup_steps=3, steps=5, held_out=3,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _toy_presets(monkeypatch):
+    monkeypatch.setitem(PRESETS, "glm4-moe", TOY)
+    monkeypatch.setitem(PRESETS, "plain", replace(TOY, name="plain", feed_forward="gated"))
+
+
+@pytest.fixture
+def command(tmp_path, records, monkeypatch):
+    """Runs the experiment in tmp_path/out; nothing but its arguments changes from call to call."""
+
+    def run(*arguments: str):
+        out = tmp_path / "out"
+        common = ["--data", str(records), "--out", str(out), "--cache", str(tmp_path / "tokens"), "--save-every", "2"]
+        main([*common, "--speed-lengths", "8", "16", *arguments])
+        return out
+
+    return run
+
+
+def step_peak_mib_here(twin, folder, plan):
+    """In this process instead of one of its own, which takes seconds to start."""
+    return measure._step_peak_mib(
+        twin, folder, plan.data["glm4-moe"], "cpu", 1, torch.get_num_threads(), str(plan.dtype)
+    )
+
+
+def results(out):
+    return json.loads((out / "report" / "results.json").read_text())
+
+
+def test_the_whole_experiment(command, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "step_peak_mib", step_peak_mib_here)
+    out = command("--seeds", "0")
+    runs = {run["attention"]: run for run in results(out)["runs"]}
+    assert list(runs) == ["dense", "dsa", "nsa"]
+    for run in runs.values():
+        assert (run["updates"], run["tokens"]) == (8, 8 * 64)
+        assert (
+            0 < run["loss"] < 7 and 0 <= run["accuracy"] <= 1 and run["ms_per_step"] > 0 and run["step_peak_mib"] >= 0
+        )
+        assert run["perplexity"] == pytest.approx(torch.tensor(run["loss"]).exp().item(), rel=1e-4)
+    # Of 32 * 33 / 2 visible pairs, query t selects min(t + 1, 8).
+    assert runs["dsa"]["sparsity"] == pytest.approx(1 - (36 + 24 * 8) / 528)
+    assert 0 < runs["dsa"]["coverage"] <= runs["dsa"]["coverage_best"] <= 1 and runs["dsa"]["mean_distance"] > 0
+    assert {(s["phase"], s["length"]) for s in results(out)["speed"]} == {
+        (phase, length) for phase in ("decode", "prefill") for length in (8, 16)
+    }
+    pictures = {path.name for path in (out / "report").glob("*.png")}
+    assert pictures == {"loss.png", "speed.png", *(f"{n}-glm4-moe.png" for n in ("attention", "heads", "selection"))}
+    text = (out / "report" / "results.md").read_text()
+    assert "| glm4-moe | dsa, k = 8 | 1 |" in text and "against dense over 1 seed" in text
+    assert read_manifest(out / "report", "experiment report", "test")["data"]["glm4-moe"]["windows"] > 0
+    assert text in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    monkeypatch.setattr("train.experiment.__main__.write", lambda *arguments: None)
+    monkeypatch.setattr("train.trainer.plot_metrics", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_with_everything_selected_dsa_is_its_dense_twin(command, capsys):
+    """Initial weights, data, order, updates and learning rates are the same: only the attention can differ."""
+    out = command("--seeds", "1", "--attention", "dense", "dsa", "--k", "32")
+    assert "k = 32 covers all 32 tokens" in capsys.readouterr().out
+    dense, dsa = (load_model(out / "runs" / f"glm4-moe-{name}-seed1").state_dict() for name in ("dense", "dsa"))
+    for name, tensor in dense.items():
+        torch.testing.assert_close(dsa[name], tensor, atol=1e-4, rtol=0)
+    start = fresh(Twin(TOY, "dense", 1)).state_dict()
+    assert all((dense[name] != start[name]).any() for name in dense if "correction_bias" not in name)
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_stopped_anywhere_it_goes_on_and_ends_in_the_same_weights(command, monkeypatch, tmp_path):
+    arguments = ("--seeds", "0", "--attention", "dense", "dsa", "--k", "auto")
+    step, taken, limit = Trainer._step, [], [6]
+
+    def until_limit(self):
+        if len(taken) == limit[0]:
+            raise KeyboardInterrupt
+        taken.append(self.step)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_step", until_limit)
+    for limit[0] in (6, 13, 1000):  # in the main stage of dense, in DSA's main stage, never
+        try:
+            out = command(*arguments)
+        except KeyboardInterrupt:
+            assert limit[0] < 1000
+    assert 16 <= len(taken) <= 20, "no more than what was not saved is done again"
+    resumed = load_model(out / "runs" / "glm4-moe-dsa-seed0")
+    assert sum(resumed.config.topk_per_layer) == 2 * TOY.topk and not list((out / "runs").glob("*.warm-up"))
+
+    done = len(taken)
+    command(*arguments)
+    assert len(taken) == done, "finished twins are not trained again"
+    with pytest.raises(UserError, match=r"steps: 5 there, 6 now.*--overwrite"):
+        command(*arguments, "--steps", "6")
+    command(*arguments, "--overwrite")
+    assert len(taken) == done + 16
+    for name, tensor in load_model(out / "runs" / "glm4-moe-dsa-seed0").state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_twins_start_alike_and_the_stages_share_no_window(records, tokenizer):
+    from train.data import load_data
+
+    dense, dsa = (fresh(Twin(TOY, name, 7)).state_dict() for name in ("dense", "dsa"))
+    assert all(torch.equal(dsa[name], tensor) for name, tensor in dense.items()) and len(dsa) > len(dense)
+    assert any((fresh(Twin(TOY, "dense", 8)).state_dict()[name] != dense[name]).any() for name in dense)
+    data = load_data(str(records), tokenizer, 32, train_windows=16, held_out_windows=2)
+    warm_up, rest = parts_of(data, TOY)
+    assert len(warm_up.train) == 6 and len(rest.train) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--attention dsa", "needs dense"),
+        ("--k 8 --attention dense", "needs dsa"),
+        ("--k auto --warm-up 0", "--warm-up above 0"),
+        ("--k 8 auto", "auto. alone"),
+        ("--k 0", "whole numbers from 1"),
+        ("--k 8 8 8", "has 2 layers"),
+        ("--steps 0", "--steps must be at least 1"),
+        ("--lr 0", "--lr must be positive"),
+        ("--vocabulary 100", "--vocabulary must be at least 300"),
+        ("--speed-lengths 64 32", "must grow"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_done(arguments, message):
+    with pytest.raises(UserError, match=message):
+        resolve(parser().parse_args(arguments.split()))
+
+
+def test_presets_are_those_of_the_source(monkeypatch):
+    monkeypatch.undo()
+    preset = PRESETS["glm4-moe"]
+    config = preset.config()
+    shape = (config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.moe_intermediate_size)
+    assert shape == (256, 8, 6, 512) and (config.num_experts, config.num_experts_per_tok) == (4, 2)
+    assert (config.max_position_embeddings, config.index_heads, config.index_dim, config.index_topk) == (128, 4, 64, 64)
+    assert (preset.warmup_steps, preset.warmup_lr, preset.steps, preset.lr) == (200, 1e-3, 3000, 3e-3)
+    assert {PRESETS[name].length for name in PRESETS} == {128, 256, 512, 1024, 2048, 4096}
+    assert PRESETS["plain"].config().intermediate_size == 1024
+    assert all(quick(preset).config() for preset in PRESETS.values())
+
+
+def run(attention, seed, loss):
+    return {"preset": "p", "attention": attention, "seed": seed, "loss": loss, "accuracy": 0.5, "perplexity": 2.0,
+            "ms_per_step": 1.0, "step_peak_mib": None}  # fmt: skip
+
+
+def test_losses_are_compared_seed_by_seed():
+    records = [run("dense", 0, 2.0), run("dense", 1, 4.0), run("dsa", 0, 2.1), run("dsa", 1, 4.12)]
+    assert report.increases(records, "p", "dsa") == pytest.approx([0.05, 0.03])
+    row = report.table_rows(records)[2]
+    assert row[:5] == ["p", "dsa", "2", "3.1100 ± 1.4284", "+4.00 % ± 1.41 %"]
+    assert "within 5%" in report.verdicts(records, [])[0]
+    assert "NOT within 5%" in report.verdicts([run("dense", 0, 2.0), run("dsa", 0, 2.2)], [])[0]
+    assert "within the aim of 1%" in report.verdicts([run("dense", 0, 2.0), run("dsa", 0, 2.0)], [])[0]
+
+
+@pytest.mark.parametrize(
+    ("speedups", "expected"),
+    [
+        ([0.5, 2.0], 2**0.5 * 100),
+        ([2.0, 0.5, 1.0, 2.0], 400),
+        ([2.0, 0.5], None),
+        ([1.5, 1.5], 100),
+        ([0.5, 0.6], None),
+    ],
+)
+def test_crossover(speedups, expected):
+    records = [
+        {"phase": "decode", "length": 100 * 2**i, "ms": {"dense": speedup, "dsa": 1.0}}
+        for i, speedup in enumerate(speedups)
+    ]
+    assert crossover(records, "decode", "dsa") == (None if expected is None else pytest.approx(expected))
+    assert crossover(records, "prefill", "dsa") is None
+
+
+def test_the_verdict_names_the_lengths_that_pay():
+    speeds = [{"phase": "decode", "length": 100 * 2**i, "ms": {"dense": s, "dsa": 1.0}} for i, s in enumerate([1.1, 2])]
+    assert report.verdicts([], speeds) == [
+        "decode, dsa: faster than dense from about 100 tokens on, 1.2× from about 111 tokens on; 2.00× at 200 tokens"
+    ]

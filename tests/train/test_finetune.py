@@ -1,0 +1,70 @@
+"""Plain cross-entropy training: from a checkpoint, from scratch, and twins that start from the same weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dsa_export.cli import UserError
+from dsa_export.model import load_model
+from dsa_export.model.checkpoint import load_config
+from train import finetune
+from train.data import IGNORED, Windows
+
+SHORT = "--steps 6 --length 32 --batch-size 2 --held-out 2 --min-tokens 1 --lr 1e-2 --device cpu".split()  # noqa: SIM905
+
+
+def finetuned(model: Path, records: Path, out: Path, *arguments: str) -> dict:
+    finetune.main(["--model", str(model), "--data", str(records), "--out", str(out), *SHORT, *arguments])
+    return json.loads((out / "manifest.json").read_text())
+
+
+def test_dense_training_lowers_the_loss_of_a_checkpoint(tiny: Path, records: Path, tmp_path: Path) -> None:
+    manifest = finetuned(tiny, records, tmp_path / "out", "--attention", "dense")
+    assert manifest["after"]["loss"] < manifest["before"]["loss"] - 0.2
+    assert load_model(tmp_path / "out").config.attention == "dense"
+
+
+def test_the_held_out_loss_is_that_of_transformers(tiny: Path) -> None:
+    ids = torch.randint(3, 250, (3, 24), generator=torch.Generator().manual_seed(0))
+    windows = Windows(ids, ids.clone(), torch.tensor([24, 24, 24]))
+    windows.labels[0, :20] = IGNORED  # the mean is over labels, not over windows
+    expected = AutoModelForCausalLM.from_pretrained(tiny)(ids, labels=windows.labels).loss.item()
+    model = load_model(tiny, attention="dense")
+    assert finetune.held_out_loss(model, windows) == {"loss": pytest.approx(expected, abs=1e-5)}
+    assert not model.training
+
+
+NSA = "--nsa-block-size 8 --nsa-stride 4 --nsa-selection-size 8 --nsa-selected-blocks 3 --nsa-window 8".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("start", [(), ("--from-scratch",)])
+def test_native_sparse_attention_trains_end_to_end(tiny: Path, records: Path, tmp_path: Path, start: tuple) -> None:
+    manifest = finetuned(tiny, records, tmp_path / "out", "--attention", "nsa", *NSA, *start)
+    assert manifest["after"]["loss"] < manifest["before"]["loss"] - 0.2
+    model = load_model(tmp_path / "out")
+    assert (model.config.attention, model.config.nsa_window) == ("nsa", 8)
+    assert model.model.layers[0].self_attn.compression.key.position.abs().max() > 0  # it began at 0
+
+
+def test_options_of_another_attention_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--nsa-window needs --attention nsa"):
+        finetune.main(["--model", str(tiny), "--attention", "dense", "--nsa-window", "9", "--out", str(tmp_path / "x")])
+
+
+def test_new_weights_of_one_seed_are_the_same(tiny: Path) -> None:
+    first, second, other = (finetune.new_model(load_config(tiny), "dense", seed).state_dict() for seed in (0, 0, 1))
+    trained = load_model(tiny, attention="dense").state_dict()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+        if tensor.std() > 0:
+            assert not torch.equal(tensor, other[name]) and not torch.equal(tensor, trained[name])
+
+
+def test_new_weights_refuse_what_the_configuration_refuses(tiny: Path) -> None:
+    with pytest.raises(UserError, match="index_topk must be"):
+        finetune.new_model(load_config(tiny), "dsa", 0, index_topk=0)

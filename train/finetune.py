@@ -1,0 +1,167 @@
+"""Plain cross-entropy training of a whole model, whatever its attention: from a checkpoint, or with new weights of the
+same configuration (--from-scratch). Native sparse attention learns its selection this way; for DSA, whose indexer
+cross-entropy cannot reach, there are train.warmup and train.joint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen2Config
+
+from dsa_export.cli import UserError, progress_bar, run
+from dsa_export.config import DSAConfig
+from dsa_export.model import DSAForCausalLM, load_model, load_tokenizer
+from dsa_export.model.checkpoint import load_config
+from train import base, precision
+from train.data import IGNORED, Windows, check_tokenizer
+from train.options import (
+    DTYPES,
+    SMALL_HIDDEN_SIZE,
+    Recipe,
+    argument_parser,
+    identity,
+    is_done,
+    model_source,
+    resolve,
+    start,
+    train,
+    training_data,
+)
+from train.trainer import Stage
+
+OUT = "out/finetune"
+ATTENTION = ("nsa", "dense")
+NSA_OPTIONS = {
+    "nsa_block_size": "l, tokens of a compressed block",
+    "nsa_stride": "d, tokens from one compressed block to the next",
+    "nsa_selection_size": "l', tokens of a selected block",
+    "nsa_selected_blocks": "n, blocks per query",
+    "nsa_window": "w, tokens of the sliding window",
+}
+SMALL_NSA = {
+    "nsa_block_size": 16,
+    "nsa_stride": 8,
+    "nsa_selection_size": 16,
+    "nsa_selected_blocks": 4,
+    "nsa_window": 32,
+}
+"""A small model's texts are short: with DSAConfig's defaults it would see everything."""
+
+SMALL = Recipe(steps=300, batch_size=2, length=(512,), lr=1e-3, min_tokens=64)
+REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024)
+
+
+def all_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    return {"model": list(model.parameters())}
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any, windows: Windows, *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """{"loss"}: cross-entropy per label in the training mode's form of attention; the mode is left as it was."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    total, labels = 0.0, 0
+    batches = torch.arange(len(windows)).split(batch_size)
+    model.train()
+    with progress_bar() as progress, precision.autocast(device, compute_dtype):
+        task = progress.add_task("evaluate", total=len(batches))
+        for rows in batches:
+            batch = windows.batch(rows, device)
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if count:  # the mean over no label is NaN
+                total += model(**batch, use_cache=False).loss.item() * count
+            labels += count
+            progress.advance(task)
+    model.train(was_training)
+    return {"loss": total / labels}
+
+
+def stage(name: str = "finetune", *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32) -> Stage:
+    """The stage: every parameter, cross-entropy alone, AdamW. For any model that takes labels."""
+    return Stage(
+        name=name,
+        groups=all_parameters,
+        terms=base.cross_entropy,
+        losses=("cross_entropy",),
+        evaluate=partial(held_out_loss, batch_size=batch_size, compute_dtype=compute_dtype),
+    )
+
+
+def new_model(config: Qwen2Config, attention: str, seed: int, **options: Any) -> DSAForCausalLM:
+    """Fresh weights of a checkpoint's configuration with another attention. `options` are DSAConfig's; None: default.
+
+    Twins of one seed start from the same weights wherever they have the same parameters.
+    """
+    inherited = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+    given = {name: value for name, value in options.items() if value is not None}
+    torch.manual_seed(seed)
+    shared = DSAForCausalLM(DSAConfig(**{**inherited, "attention": "dense"}))
+    try:
+        model = DSAForCausalLM(DSAConfig(**{**inherited, "attention": attention, **given}))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model.load_state_dict({**model.state_dict(), **shared.state_dict()})
+    return model
+
+
+def parser() -> argparse.ArgumentParser:
+    model_help = f"a checkpoint, folder or hub name [{base.OUT}: a small model, trained first if missing]"
+    result = argument_parser("finetune", __doc__ or "", SMALL, REAL, OUT, model_help)
+    result.add_argument("--attention", choices=ATTENTION, default="nsa", help="the variant to train [nsa]")
+    result.add_argument(
+        "--from-scratch", action="store_true", help="new weights; --model gives configuration and tokenizer only"
+    )
+    group = result.add_argument_group(
+        "native sparse attention", "Of a checkpoint that has none yet; one that has it keeps its own."
+    )
+    for name, text in NSA_OPTIONS.items():
+        text += f" [{getattr(DSAConfig(), name)}; small models: {SMALL_NSA[name]}]"
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    return result
+
+
+def nsa_options(args: argparse.Namespace, config: Qwen2Config) -> dict[str, Any]:
+    """The NSA of a model that has none yet: the arguments, completed by the small model's; {} for dense attention."""
+    given = {name: value for name in NSA_OPTIONS if (value := getattr(args, name)) is not None}
+    if args.attention != "nsa":
+        if given:
+            raise UserError(f"--{next(iter(given)).replace('_', '-')} needs --attention nsa")
+        return {}
+    new = getattr(config, "attention", None) != "nsa"
+    return {**(SMALL_NSA if new and config.hidden_size <= SMALL_HIDDEN_SIZE else {}), **given}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    processes = start(args)
+    name = args.model or base.ensure()
+    config = load_config(name)
+    resolve(args, SMALL, REAL, config)
+    options = nsa_options(args, config)
+    vars(args).update(options)
+    source = model_source(name)
+    run_identity = identity("finetune", args)
+    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
+        return
+
+    tokenizer = load_tokenizer(name)
+    check_tokenizer(tokenizer, config.vocab_size)
+    data = training_data(args, tokenizer, processes)
+    torch.manual_seed(args.seed)
+    if args.from_scratch:
+        model = new_model(config, args.attention, args.seed, **options)
+    else:
+        model = load_model(name, attention=args.attention, **options)
+    whole = stage(batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
+    train(whole, model, tokenizer, data, source, run_identity, args, processes)
+
+
+if __name__ == "__main__":
+    run(main)
