@@ -150,13 +150,14 @@ def test_the_peer_is_the_familys_stock_model(family: tuple[str, Path], tokens: t
         assert peers.torch_bytes(str(checkpoint), 100) > peers.torch_bytes(str(checkpoint), 10)
 
 
-@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("form", ["dense", "sparse", "sparse with options"])
 @torch.no_grad()
-def test_causal_and_the_same_in_any_cut(family: tuple[str, Path], tokens: torch.Tensor, sparse: bool) -> None:
+def test_causal_and_the_same_in_any_cut(family: tuple[str, Path], tokens: torch.Tensor, form: str) -> None:
     """No later token moves an earlier output; chunks and single steps on a cache give what one call gives."""
     torch.manual_seed(3)
-    model = load_model(family[1], index_topk=12, index_heads=2, index_dim=16)
-    model = model if sparse else dense_twin(model)
+    options = {"index_sinks": 2, "index_window": 3, "index_pool": 4, "index_share": 2} if "options" in form else {}
+    model = load_model(family[1], index_topk=12, index_heads=2, index_dim=16, **options)
+    model = dense_twin(model) if form == "dense" else model
     whole = model(tokens, use_cache=False).logits
     for position in (1, 30, 59):
         changed = tokens.clone()
