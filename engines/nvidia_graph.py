@@ -9,6 +9,7 @@ stands before it in the cache. ONNX, given nonpad_kv_seqlen, anchors at the lowe
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -80,19 +81,21 @@ def take_general_branches(model: onnx.ModelProto) -> None:
     that a GPU does not care about, and a conditional would split the engine.
     """
     for function in model.functions:
-        nodes = []
-        for node in function.node:
-            if node.op_type != "If":
-                nodes.append(node)
-                continue
-            branch = next(attribute.g for attribute in node.attribute if attribute.name == "else_branch")
-            renamed = dict(zip((value.name for value in branch.output), node.output, strict=True))
-            for inner in branch.node:
-                inner.output[:] = [renamed.get(name, name) for name in inner.output]
-                nodes.append(inner)
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in _without_branches(function.node)]
         function.ClearField("node")
         function.node.extend(kept)
+
+
+def _without_branches(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        if node.op_type != "If":
+            yield node
+            continue
+        branch = next(attribute.g for attribute in node.attribute if attribute.name == "else_branch")
+        renamed = dict(zip((value.name for value in branch.output), node.output, strict=True))
+        for inner in branch.node:
+            inner.output[:] = [renamed.get(name, name) for name in inner.output]
+        yield from _without_branches(branch.node)
 
 
 def write(graph: Graph, capacity: int, path: Path) -> None:

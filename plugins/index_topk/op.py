@@ -28,6 +28,7 @@ from plugins.registry import PLUGIN_ATTRIBUTES
 SCORE_BYTES = 256 * 2**20
 """Upper bound of the scores that the torch form holds at a time; longer inputs are cut into tiles of query tokens."""
 
+# With no row longer than k everything visible is selected, and nothing is scored.
 # Dot products are rounded to the input type; ReLU, weights and sum are fp32, as in the torch form. With a single query
 # the keys stand on the left: CPU libraries repack the right operand, and the keys are large where the query is small.
 FUNCTION_BODY = """
@@ -38,59 +39,72 @@ IndexTopK <{attributes}>
     minus_one = Constant <value_ints = [-1]> ()
     one = Constant <value_ints = [1]> ()
     two = Constant <value_ints = [2]> ()
-    Di = Shape <start = 3, end = 4> (index_q)
-    rows_shape = Concat <axis = 0> (zero, minus_one, Di)
-    rows = Reshape (index_q, rows_shape)
-    weights_f = Cast <to = 1> (index_weights)
-    keys = {keys}
-
     zero_s = Constant <value_int = 0> ()
     one_s = Constant <value_int = 1> ()
     S_1 = Shape <start = 1, end = 2> (index_q)
     S = Squeeze (S_1)
-    G_1 = Shape <start = 1, end = 2> (index_k)
-    G = Squeeze (G_1)
 
-    decoding = Equal (S, one_s)
-    dot_scores = If (decoding) <
-        then_branch = one_query () => (float[B, S, G] one_query_scores)
-        {{
-            columns = Transpose <perm = [0, 2, 1]> (rows)
-            dots = MatMul (keys, columns)
-            activations = Relu (dots)
-            by_slot = Cast <to = 1> (activations)
-            weights_column = Transpose <perm = [0, 2, 1]> (weights_f)
-            score_column = MatMul (by_slot, weights_column)
-            one_query_scores = Transpose <perm = [0, 2, 1]> (score_column)
-        }},
-        else_branch = many_queries () => (float[B, S, G] many_queries_scores)
-        {{
-            key_columns = Transpose <perm = [0, 2, 1]> (keys)
-            dots = MatMul (rows, key_columns)
-            activations = Relu (dots)
-            B_S_Hi = Shape <start = 0, end = 3> (index_q)
-            head_shape = Concat <axis = 0> (B_S_Hi, minus_one)
-            by_head = Reshape (activations, head_shape)
-            by_head_f = Cast <to = 1> (by_head)
-            weights_row = Unsqueeze (weights_f, two)
-            score_row = MatMul (weights_row, by_head_f)
-            many_queries_scores = Squeeze (score_row, two)
-        }}
-    >
     past = Sub (kv_lengths, S_1)
     past_column = Unsqueeze (past, minus_one)
     steps = Range (zero_s, S, one_s)
     positions_row = Add (past_column, steps)
     positions = Unsqueeze (positions_row, minus_one)
-    slots = Range (zero_s, G, one_s)
-{rank}
-    lowest = Constant <value_float = -3.4e38> ()
-    masked = Where (visible, scores, lowest)
+
     k_s = Constant <value_int : int = @k> ()
-    k_1 = Unsqueeze (k_s, zero)
-{choose}
-    selected = LessOrEqual (best_tokens, positions)
-    chosen = Where (selected, best_tokens, minus_one)
+    longest = ReduceMax <keepdims = 0> (kv_lengths)
+    all_fit = LessOrEqual (longest, k_s)
+    chosen = If (all_fit) <
+        then_branch = everything () => (int64[B, S, K] all_tokens)
+        {{
+            first_k = Range (zero_s, k_s, one_s)
+            seen = LessOrEqual (first_k, positions)
+            all_tokens = Where (seen, first_k, minus_one)
+        }},
+        else_branch = the_best () => (int64[B, S, K] best_or_nothing)
+        {{
+            Di = Shape <start = 3, end = 4> (index_q)
+            rows_shape = Concat <axis = 0> (zero, minus_one, Di)
+            rows = Reshape (index_q, rows_shape)
+            weights_f = Cast <to = 1> (index_weights)
+            keys = {keys}
+            G_1 = Shape <start = 1, end = 2> (index_k)
+            G = Squeeze (G_1)
+            slots = Range (zero_s, G, one_s)
+            decoding = Equal (S, one_s)
+            dot_scores = If (decoding) <
+                then_branch = one_query () => (float[B, S, G] one_query_scores)
+                {{
+                    columns = Transpose <perm = [0, 2, 1]> (rows)
+                    dots = MatMul (keys, columns)
+                    activations = Relu (dots)
+                    by_slot = Cast <to = 1> (activations)
+                    weights_column = Transpose <perm = [0, 2, 1]> (weights_f)
+                    score_column = MatMul (by_slot, weights_column)
+                    one_query_scores = Transpose <perm = [0, 2, 1]> (score_column)
+                }},
+                else_branch = many_queries () => (float[B, S, G] many_queries_scores)
+                {{
+                    key_columns = Transpose <perm = [0, 2, 1]> (keys)
+                    dots = MatMul (rows, key_columns)
+                    activations = Relu (dots)
+                    B_S_Hi = Shape <start = 0, end = 3> (index_q)
+                    head_shape = Concat <axis = 0> (B_S_Hi, minus_one)
+                    by_head = Reshape (activations, head_shape)
+                    by_head_f = Cast <to = 1> (by_head)
+                    weights_row = Unsqueeze (weights_f, two)
+                    score_row = MatMul (weights_row, by_head_f)
+                    many_queries_scores = Squeeze (score_row, two)
+                }}
+            >
+        {rank}
+            lowest = Constant <value_float = -3.4e38> ()
+            masked = Where (visible, scores, lowest)
+            k_1 = Unsqueeze (k_s, zero)
+        {choose}
+            selected = LessOrEqual (best_tokens, positions)
+            best_or_nothing = Where (selected, best_tokens, minus_one)
+        }}
+    >
     indices = Cast <to = 6> (chosen)
 }}
 """
