@@ -30,19 +30,23 @@ class SelectionMeter:
     only queries count that see more than k keys, except in `curve`, which counts all: there a query with k keys or
     fewer has caught everything.
 
+    `layers` are those with an indexer; results list them in this order.
     The indexer is judged on the dense model's own hidden states, as in the warm-up.
     """
 
-    def __init__(self, layers: int, heads: int, ks: Sequence[int], every: int, map_layers: Sequence[int] = ()):
+    def __init__(
+        self, layers: Sequence[int], heads: int, ks: Sequence[int], every: int, map_layers: Sequence[int] = ()
+    ):
         self.ks, self.every = list(ks), every
         # caught by indexer, window, best; and what is selected: mean distance, share within the window
-        self.sums = torch.zeros(layers, len(ks), 5, dtype=torch.float64)
+        self.place = {layer: place for place, layer in enumerate(layers)}
+        self.sums = torch.zeros(len(layers), len(ks), 5, dtype=torch.float64)
         self.rows = torch.zeros(len(ks), dtype=torch.int64)
-        self.coverage = torch.zeros(layers, len(ks), dtype=torch.float64)
+        self.coverage = torch.zeros(len(layers), len(ks), dtype=torch.float64)
         self.windows = torch.zeros(len(ks), dtype=torch.int64)
-        self.head_shares = torch.zeros(layers, heads, len(DISTANCES) + 1, dtype=torch.float64)
+        self.head_shares = torch.zeros(len(layers), heads, len(DISTANCES) + 1, dtype=torch.float64)
         self.head_rows = 0
-        self.curves: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * layers
+        self.curves: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * len(layers)
         self.curve_rows = 0
         self.map_layers = set(map_layers)
         self.maps: dict[int, Tensor] = {}
@@ -57,6 +61,7 @@ class SelectionMeter:
     def _measure(self, t: AttentionTrace) -> None:
         T = t.q.shape[2]
         device = t.q.device
+        place = self.place[t.layer]
         queries = torch.arange(self.every - 1, T, self.every, device=device)
         if t.layer == 0:
             self.rows += torch.tensor([int((queries >= k).sum()) for k in self.ks])
@@ -86,7 +91,7 @@ class SelectionMeter:
                 window = 1 - behind[crowded].gather(-1, ends - k)
                 distance = ends - chosen
                 used[number, chosen.flatten()] = True
-                self.sums[t.layer, number] += torch.stack(
+                self.sums[place, number] += torch.stack(
                     [
                         caught[crowded, k - 1].sum(),
                         window.sum(),
@@ -102,8 +107,8 @@ class SelectionMeter:
                 mass_rows.append(mass.float().cpu())
         for number, k in enumerate(self.ks):
             if k < T:
-                self.coverage[t.layer, number] += float(used[number].float().mean())
-        self._add_curve(t.layer, curve.cpu())
+                self.coverage[place, number] += float(used[number].float().mean())
+        self._add_curve(place, curve.cpu())
         self._measure_heads(t, queries)
         if selected_rows:
             self.maps[t.layer] = _shrink(torch.cat(selected_rows).float())
@@ -126,15 +131,15 @@ class SelectionMeter:
             chosen = scores.masked_fill_(slots > rows[:, None], -torch.inf).topk(k, dim=-1).indices
             buckets = torch.bucketize(rows[:, None] - chosen, bounds, right=True)
             counts = torch.bincount(buckets.flatten(), minlength=len(DISTANCES) + 1)
-            self.head_shares[t.layer, head] += counts.double().cpu() / k
+            self.head_shares[self.place[t.layer], head] += counts.double().cpu() / k
 
-    def _add_curve(self, layer: int, curve: Tensor) -> None:
-        longer, shorter = sorted((self.curves[layer], curve), key=len, reverse=True)
+    def _add_curve(self, place: int, curve: Tensor) -> None:
+        longer, shorter = sorted((self.curves[place], curve), key=len, reverse=True)
         longer = longer.clone()
         longer[: len(shorter)] += shorter
         if len(shorter):  # rows of a shorter window have caught everything beyond it
             longer[len(shorter) :] += shorter[-1]
-        self.curves[layer] = longer
+        self.curves[place] = longer
 
     def caught(self) -> Tensor:
         """[layers, T]: mean share of attention mass in the indexer's k best keys, at k = 1 … T."""

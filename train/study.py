@@ -61,8 +61,9 @@ class Study:
 
     def meter(self, ks: Sequence[int], *, maps: bool = False) -> SelectionMeter:
         config = self.model.config
-        layers = config.num_hidden_layers
-        shown = {round(i * (layers - 1) / max(1, MAP_LAYERS - 1)) for i in range(MAP_LAYERS)} if maps else ()
+        layers = range(0, config.num_hidden_layers, config.index_share)  # those with an indexer
+        last = len(layers) - 1
+        shown = {layers[round(i * last / max(1, MAP_LAYERS - 1))] for i in range(MAP_LAYERS)} if maps else ()
         return SelectionMeter(layers, config.index_heads, ks, self.every, tuple(shown))
 
     @torch.no_grad()
@@ -142,11 +143,7 @@ class Study:
         }
         caught = meter.caught()
         record["caught"] = [
-            {
-                "k": str(choice),
-                "mean_k": choice.mean,
-                "mass": float(torch.stack([caught[i, min(k, length) - 1] for i, k in enumerate(choice.ks)]).mean()),
-            }
+            {"k": str(choice), "mean_k": choice.mean, "mass": _mass(caught, [choice.ks[i] for i in meter.place])}
             for choice in used
         ]
         return record
@@ -213,3 +210,8 @@ def _means(one: Score, dense: Score) -> Record:
         "kl": one.kl / one.tokens,
         "top1": one.agree / one.tokens,
     }
+
+
+def _mass(caught: Tensor, ks: Sequence[int]) -> float:
+    """caught [layers, T]: mean over the layers of the share that k keys catch, k by layer."""
+    return float(torch.stack([row[min(k, len(row)) - 1] for row, k in zip(caught, ks, strict=True)]).mean())
