@@ -88,13 +88,6 @@ def test_bytes_that_a_call_reads(exported):
     assert dense.cache_bytes_read(context) == 2 * row * context
 
 
-def test_the_graph_builds_in_tensorrt_rtx(exported, tmp_path, capsys):
-    options = ["--onnx", str(exported[1]), "--out", str(tmp_path), "--backend", "tensorrt-rtx", "--variant", "sparse"]
-    code, _, error = run_command(engines_build.main, [*options, "--max-context", "64", "--max-batch", "1"], capsys)
-    assert (code, error) == (0, "")
-    assert open_engine(tmp_path / "tensorrt-rtx" / "sparse").selection["nsa_stride"] == 4
-
-
 def test_the_comparison_gives_a_row(exported, tmp_path, capsys):
     options = ["--onnx", str(exported[1]), "--engines", str(tmp_path / "engines"), "--out", str(tmp_path / "bench")]
     options += ["--quick", "--context", "64", "--runs", "2", "--peers", "none", "--threads", "1"]

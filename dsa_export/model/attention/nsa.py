@@ -81,6 +81,7 @@ class NativeSparseAttention(DenseAttention):
 
     @classmethod
     def check(cls, config: DSAConfig) -> None:
+        super().check(config)
         for name in ("nsa_block_size", "nsa_stride", "nsa_selection_size", "nsa_selected_blocks", "nsa_window"):
             value = getattr(config, name)
             if not isinstance(value, int) or value < 1:
@@ -170,7 +171,8 @@ class NativeSparseAttention(DenseAttention):
         keys, values = self.compression.key(keys), self.compression.value(values)
         # The last token of a block that is complete after this call belongs to this call: its angles are at hand.
         cos, sin = gather_rows(torch.stack(call.rope, dim=1), row_ends - 1 - past[:, None]).unbind(1)
-        keys = split_heads(rotary(keys.transpose(1, 2).flatten(-2), cos, sin, self.kv_heads), self.kv_heads)
+        keys = self.k_norm(keys.transpose(1, 2).flatten(-2))
+        keys = split_heads(rotary(keys, cos, sin, self.kv_heads), self.kv_heads)
         keys, values = self.store("compressed", torch.cat([keys, values], dim=1), call, self.stride).chunk(2, dim=1)
         return keys, values
 
@@ -194,7 +196,7 @@ class NativeSparseAttention(DenseAttention):
     # ------------------------------------------------------------ window
 
     def attend_window(self, hidden: Tensor, q: Tensor, positions: Tensor, call: Call) -> Tensor:
-        k_BSE = rotary(self.window.k_proj(hidden), *call.rope, heads=self.kv_heads)
+        k_BSE = rotary(self.k_norm(self.window.k_proj(hidden)), *call.rope, heads=self.kv_heads)
         k = self.store("window_key", split_heads(k_BSE, self.kv_heads), call)
         v = self.store("window_value", split_heads(self.window.v_proj(hidden), self.kv_heads), call)
         back = torch.arange(self.window_size, device=q.device)
