@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -49,6 +50,7 @@ from engines.artifacts import (
 )
 from engines.profiles import Profile, as_json, profiles
 from engines.text import tokenizer_files
+from plugins.registry import DOMAIN
 
 PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
 DEFAULT_MAX_BATCH = 8
@@ -203,6 +205,12 @@ def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace)
     runtime_version("tensorrt-rtx")
     for variant in args.variant:
         graph = export.graphs[variant]
+        if not graph.reduces_to_dense and variant == "sparse":
+            # 1.7.1: compression with selection compiles, and the window alone; compression with the window does not.
+            raise UserError(
+                "TensorRT-RTX 1.7 crashes while it compiles native sparse attention: use --backend ort or torch, or "
+                "--variant dense"
+            )
         plans = plans_of(graph, limits, args)
         with output_folder(args.out / "tensorrt-rtx" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
             try:
@@ -254,7 +262,7 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
                 if job.plugin_library:
                     from engines.nvidia import check_plugin_layers
 
-                    check_plugin_layers(job.layers.read_text(), graph.model.layers)
+                    check_plugin_layers(job.layers.read_text(), plugin_nodes(graph.path))
             write_engine_manifest(
                 folder, "tensorrt", graph, export, limits, {job.plan.name: None for job in jobs},
                 runtime=version, compute_capability=[gpu_compute_capability()],
@@ -262,6 +270,11 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
                 profiles=profile_table({job.plan.name: job.profiles for job in jobs}),
             )  # fmt: skip
         report(args.out / "tensorrt" / variant)
+
+
+def plugin_nodes(path: Path) -> Counter[str]:
+    """Nodes of this project's operators in a graph, by operator."""
+    return Counter(node.op_type for node in ir.load(path).graph if node.domain == DOMAIN)
 
 
 def run_trtexec(binary: str, command: list[str], folder: Path) -> None:

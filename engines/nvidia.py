@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,13 @@ def plugin_layers(layer_information: str) -> Counter[str]:
     return Counter({plugin: sum(plugin in text for text in texts) for plugin in PLUGINS})
 
 
-def check_plugin_layers(layer_information: str, layers: int) -> None:
-    """Raises UserError unless every one of the model's `layers` runs our plugins."""
+def check_plugin_layers(layer_information: str, nodes: Mapping[str, int]) -> None:
+    """Raises UserError unless the engine has a plugin layer for each of the graph's `nodes`, counted by operator."""
     found = plugin_layers(layer_information)
-    if any(found[plugin] != layers for plugin in PLUGINS):
-        counts = ", ".join(f"{found[plugin]} {plugin}" for plugin in PLUGINS)
+    if any(found[plugin] != nodes.get(plugin, 0) for plugin in PLUGINS):
+        counts, wanted = (", ".join(f"{n.get(plugin, 0)} {plugin}" for plugin in PLUGINS) for n in (found, nodes))
         raise UserError(
-            f"the engine holds {counts} plugin layers instead of {layers} each: TensorRT took the function bodies; "
+            f"the engine holds {counts} plugin layers instead of {wanted}: TensorRT took the function bodies; "
             "check that the plugin library matches this TensorRT version (make plugins)"
         )
 

@@ -88,6 +88,12 @@ def test_bytes_that_a_call_reads(exported):
     assert dense.cache_bytes_read(context) == 2 * row * context
 
 
+def test_tensorrt_rtx_is_refused_before_it_crashes(exported, tmp_path, capsys):
+    options = ["--onnx", str(exported[1]), "--out", str(tmp_path), "--backend", "tensorrt-rtx", "--max-context", "64"]
+    code, _, error = run_command(engines_build.main, [*options, "--variant", "sparse"], capsys)
+    assert code == 1 and "TensorRT-RTX 1.7 crashes" in error
+
+
 def test_the_comparison_gives_a_row(exported, tmp_path, capsys):
     options = ["--onnx", str(exported[1]), "--engines", str(tmp_path / "engines"), "--out", str(tmp_path / "bench")]
     options += ["--quick", "--context", "64", "--runs", "2", "--peers", "none", "--threads", "1"]
