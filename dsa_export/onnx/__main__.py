@@ -15,6 +15,7 @@ from dsa_export.cli import UserError, console, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output, checkpoint_hash, output_folder, sha256, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
+from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.checkpoint import has_indexer, load_config
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
@@ -114,7 +115,7 @@ def main() -> None:
         models = {"dense": dense_twin(model), "sparse": model}
         with console.status("Exporting the graphs"):
             sparse = export_graph(model)
-            derivable = model.config.attention == "dsa"
+            derivable = issubclass(VARIANTS[model.config.attention], SparseAttention)
             dense = dense_from_sparse(sparse) if derivable else export_graph(models["dense"])
             graphs = {"dense": dense, "sparse": sparse}
         length = min(max(model.config.topk_per_layer) + 64, MAX_PARITY_PROMPT) + DECODED_TOKENS
