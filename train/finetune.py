@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2Config
 
 from dsa_export.cli import UserError, progress_bar, run
 from dsa_export.config import DSAConfig
-from dsa_export.model import DSAForCausalLM, load_model, load_tokenizer
+from dsa_export.model import DSAForCausalLM, feed_forward, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config
 from train import base, precision
 from train.data import IGNORED, Windows, check_tokenizer
@@ -83,13 +83,19 @@ def held_out_loss(
     return {"loss": total / labels}
 
 
-def stage(name: str = "finetune", *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32) -> Stage:
-    """The stage: every parameter, cross-entropy alone, AdamW. For any model that takes labels."""
+def terms(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{"cross_entropy"} of a batch, and what the feed-forward layers report."""
+    output = model(**batch, use_cache=False)
+    return {"cross_entropy": output.loss, **output.aux_losses}
+
+
+def stage(model: DSAForCausalLM, *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32) -> Stage:
+    """The stage: every parameter, cross-entropy and the losses of the model's feed-forward, AdamW."""
     return Stage(
-        name=name,
+        name="finetune",
         groups=all_parameters,
-        terms=base.cross_entropy,
-        losses=("cross_entropy",),
+        terms=terms,
+        losses=("cross_entropy", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
         evaluate=partial(held_out_loss, batch_size=batch_size, compute_dtype=compute_dtype),
     )
 
@@ -159,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = new_model(config, args.attention, args.seed, **options)
     else:
         model = load_model(name, attention=args.attention, **options)
-    whole = stage(batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
+    whole = stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
     train(whole, model, tokenizer, data, source, run_identity, args, processes)
 
 
