@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,7 +20,11 @@ def library() -> Path:
         pytest.skip("no g++ on this machine")
     from plugins.embed import build
 
-    return build(ROOT / "build/plugins").resolve()
+    folder = ROOT / "build/plugins"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:  # the other test processes wait and find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(folder).resolve()
 
 
 @pytest.fixture(scope="session")
