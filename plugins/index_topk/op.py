@@ -28,7 +28,8 @@ from plugins.registry import PLUGIN_ATTRIBUTES
 SCORE_BYTES = 256 * 2**20
 """Upper bound of the scores that the torch form holds at a time; longer inputs are cut into tiles of query tokens."""
 
-# With no row longer than k everything visible is selected, and nothing is scored.
+# With no row longer than k everything visible is selected, and nothing is scored. (The width of what the branches give has
+# no name: ONNX Runtime takes dimensions of one name for equal, and k may differ by layer.)
 # Dot products are rounded to the input type; ReLU, weights and sum are fp32, as in the torch form. With a single query
 # the keys stand on the left: CPU libraries repack the right operand, and the keys are large where the query is small.
 FUNCTION_BODY = """
@@ -54,13 +55,13 @@ IndexTopK <{attributes}>
     longest = ReduceMax <keepdims = 0> (kv_lengths)
     all_fit = LessOrEqual (longest, k_s)
     chosen = If (all_fit) <
-        then_branch = everything () => (int64[B, S, K] all_tokens)
+        then_branch = everything () => (int64[B, S, ?] all_tokens)
         {{
             first_k = Range (zero_s, k_s, one_s)
             seen = LessOrEqual (first_k, positions)
             all_tokens = Where (seen, first_k, minus_one)
         }},
-        else_branch = the_best () => (int64[B, S, K] best_or_nothing)
+        else_branch = the_best () => (int64[B, S, ?] best_or_nothing)
         {{
             Di = Shape <start = 3, end = 4> (index_q)
             rows_shape = Concat <axis = 0> (zero, minus_one, Di)
