@@ -74,13 +74,15 @@ def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
     """Median milliseconds of every part over the runs in a profile, the first `skip` runs left out.
 
     ONNX Runtime inlines the bodies of our operators and forgets where their nodes came from. Nodes run in the order of
-    the graph: within a layer, what runs without a module's name belongs to the selection up to its TopK, and to the
-    sparse core behind it.
+    the graph: within a layer, what runs without a module's name belongs to the selection up to its TopK (its If, where
+    everything is selected and nothing scored), and to the sparse core behind it.
     """
     runs: list[dict[str, float]] = []
     pending: dict[str, float] = defaultdict(float)
     events = list(events)
-    before = SELECTION if any(event.get("args", {}).get("op_name") == "TopK" for event in events) else OTHER
+    operators = {event.get("args", {}).get("op_name") for event in events}
+    last_of_selection = next((operator for operator in ("TopK", "If") if operator in operators), None)
+    before = SELECTION if last_of_selection else OTHER
     inlined = before
     for event in sorted(events, key=lambda event: event.get("ts", 0) + event.get("dur", 0)):
         if event.get("cat") == "Session" and event.get("name") == "model_run":
@@ -88,14 +90,13 @@ def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
             pending = defaultdict(float)
         elif event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
             operator = event["args"]["op_name"]
-            if operator in CONTROL_FLOW:
-                continue  # its inner nodes have events of their own
             part = part_of(event["name"].removesuffix("_kernel_time"), operator) or inlined
-            if operator == "TopK":
+            if operator == last_of_selection:
                 inlined = CORE
             elif ".o_proj" in event["name"]:
                 inlined = before
-            pending[part] += event["dur"] / 1e3
+            if operator not in CONTROL_FLOW:  # its inner nodes have events of their own
+                pending[part] += event["dur"] / 1e3
     kept = runs[skip:]
     return {part: median(run.get(part, 0.0) for run in kept) for part in PARTS}
 

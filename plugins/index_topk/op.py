@@ -28,8 +28,8 @@ from plugins.registry import PLUGIN_ATTRIBUTES
 SCORE_BYTES = 256 * 2**20
 """Upper bound of the scores that the torch form holds at a time; longer inputs are cut into tiles of query tokens."""
 
-# With no row longer than k everything visible is selected, and nothing is scored. (The width of what the branches give has
-# no name: ONNX Runtime takes dimensions of one name for equal, and k may differ by layer.)
+# With no row longer than k everything visible is selected, and nothing is scored. (The width of what the branches give
+# has no name: ONNX Runtime takes dimensions of one name for equal, and k may differ by layer.)
 # Dot products are rounded to the input type; ReLU, weights and sum are fp32, as in the torch form. With a single query
 # the keys stand on the left: CPU libraries repack the right operand, and the keys are large where the query is small.
 FUNCTION_BODY = """
