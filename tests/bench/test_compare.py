@@ -20,8 +20,8 @@ from tests.engines.commands import copy_tree, one_line, run_command
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = {
     "kind", "variant", "core", "strongest", "backend", "precision", "k", "selection", "phase", "context", "batch",
-    "queries", "capacity", "caches", "random_indexer", "ms_median", "ms_p10", "ms_p90", "runs", "tokens_per_s", "speedup",
-    "speedup_paired", "speedup_predicted", "floor_bytes", "floor_flops", "floor_ms", "floor_ms_by_bytes",
+    "queries", "capacity", "caches", "random_indexer", "ms_median", "ms_p10", "ms_p90", "runs", "tokens_per_s",
+    "speedup", "speedup_paired", "speedup_predicted", "floor_bytes", "floor_flops", "floor_ms", "floor_ms_by_bytes",
     "floor_ms_by_flops", "floor_fraction", "rates", "ttft_s", "loss", "agreement", "peak_mib", "peak_mib_is", "engine",
     "source", "machine", "versions", "command", "time",
 }  # fmt: skip
