@@ -1,4 +1,4 @@
-"""The README is true: its commands exist with the flags it uses, its links lead somewhere."""
+"""The README and docs/ are true: their commands exist with the flags they use, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("plugins/*/README.md"))]
+COMMANDS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*COMMANDS, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("plugins/*/README.md"))]
 
 
 def commands() -> list[str]:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = "\n".join(document.read_text() for document in COMMANDS).replace("\\\n", " ")
     return sorted({line.strip() for line in text.splitlines() if line.startswith("    python ")})
 
 
