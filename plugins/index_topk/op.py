@@ -332,7 +332,31 @@ def _index_topk(
     pool: int = 1,
     index_scale: Tensor | None = None,
 ) -> Tensor:
-    return index_topk_torch(index_q, index_weights, index_k, kv_lengths, k, sinks, window, pool, index_scale)
+    """The torch form: tiles of query tokens, scores of a tile in memory."""
+    B, S, Hi = index_q.shape[:3]
+    G = index_k.shape[1]
+    keys = index_k.to(index_q.dtype)
+    first_tokens = torch.arange(G, device=index_q.device) * pool
+    last_tokens = first_tokens + pool - 1
+    tile = max(1, SCORE_BYTES // max(B * Hi * G * 4, 1))
+    tiles = []
+    for start in range(0, S, tile):
+        stop = min(start + tile, S)
+        scores = index_scores(index_q[:, start:stop], index_weights[:, start:stop], keys)
+        if index_scale is not None:
+            scores = scores * index_scale[:, None]
+        positions = (kv_lengths[:, None] - S + torch.arange(start, stop, device=index_q.device))[..., None]
+        highest = torch.finfo(torch.float32).max
+        scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-torch.inf)  # NaN ranks highest
+        if sinks or window or pool > 1:
+            always = (first_tokens < sinks) | (last_tokens > positions - window)
+            scores = scores.masked_fill(always | (last_tokens > positions), torch.inf)
+        scores = scores.masked_fill(first_tokens > positions, -torch.inf)
+        best = topk_lowest_index_first(scores, min(k // pool, G))
+        tokens = (best[..., None] * pool + torch.arange(pool, device=best.device)).flatten(-2)
+        tiles.append(torch.where(tokens <= positions, tokens, -1).to(torch.int32))
+    indices = torch.cat(tiles, dim=1)
+    return torch.nn.functional.pad(indices, (0, k - indices.shape[-1]), value=-1)
 
 
 @_index_topk.register_kernel("cuda")
@@ -369,41 +393,3 @@ def _(
     index_scale: Tensor | None = None,
 ) -> Tensor:
     return index_q.new_empty(*index_q.shape[:2], k, dtype=torch.int32)
-
-
-def index_topk_torch(
-    index_q: Tensor,
-    index_weights: Tensor,
-    index_k: Tensor,
-    kv_lengths: Tensor,
-    k: int,
-    sinks: int = 0,
-    window: int = 0,
-    pool: int = 1,
-    index_scale: Tensor | None = None,
-) -> Tensor:
-    """The torch form, on any device: tiles of query tokens, scores of a tile in memory."""
-    B, S, Hi = index_q.shape[:3]
-    G = index_k.shape[1]
-    keys = index_k.to(index_q.dtype)
-    first_tokens = torch.arange(G, device=index_q.device) * pool
-    last_tokens = first_tokens + pool - 1
-    tile = max(1, SCORE_BYTES // max(B * Hi * G * 4, 1))
-    tiles = []
-    for start in range(0, S, tile):
-        stop = min(start + tile, S)
-        scores = index_scores(index_q[:, start:stop], index_weights[:, start:stop], keys)
-        if index_scale is not None:
-            scores = scores * index_scale[:, None]
-        positions = (kv_lengths[:, None] - S + torch.arange(start, stop, device=index_q.device))[..., None]
-        highest = torch.finfo(torch.float32).max
-        scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-torch.inf)  # NaN ranks highest
-        if sinks or window or pool > 1:
-            always = (first_tokens < sinks) | (last_tokens > positions - window)
-            scores = scores.masked_fill(always | (last_tokens > positions), torch.inf)
-        scores = scores.masked_fill(first_tokens > positions, -torch.inf)
-        best = topk_lowest_index_first(scores, min(k // pool, G))
-        tokens = (best[..., None] * pool + torch.arange(pool, device=best.device)).flatten(-2)
-        tiles.append(torch.where(tokens <= positions, tokens, -1).to(torch.int32))
-    indices = torch.cat(tiles, dim=1)
-    return torch.nn.functional.pad(indices, (0, k - indices.shape[-1]), value=-1)
