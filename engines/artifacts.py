@@ -168,8 +168,9 @@ class Variant:
         compressed = [tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name == "compressed"]
         if compressed:
             return 3 * compressed[0] * self.model.query_heads * 4 + gathered_rows
-        keys = max(tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name in ("pooled", "index"))
-        return keys * (2 * self.model.index_heads + 3) * 4 + gathered_rows
+        rows = {tensor.name: tensor.concrete(1, capacity)[2] for tensor in self.cache}
+        scored = rows.get("pooled", rows["index"])
+        return scored * (2 * self.model.index_heads + 3) * 4 + gathered_rows
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,9 @@ def test_graphs_with_all_options(dsa_folder, tmp_path, tokens):
     assert graph.cache_bytes_per_token() == pytest.approx(per_token)
     assert graph.cache_bytes_read(90) == 4 * (2 * 2 * 64 * 24 + 32 * 5 + 32 * 30)
 
+    # Scores are of the 34 means, not of the 96 keys.
+    assert graph.workspace_bytes_per_query(96) == 34 * (2 * 4 + 3) * 4 + 2 * 24 * 64 * 4 * 2
+
     model = load_model(dsa_folder, **OPTIONS["all"])
     runner = Graph(graph.path, 2)
     a, b = tokens.tolist()
