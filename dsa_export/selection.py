@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
 NSA_OPTIONS = ("nsa_block_size", "nsa_stride", "nsa_selection_size", "nsa_selected_blocks", "nsa_window")
 """Fields of DSAConfig for native sparse attention, always stated: its branches follow from no k."""
 
-KEY_TYPES = ("model", "fp8")
+KEY_TYPES = ("model", "fp8", "int8")
 
 INDEX_CACHES = ("index", "index_scale", "pooled")
 """The caches that only the selection reads: keys, their scales, and means of groups of keys."""
@@ -36,7 +36,9 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--index-pool", type=int, metavar="M", help="score means of M keys and select M tokens at a time [1]")
     add("--index-share", type=int, metavar="N", help="N layers in a row follow the first one's selection [1]")
     add(
-        "--index-keys", choices=KEY_TYPES, help="type of the cached index keys: the model's, or fp8 with scales [model]"
+        "--index-keys",
+        choices=KEY_TYPES,
+        help="type of the cached index keys: the model's, or 8 bits and a scale: fp8 (GPUs), int8 (CPUs) [model]",
     )
 
 

@@ -24,7 +24,7 @@ from dsa_export.topk import topk_per_layer
 
 VARIANTS = ("dense", "sparse")
 BACKENDS = ("ort", "tensorrt-rtx", "tensorrt", "torch")
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 
 # The distribution whose version an engine depends on, and how many parts of the version must agree: ONNX Runtime reads
 # models of its other patch releases, plans are tied to the exact build, torch reads every checkpoint.

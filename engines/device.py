@@ -5,6 +5,7 @@ Shapes: B rows, C capacity, S tokens of one call, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,16 @@ class DeviceCaches:
     batch: int
     capacity: int
     tensors: dict[str, Tensor]  # "{layer}.{name}" -> [B, H, C, D]
+
+
+def fill_randomly(tensors: Iterable[Tensor], seed: int) -> None:
+    """Standard normal numbers, or every byte but 0 where index keys are bytes around 128."""
+    for number, tensor in enumerate(tensors):
+        generator = torch.Generator(tensor.device).manual_seed(seed + number)
+        if tensor.dtype == torch.uint8:
+            tensor.random_(1, 256, generator=generator)
+        else:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device))
 
 
 class DeviceRunner:
@@ -55,9 +66,7 @@ class DeviceRunner:
                 del source.tensors[name]
 
     def randomise(self, caches: DeviceCaches, seed: int) -> None:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for tensor in caches.tensors.values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=self.device))
+        fill_randomly(caches.tensors.values(), seed)
 
     def bound(
         self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper
 
 from dsa_export.capacity import cache_rows, stride_of
+from dsa_export.cli import UserError
 from engines.artifacts import Graph
 
 
@@ -99,7 +100,12 @@ def _without_branches(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProt
 
 
 def write(graph: Graph, capacity: int, path: Path) -> None:
-    """Writes the adapted graph to `path`; its weight file must be put beside it."""
+    """Writes the adapted graph to `path`; its weight file must be put beside it.
+
+    Raises UserError for caches that neither NVIDIA's cache update nor the plugin takes.
+    """
+    if any(tensor.dtype == "uint8" for tensor in graph.cache):
+        raise UserError("--index-keys int8 is for CPUs: export with --index-keys fp8, or without it")
     model = onnx.load(graph.path, load_external_data=False)
     fix_capacity(model, capacity)
     mask_explicitly(model, capacity)

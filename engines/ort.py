@@ -18,7 +18,7 @@ from dsa_export.cli import UserError
 from engines.artifacts import Engine, Variant
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
-NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
+NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "uint8": np.uint8}
 CPU_DTYPES = ("fp32", "fp16")
 
 # What a graph that was edited by hand raises; and what memory that ran out does, while loading or in a call.
@@ -86,7 +86,10 @@ class OrtRunner:
     def randomise(self, caches: OrtCaches, seed: int) -> None:
         rng = np.random.default_rng(seed)
         for array in caches.arrays.values():
-            array[...] = rng.standard_normal(array.shape, np.float32)
+            if array.dtype == np.uint8:
+                array[...] = rng.integers(1, 256, array.shape, np.uint8)
+            else:
+                array[...] = rng.standard_normal(array.shape, np.float32)
 
     def run(
         self, caches: OrtCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
@@ -110,9 +113,7 @@ def check_types(variant: Variant) -> None:
             f"ONNX Runtime's CPU kernels do not compute in {variant.dtype}: export with --dtype fp32 or fp16"
         )
     if any(tensor.dtype not in NUMPY_DTYPES for tensor in variant.cache):
-        raise UserError(
-            "ONNX Runtime cannot update fp8 caches: export without --index-keys fp8, or use --backend torch"
-        )
+        raise UserError("ONNX Runtime cannot update fp8 caches: export with --index-keys int8, or use --backend torch")
 
 
 def load(

@@ -16,7 +16,9 @@ from engines.device import DeviceCaches, DeviceRunner
 from engines.ort import RUN_ERRORS, check_types, load
 
 PROVIDER = "CUDAExecutionProvider"
-NUMPY_DTYPES = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
+NUMPY_DTYPES = {
+    torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16, torch.uint8: np.uint8,
+}  # fmt: skip
 
 
 def usable() -> bool:

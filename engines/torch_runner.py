@@ -21,6 +21,7 @@ from dsa_export.model import load_model
 from dsa_export.onnx.export import StepGraph
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
+from engines.device import fill_randomly
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -91,9 +92,7 @@ class TorchRunner:
                 source.tensors[i] = torch.empty(0)
 
     def randomise(self, caches: TorchCaches, seed: int) -> None:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for tensor in caches.tensors:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=self.device))
+        fill_randomly(caches.tensors, seed)
 
     def run(
         self, caches: TorchCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray

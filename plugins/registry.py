@@ -18,14 +18,14 @@ def function_proto(body: str) -> onnx.FunctionProto:
     return onnx.parser.parse_function(header + body)
 
 
-def function_protos(index_options: bool = False, index_scaled: bool = False) -> list[onnx.FunctionProto]:
+def function_protos(index_options: bool = False, index_keys: str = "model") -> list[onnx.FunctionProto]:
     """The function bodies of all operators, to be appended to a model that uses them.
 
-    index_options: its IndexTopK nodes carry sinks, window and pool. index_scaled: and an index_scale.
+    index_options: its IndexTopK nodes carry sinks, window and pool. index_keys: the type of their keys.
     """
     from plugins.block_topk.op import FUNCTION_BODY as block_topk
     from plugins.index_topk.op import function_body as index_topk
     from plugins.sparse_attention.op import FUNCTION_BODY as sparse_attention
 
-    bodies = (index_topk(index_options, index_scaled), sparse_attention, block_topk)
+    bodies = (index_topk(index_options, index_keys), sparse_attention, block_topk)
     return [function_proto(body) for body in bodies]

@@ -14,6 +14,9 @@ from plugins.registry import DOMAIN, function_protos
 EXTERNAL_BYTES = 1024
 """Initializers of at least this size live in the weight file."""
 
+EIGHT_BIT_KEYS = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.UINT8: "int8"}
+"""Cached types of index keys that are not the model's own, and what DSAConfig.index_keys calls them."""
+
 
 def finish(model: ir.Model, shapes: dict[str, tuple[Any, ...]], weight_prefix: str) -> ir.Model:
     """All passes in their order. `shapes`: the final shape of every graph input and output."""
@@ -129,8 +132,9 @@ def append_functions(model: ir.Model) -> None:
     used = {node.op_type for node in nodes}
     selections = [node for node in nodes if node.op_type == "IndexTopK"]
     options = any("pool" in node.attributes for node in selections)
-    scaled = any(len(node.inputs) > 4 for node in selections)
-    for proto in function_protos(options, scaled):
+    stored = {node.inputs[2].dtype for node in selections}
+    keys = next((name for dtype, name in EIGHT_BIT_KEYS.items() if dtype in stored), "model")
+    for proto in function_protos(options, keys):
         if proto.name in used:
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function

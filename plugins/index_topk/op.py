@@ -3,14 +3,18 @@
 Shapes: B batch, S query tokens, C cache capacity, Hi indexer heads, Di indexer head size, K = k, m = pool,
 G key rows, at least C / m.
 
-    index_q        [B, S, Hi, Di]  fp32 | fp16 | bf16, rotated
-    index_weights  [B, S, Hi]      same dtype; the scale Hi^-1/2 Di^-1/2 is already in it
-    index_k        [B, G, Di]      same dtype, or fp8 e4m3; one key per m tokens, shared by the heads, rotated
+    index_q        [B, S, Hi, Di]  fp32 | fp16 | bf16, rotated; int8 in -63 .. 63 with keys in uint8
+    index_weights  [B, S, Hi]      same dtype, fp32 beside int8; the scale Hi^-1/2 Di^-1/2 is already in it
+    index_k        [B, G, Di]      same dtype, or fp8 e4m3, or uint8, of which 128 is zero; one key per m tokens,
+                                   shared by the heads, rotated
     kv_lengths     [B]             int64; query t of row b stands at position p = kv_lengths[b] - S + t
-    index_scale    [B, G]          fp32 > 0, given exactly with fp8: the key is index_k * index_scale
+    index_scale    [B, G]          fp32 > 0, given exactly with keys in 8 bits, which it multiplies
     indices        [B, S, K]       int32; the order inside a row is free, -1 fills what is not selected
 
 Score: I[t, s] = sum_j w[t, j] ReLU(q[t, j] . k[s]) over the visible keys s <= p. (DeepSeek-V3.2, eq. 1.)
+
+In uint8 the dot products are exact integers, below 2^24 and so exact in fp32 too. (Queries of 7 bits: sums of two
+products fit 16 bits then, which the fast byte instructions of AVX2 need, and keys are unsigned for their sake.)
 
 Always selected, before any score, and counted in k: the first `sinks` tokens and the last `window` ones.
 With pool = m > 1, row g of index_k is the mean of the keys of tokens g m .. g m + m - 1, and whole groups are
@@ -19,6 +23,8 @@ group with a token that is always selected is always selected.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -67,7 +73,6 @@ IndexTopK <{attributes}>
             rows_shape = Concat <axis = 0> (zero, minus_one, Di)
             rows = Reshape (index_q, rows_shape)
             weights_f = Cast <to = 1> (index_weights)
-            keys = {keys}
             G_1 = Shape <start = 1, end = 2> (index_k)
             G = Squeeze (G_1)
             slots = Range (zero_s, G, one_s)
@@ -76,7 +81,7 @@ IndexTopK <{attributes}>
                 then_branch = one_query () => (float[B, S, G] one_query_scores)
                 {{
                     columns = Transpose <perm = [0, 2, 1]> (rows)
-                    dots = MatMul (keys, columns)
+                {one_query_dots}
                     activations = Relu (dots)
                     by_slot = Cast <to = 1> (activations)
                     weights_column = Transpose <perm = [0, 2, 1]> (weights_f)
@@ -85,8 +90,7 @@ IndexTopK <{attributes}>
                 }},
                 else_branch = many_queries () => (float[B, S, G] many_queries_scores)
                 {{
-                    key_columns = Transpose <perm = [0, 2, 1]> (keys)
-                    dots = MatMul (rows, key_columns)
+                {many_queries_dots}
                     activations = Relu (dots)
                     B_S_Hi = Shape <start = 0, end = 3> (index_q)
                     head_shape = Concat <axis = 0> (B_S_Hi, minus_one)
@@ -110,6 +114,37 @@ IndexTopK <{attributes}>
 }}
 """
 
+ONE_QUERY_DOTS = {
+    "model": "dots = MatMul (index_k, columns)",
+    "fp8": """
+        keys = CastLike (index_k, index_q)
+        dots = MatMul (keys, columns)
+    """,
+    "int8": """
+        zero_key = Constant <value = uint8 {128}> ()
+        sums = MatMulInteger (index_k, columns, zero_key)
+        dots = Cast <to = 1> (sums)
+    """,
+}
+MANY_QUERIES_DOTS = {
+    "model": """
+        key_columns = Transpose <perm = [0, 2, 1]> (index_k)
+        dots = MatMul (rows, key_columns)
+    """,
+    "fp8": """
+        keys = CastLike (index_k, index_q)
+        key_columns = Transpose <perm = [0, 2, 1]> (keys)
+        dots = MatMul (rows, key_columns)
+    """,
+    "int8": """
+        zero_key = Constant <value_float = 128.0> ()
+        shifted = Cast <to = 1> (index_k)
+        keys = Sub (shifted, zero_key)
+        key_columns = Transpose <perm = [0, 2, 1]> (keys)
+        rows_f = Cast <to = 1> (rows)
+        dots = MatMul (rows_f, key_columns)
+    """,
+}
 SCALED = """
     scale_row = Unsqueeze (index_scale, one)
     key_scores = Mul (dot_scores, scale_row)
@@ -149,15 +184,17 @@ CHOOSE_GROUPS = """
 """
 
 
-def function_body(options: bool, scaled: bool) -> str:
-    """The operator in standard ONNX operators. options: with sinks, window and pool; scaled: with index_scale."""
+def function_body(options: bool, keys: str) -> str:
+    """The operator in standard ONNX operators. options: with sinks, window and pool; keys: model, fp8 or int8."""
+    scaled = keys != "model"
     names = ["k", *(["sinks", "window", "pool"] if options else []), *PLUGIN_ATTRIBUTES]
     inputs = ["index_q", "index_weights", "index_k", "kv_lengths", *(["index_scale"] if scaled else [])]
     key_scores = "key_scores" if scaled else "dot_scores"
     return FUNCTION_BODY.format(
         attributes=", ".join(names),
         inputs=", ".join(inputs),
-        keys="CastLike (index_k, index_q)" if scaled else "Identity (index_k)",
+        one_query_dots=ONE_QUERY_DOTS[keys],
+        many_queries_dots=MANY_QUERIES_DOTS[keys],
         rank=(SCALED if scaled else "") + (RANK_GROUPS if options else RANK_TOKENS).format(key_scores=key_scores),
         choose=CHOOSE_GROUPS if options else CHOOSE_TOKENS,
     )
@@ -196,7 +233,9 @@ def index_topk_reference(
     """The definition, one query at a time in fp32: slow, and obviously right."""
     B, S = index_q.shape[:2]
     G = index_k.shape[1]
-    keys = index_k.float() if index_scale is None else index_k.float() * index_scale[..., None]
+    keys = index_k.float() - 128 if index_k.dtype == torch.uint8 else index_k.float()
+    if index_scale is not None:
+        keys = keys * index_scale[..., None]
     indices = torch.full((B, S, k), -1, dtype=torch.int32)
     for b in range(B):
         for t in range(S):
@@ -213,10 +252,13 @@ def index_topk_reference(
     return indices
 
 
-def index_scores(index_q: Tensor, index_weights: Tensor, index_k: Tensor) -> Tensor:
-    """I[t, s] for every query and key, without the causal bound: [B, S, C] fp32."""
-    activations = torch.relu(torch.einsum("bshd,bcd->bshc", index_q, index_k))
-    return torch.einsum("bsh,bshc->bsc", index_weights.float(), activations.float())
+def index_scores(index_q: Tensor, index_weights: Tensor, index_k: Tensor, index_scale: Tensor | None = None) -> Tensor:
+    """I[t, g] for every query and key, without the causal bound: [B, S, G] fp32."""
+    if index_k.dtype == torch.uint8:
+        index_q, index_k = index_q.float(), index_k.float() - 128
+    activations = torch.relu(torch.einsum("bshd,bcd->bshc", index_q, index_k.to(index_q.dtype)))
+    scores = torch.einsum("bsh,bshc->bsc", index_weights.float(), activations.float())
+    return scores if index_scale is None else scores * index_scale[:, None]
 
 
 def topk_lowest_index_first(scores: Tensor, k: int) -> Tensor:
@@ -279,15 +321,19 @@ def check(
     B, S, Hi, Di = index_q.shape
     if index_weights.shape != (B, S, Hi) or index_k.shape[::2] != (B, Di) or len(kv_lengths) != B:
         raise ValueError(f"B, S, Hi, Di differ between the arguments: {found}")
-    fp8 = index_k.dtype == torch.float8_e4m3fn
-    key_dtype = index_q.dtype if fp8 else index_k.dtype
-    if not index_q.is_floating_point() or not index_q.dtype == index_weights.dtype == key_dtype:
+    types = (index_q.dtype, index_weights.dtype, index_k.dtype)
+    if torch.uint8 in types or torch.int8 in types:
+        fitting = types == (torch.int8, torch.float32, torch.uint8)
+    else:
+        key_dtype = index_q.dtype if index_k.dtype == torch.float8_e4m3fn else index_k.dtype
+        fitting = index_q.is_floating_point() and index_q.dtype == index_weights.dtype == key_dtype
+    if not fitting:
         raise ValueError(
-            "index_q, index_weights and index_k (unless it is float8_e4m3fn) must have one floating-point dtype, got "
-            f"{index_q.dtype}, {index_weights.dtype}, {index_k.dtype}"
+            "index_q, index_weights and index_k (unless it is float8_e4m3fn) must have one floating-point dtype, or be "
+            f"int8, float32 and uint8; got {types[0]}, {types[1]}, {types[2]}"
         )
-    if (index_scale is not None) != fp8:
-        raise ValueError("index_scale is needed with index_k in float8_e4m3fn, and only then")
+    if (index_scale is not None) != (index_k.dtype in (torch.float8_e4m3fn, torch.uint8)):
+        raise ValueError("index_scale is needed with index_k in float8_e4m3fn or uint8, and only then")
     if index_scale is not None:
         tensors["index_scale"] = index_scale
         if index_scale.shape != index_k.shape[:2] or index_scale.dtype != torch.float32:
@@ -308,7 +354,7 @@ def check_cuda(index_q: Tensor, C: int, k: int) -> None:
 
     Hi, Di = index_q.shape[2:]
     if index_q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"index_topk on a GPU needs fp32, fp16 or bf16, got {index_q.dtype}")
+        raise ValueError(f"index_topk on a GPU needs queries in fp32, fp16 or bf16, got {index_q.dtype}")
     if Di not in kernel.HEAD_SIZES:
         sizes = " or ".join(map(str, kernel.HEAD_SIZES))
         raise ValueError(f"index_topk on a GPU needs an indexer head size of {sizes}, got {Di}")
@@ -335,16 +381,13 @@ def _index_topk(
     """The torch form: tiles of query tokens, scores of a tile in memory."""
     B, S, Hi = index_q.shape[:3]
     G = index_k.shape[1]
-    keys = index_k.to(index_q.dtype)
     first_tokens = torch.arange(G, device=index_q.device) * pool
     last_tokens = first_tokens + pool - 1
     tile = max(1, SCORE_BYTES // max(B * Hi * G * 4, 1))
     tiles = []
     for start in range(0, S, tile):
         stop = min(start + tile, S)
-        scores = index_scores(index_q[:, start:stop], index_weights[:, start:stop], keys)
-        if index_scale is not None:
-            scores = scores * index_scale[:, None]
+        scores = index_scores(index_q[:, start:stop], index_weights[:, start:stop], index_k, index_scale)
         positions = (kv_lengths[:, None] - S + torch.arange(start, stop, device=index_q.device))[..., None]
         highest = torch.finfo(torch.float32).max
         scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-torch.inf)  # NaN ranks highest
@@ -373,6 +416,9 @@ def _(
 ) -> Tensor:
     from plugins.index_topk import kernel
 
+    if index_k.dtype == torch.uint8:  # the kernel reads no such keys; on a GPU they serve to evaluate what CPUs do
+        index_q, index_k = index_q.float(), index_k.float() - 128
+        index_k, index_scale = index_k * cast(Tensor, index_scale)[..., None], None
     check_cuda(index_q, index_k.shape[1] * pool, k)
     q, weights, keys, lengths = (t.contiguous() for t in (index_q, index_weights, index_k, kv_lengths))
     scale = None if index_scale is None else index_scale.contiguous()

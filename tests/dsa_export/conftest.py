@@ -48,6 +48,9 @@ def export_command(*arguments: str) -> Result:
     return Result(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+
+
 class Graph:
     """An exported graph with its own cache, fed with chunks of rows of any length."""
 
@@ -57,7 +60,9 @@ class Graph:
         options.intra_op_num_threads = 1
         self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.cache = {
-            value.name: np.zeros(CacheTensor(value.name, tuple(value.shape), "float32").concrete(batch, CAPACITY), "f")
+            value.name: np.zeros(
+                CacheTensor(value.name, tuple(value.shape), "").concrete(batch, CAPACITY), NUMPY_TYPES[value.type]
+            )
             for value in self.session.get_inputs()
             if value.name.startswith("past_key_values.")
         }

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
 from dsa_export.model import dense_twin, load_model
-from dsa_export.model.attention.dsa import pool_keys, quantise_keys
+from dsa_export.model.attention.dsa import pool_keys, round_keys, round_queries
+from engines import nvidia_graph
 from engines.artifacts import open_export
+from plugins.index_topk.op import index_scores
 from tests.dsa_export.conftest import Graph, export_command
 
 OPTIONS = {
@@ -16,6 +19,7 @@ OPTIONS = {
     "pooled": {"index_pool": 4},
     "shared": {"index_share": 2},
     "fp8": {"index_keys": "fp8"},
+    "int8": {"index_keys": "int8"},
     "all": {"index_topk": 24, "index_pool": 3, "index_window": 4, "index_sinks": 1, "index_share": 2},
 }
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -69,10 +73,25 @@ def test_means_of_groups():
 
 def test_fp8_keys_keep_four_bits():
     keys = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)) * 100
-    rounded, scales = quantise_keys(keys)
+    rounded, scales = round_keys(keys, "fp8")
     error = (rounded.float() * scales[..., None] - keys).abs()
     assert (error <= keys.abs() / 16 + scales[..., None] * 2**-9).all()
-    assert quantise_keys(torch.zeros(1, 1, 64))[0].float().eq(0).all()
+    assert round_keys(torch.zeros(1, 1, 64), "fp8")[0].float().eq(0).all()
+
+
+def test_int8_keys_and_queries():
+    """Scores within the rounding of each: half a step of 1/127 and of 1/63 of the largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 7, 64, generator=generator) * 100
+    queries, weights = torch.randn(2, 5, 3, 64, generator=generator), torch.randn(2, 5, 3, generator=generator)
+    rounded_keys, key_scales = round_keys(keys, "int8")
+    assert ((rounded_keys.float() - 128) * key_scales[..., None] - keys).abs().le(key_scales[..., None] * 0.501).all()
+    rounded, scaled_weights = round_queries(queries, weights)
+    assert rounded.abs().max() == 63
+    exact = index_scores(queries, weights, keys)
+    found = index_scores(rounded, scaled_weights, rounded_keys, key_scales)
+    assert (found - exact).abs().max() < 0.02 * exact.abs().max()
+    assert round_keys(torch.zeros(1, 1, 64), "int8")[0].eq(128).all()
 
 
 def test_graphs_with_all_options(dsa_folder, tmp_path, tokens):
@@ -103,6 +122,28 @@ def test_graphs_with_all_options(dsa_folder, tmp_path, tokens):
         torch.testing.assert_close(torch.from_numpy(logits[row]), expected, **CLOSE)
 
 
+def test_graph_with_int8_keys(dsa_folder, tmp_path, tokens):
+    """Selected sets equal torch's (the export's own parity check, integers are exact); the engine decodes by bytes."""
+    result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), "--index-keys", "int8")
+    assert result.returncode == 0, result.stderr
+    graph = open_export(tmp_path / "onnx").graphs["sparse"]
+    assert [(tensor.name, tensor.dtype, tensor.row_bytes) for tensor in graph.cache[2:]] == [
+        ("index", "uint8", 32),
+        ("index_scale", "float32", 4),
+    ]
+    model = load_model(dsa_folder, index_keys="int8")
+    runner = Graph(graph.path, 2)
+    a, b = tokens.tolist()
+    for first, second in ((a[:20], b[:31]), (a[20:21], b[31:32]), (a[21:22], b[32:33])):
+        logits = runner.step([first, second])
+    for row, text in enumerate((a[:22], b[:33])):
+        with torch.no_grad():
+            expected = model(torch.tensor([text]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(torch.from_numpy(logits[row]), expected, **CLOSE)
+    with pytest.raises(UserError, match="--index-keys int8 is for CPUs"):
+        nvidia_graph.write(graph, 64, tmp_path / "adapted.onnx")
+
+
 def test_graph_with_fp8_keys(dsa_folder, tmp_path):
     """The parity check of the export itself runs it, with the same numbers in fp32 caches."""
     result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), "--index-keys", "fp8")
@@ -121,8 +162,8 @@ def test_graph_with_fp8_keys(dsa_folder, tmp_path):
         ({"index_sinks": 10, "index_window": 7}, "always select 17 keys: k = 16"),
         ({"index_share": 0}, "index_share must be at least 1, got 0"),
         ({"index_share": 2, "index_topk": [16, 8]}, "index_share = 2 needs one index_topk for layers that share"),
-        ({"index_keys": "fp8", "index_pool": 2}, "index_keys='fp8' excludes index_pool = 2"),
-        ({"index_keys": "int2"}, "index_keys must be 'model' or 'fp8', got 'int2'"),
+        ({"index_keys": "fp8", "index_pool": 2}, "index_keys = fp8 excludes index_pool = 2"),
+        ({"index_keys": "int2"}, "index_keys must be one of model, fp8, int8, got 'int2'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

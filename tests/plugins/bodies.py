@@ -12,16 +12,19 @@ from onnx import TensorProto, helper
 
 from plugins.registry import DOMAIN, ONNX_OPSET, PLUGIN_ATTRIBUTES, function_protos
 
+KEYS = {np.dtype(np.uint8): "int8", np.dtype(ml_dtypes.float8_e4m3fn): "fp8"}
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
-def model(operator: str, float_type: int, scaled: bool = False, **attributes: int | float) -> onnx.ModelProto:
+def model(operator: str, float_type: int, keys: str = "model", **attributes: int | float) -> onnx.ModelProto:
     """One node of `operator`, with its function body appended; every dimension is dynamic."""
     if operator == "IndexTopK":
         inputs = {"index_q": (float_type, "B S Hi Di"), "index_weights": (float_type, "B S Hi"),
                   "index_k": (float_type, "B G Di"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
-        if scaled:
-            inputs["index_k"] = (TensorProto.FLOAT8E4M3FN, "B G Di")
+        if keys == "int8":
+            inputs["index_q"] = (TensorProto.INT8, "B S Hi Di")
+        if keys != "model":
+            inputs["index_k"] = (TensorProto.FLOAT8E4M3FN if keys == "fp8" else TensorProto.UINT8, "B G Di")
             inputs["index_scale"] = (TensorProto.FLOAT, "B G")
         output = helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "S", attributes["k"]])
     elif operator == "BlockTopK":
@@ -35,23 +38,25 @@ def model(operator: str, float_type: int, scaled: bool = False, **attributes: in
     infos = [helper.make_tensor_value_info(name, kind, dims.split()) for name, (kind, dims) in inputs.items()]
     return helper.make_model(
         helper.make_graph([node], operator, infos, [output]),
-        functions=[f for f in function_protos("pool" in attributes, scaled) if f.name == operator],
+        functions=[f for f in function_protos("pool" in attributes, keys) if f.name == operator],
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )
 
 
 @cache
-def session(operator: str, dtype: str, scaled: bool, **attributes: int | float) -> onnxruntime.InferenceSession:
+def session(operator: str, dtype: str, keys: str, **attributes: int | float) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    serialized = model(operator, TYPES[dtype], scaled, **attributes).SerializeToString()
+    serialized = model(operator, TYPES[dtype], keys, **attributes).SerializeToString()
     return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 
 
 def run(operator: str, arrays: list[np.ndarray], **attributes: int | float) -> np.ndarray:
     """`arrays`: the inputs in their order; float8 ones as ml_dtypes has them."""
-    runner = session(operator, str(arrays[0].dtype), operator == "IndexTopK" and len(arrays) > 4, **attributes)
+    keys = KEYS.get(arrays[2].dtype, "model") if operator == "IndexTopK" else "model"
+    dtype = arrays[1].dtype if operator == "IndexTopK" else arrays[0].dtype
+    runner = session(operator, str(dtype), keys, **attributes)
     names = [i.name for i in runner.get_inputs()]
     feeds = {name: _value(array) for name, array in zip(names, arrays, strict=True)}
     return runner.run_with_ort_values(None, feeds)[0].numpy()

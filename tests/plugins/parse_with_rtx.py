@@ -41,7 +41,7 @@ def main(operator: str, library: str | None = None, *options: str) -> None:
     parser = trt.OnnxParser(network, log)
     attributes = {"k": 64} if operator == "IndexTopK" else {"scale": 0.125}
     attributes |= {name: int(value) for name, _, value in (o.partition("=") for o in options if o != "fp8")}
-    model = bodies.model(operator, TensorProto.FLOAT16, scaled="fp8" in options, **attributes)
+    model = bodies.model(operator, TensorProto.FLOAT16, keys="fp8" if "fp8" in options else "model", **attributes)
     take_general_branches(model)
     if not parser.parse(model.SerializeToString()):
         sys.exit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))

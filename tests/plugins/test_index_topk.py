@@ -95,7 +95,7 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> N
 @pytest.mark.parametrize(
     ("shape", "dtype", "C", "k", "message"),
     [
-        ((1, 1, 4, 64), torch.float64, 9, 5, "needs fp32, fp16 or bf16"),
+        ((1, 1, 4, 64), torch.float64, 9, 5, "needs queries in fp32, fp16 or bf16"),
         ((1, 1, 4, 48), torch.float16, 9, 5, "head size of 64 or 128, got 48"),
         ((1, 1, 17, 64), torch.float16, 9, 5, "at most 16 indexer heads, got 17"),
         ((1, 1, 4, 64), torch.float16, 9, 4097, "k up to 4096, got 4097"),
@@ -110,7 +110,7 @@ def test_what_the_kernels_do_not_support_is_refused(shape, dtype, C: int, k: int
 
 @st.composite
 def problems_with_options(draw: st.DrawFn) -> tuple[TopK, dict[str, int], torch.Tensor | None]:
-    """Groups, sinks, a window, fp8 keys; lengths that end within a group; k at most the groups that the cache has."""
+    """Groups, sinks, a window, keys in 8 bits; lengths within a group; k at most the groups that the cache has."""
     pool = draw(st.integers(1, 4))
     sinks, window = draw(st.integers(0, 5)), draw(st.integers(0, 6))
     least = max(1, forced_groups(sinks, window, pool))
@@ -123,8 +123,13 @@ def problems_with_options(draw: st.DrawFn) -> tuple[TopK, dict[str, int], torch.
         row[: -(-length // pool)].nan_to_num_(0.0)  # poisoned by tokens, stored by groups
         row[-(-length // pool) :] = torch.nan
     scale = None
-    if draw(st.booleans()):
+    keys = draw(st.sampled_from(["model", "fp8", "int8"]))
+    if keys == "fp8":
         problem.index_k = problem.index_k.to(torch.float8_e4m3fn)
+    elif keys == "int8":
+        problem.index_q = (problem.index_q * 20).round().clamp(-63, 63).to(torch.int8)
+        problem.index_k = ((problem.index_k.nan_to_num(9.0) * 40).round().clamp(-127, 127) + 128).to(torch.uint8)
+    if keys != "model":
         scale = torch.full(problem.index_k.shape[:2], 0.5).exp2()
     return problem, {"sinks": sinks, "window": window, "pool": pool}, scale
 

@@ -26,6 +26,12 @@ from plugins.sparse_attention import sparse_attention
 
 NOTHING = (torch.empty(0), torch.empty(0))
 
+Scored = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""index_q, index_weights, index_k and index_scale as dsa::IndexTopK takes them."""
+
+STORED_KEYS = {"model": None, "fp8": torch.float8_e4m3fn, "int8": torch.uint8}
+"""Cached types of the index keys; None is the model's."""
+
 
 class Indexer(nn.Module):
     """Lightning indexer: its own small queries (or the main ones), one key per token, one weight per head."""
@@ -62,7 +68,7 @@ class SparseAttention(DenseAttention):
         super().check(config)
         for name, choices in (("index_queries", ("own", "shared")), ("index_keys", KEY_TYPES)):
             if getattr(config, name) not in choices:
-                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {getattr(config, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
         for name in ("index_heads", "index_dim", "index_share"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -71,8 +77,11 @@ class SparseAttention(DenseAttention):
         shared = (config.num_attention_heads, config.head_size)
         if config.index_queries == "shared" and (config.index_heads, config.index_dim) != shared:
             raise ValueError(f"index_queries='shared' needs (index_heads, index_dim) = {shared}")
-        if config.index_keys == "fp8" and config.index_pool > 1:
-            raise ValueError(f"index_keys='fp8' excludes index_pool = {config.index_pool}: means are cached unrounded")
+        if config.index_keys != "model" and config.index_pool > 1:
+            raise ValueError(
+                f"index_keys = {config.index_keys} excludes index_pool = {config.index_pool}: "
+                "means are cached unrounded"
+            )
         topk = topk_per_layer(config.index_topk, config.num_hidden_layers)
         for layer, k in enumerate(topk):
             try:
@@ -92,7 +101,7 @@ class SparseAttention(DenseAttention):
             self.indexer = Indexer(config)
         self.topk = config.topk_per_layer[layer]
         self.sinks, self.window, self.pool = config.index_sinks, config.index_window, config.index_pool
-        self.fp8_keys = config.index_keys == "fp8"
+        self.key_type = config.index_keys
         self.sparse = True
 
     @property
@@ -105,11 +114,9 @@ class SparseAttention(DenseAttention):
         entries = super().cache_layout(config, layer)
         if leader(config, layer) != layer:
             return entries
-        if config.index_keys == "fp8":
-            entries.append(CacheEntry("index", 1, config.index_dim, dtype=torch.float8_e4m3fn))
+        entries.append(CacheEntry("index", 1, config.index_dim, dtype=STORED_KEYS[config.index_keys]))
+        if config.index_keys != "model":
             entries.append(CacheEntry("index_scale", 1, 1, dtype=torch.float32))
-        else:
-            entries.append(CacheEntry("index", 1, config.index_dim))
         if config.index_pool > 1:
             # The single keys are kept beside the means: a group's mean changes until the group is complete.
             entries.append(CacheEntry("pooled", 1, config.index_dim, stride=config.index_pool))
@@ -124,7 +131,7 @@ class SparseAttention(DenseAttention):
                 return core(q, k, v, call.selections[self.leader], self.scale), {}
             return dense_attention(q, k, v, call.kv_lengths, self.scale), {}
         index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
-        keys, key_scale = self.stored_keys(index_k, call)
+        scored = self.scored(index_q, index_weights, index_k, call)
         if call.caches is not None and (call.observer or call.selector):
             raise ValueError("an observer or a selector needs a call without cache")
         trace = AttentionTrace(
@@ -132,13 +139,7 @@ class SparseAttention(DenseAttention):
         )  # fmt: skip
         if self.sparse:
             with torch.no_grad():
-                if call.selector is None:
-                    indices = index_topk(
-                        index_q, index_weights, keys, call.kv_lengths, self.topk, self.sinks, self.window, self.pool,
-                        key_scale,
-                    )  # fmt: skip
-                else:
-                    indices = call.selector(trace)
+                indices = self.select(scored, call) if call.selector is None else call.selector(trace)
             trace = replace(trace, indices=indices)
             call.selections[self.layer] = indices
             output = core(q, k, v, indices, self.scale)
@@ -146,30 +147,44 @@ class SparseAttention(DenseAttention):
             output = dense_attention(q, k, v, call.kv_lengths, self.scale)
         return output, call.observer(trace) if call.observer else {}
 
-    def stored_keys(self, index_k: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Caches this call's index keys [B, S, Di]. Returns all that are scored [B, G, Di], and their scales [B, G]."""
-        if self.fp8_keys:
-            rounded, scales = quantise_keys(index_k)
-            scales = self.store("index_scale", scales[:, None, :, None], call)[:, 0, :, 0]
-            return self.store("index", rounded.unsqueeze(1), call).squeeze(1), scales
-        keys = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
-        if self.pool == 1:
-            return keys, None
-        S = index_k.shape[1]
-        means = pool_keys(keys, call.kv_lengths - S, S, call.lengths, self.pool)
-        return self.store("pooled", means.unsqueeze(1), call, stride=self.pool).squeeze(1), None
+    def scored(self, index_q: Tensor, index_weights: Tensor, index_k: Tensor, call: Call) -> Scored:
+        """Caches this call's index keys [B, S, Di], and returns what the scores are computed from.
 
-    def token_scores(self, trace: AttentionTrace) -> Tensor:
-        """The scores [B, S, S] fp32 that the selection of a call without cache compared, a group's at each token."""
+        Returns: index_q [B, S, Hi, Di] and index_weights [B, S, Hi] as they are, or for keys in int8 rounded with them;
+            all keys that are scored [B, G, Di]; their scales [B, G], of keys in 8 bits.
+        """
+        if self.key_type == "model":
+            keys = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
+            if self.pool > 1:
+                S = index_k.shape[1]
+                means = pool_keys(keys, call.kv_lengths - S, S, call.lengths, self.pool)
+                keys = self.store("pooled", means.unsqueeze(1), call, stride=self.pool).squeeze(1)
+            return index_q, index_weights, keys, None
+        if self.key_type == "int8":
+            index_q, index_weights = round_queries(index_q, index_weights)
+        rounded, scales = round_keys(index_k, self.key_type)
+        scales = self.store("index_scale", scales[:, None, :, None], call)[:, 0, :, 0]
+        return index_q, index_weights, self.store("index", rounded.unsqueeze(1), call).squeeze(1), scales
+
+    def select(self, scored: Scored, call: Call) -> Tensor:
+        """indices [B, S, K] int32, see dsa::IndexTopK."""
+        index_q, index_weights, keys, scales = scored
+        options = (self.sinks, self.window, self.pool)
+        return index_topk(index_q, index_weights, keys, call.kv_lengths, self.topk, *options, scales)
+
+    @torch.no_grad()
+    def reselect(self, trace: AttentionTrace) -> tuple[Tensor, Tensor]:
+        """What the indexer itself selects in a call without cache [B, S, K], and the scores [B, S, S] fp32 of it.
+
+        A token has the score of its group.
+        """
         B, S = trace.index_k.shape[:2]
         call = Call(
             rope=NOTHING, index_rope=NOTHING, kv_lengths=torch.full((B,), S), lengths=trace.lengths, caches=None
         )
-        keys, scales = self.stored_keys(trace.index_k, call)
-        scores = index_scores(trace.index_q, trace.index_weights, keys.to(trace.index_q.dtype))
-        if scales is not None:
-            scores = scores * scales[:, None]
-        return scores.repeat_interleave(self.pool, dim=-1)[..., :S]
+        scored = self.scored(trace.index_q, trace.index_weights, trace.index_k, call)
+        scores = index_scores(*scored).repeat_interleave(self.pool, dim=-1)[..., :S]
+        return self.select(scored, call), scores
 
 
 def leader(config: DSAConfig, layer: int) -> int:
@@ -177,10 +192,26 @@ def leader(config: DSAConfig, layer: int) -> int:
     return layer - layer % config.index_share
 
 
-def quantise_keys(index_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Index keys [B, S, Di] as e4m3 and one fp32 scale per key [B, S]: the largest entry becomes 448."""
-    scales = index_k.float().abs().amax(-1).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (index_k.float() / scales[..., None]).to(torch.float8_e4m3fn), scales
+def round_keys(index_k: Tensor, key_type: str) -> tuple[Tensor, Tensor]:
+    """Index keys [B, S, Di] in the 8 bits of a key type, and one fp32 scale per key [B, S].
+
+    fp8: e4m3, the largest entry becomes 448. int8: uint8 with 128 for zero, the largest entry becomes 128 ± 127.
+    """
+    largest = torch.finfo(torch.float8_e4m3fn).max if key_type == "fp8" else 127
+    keys = index_k.float()
+    scales = keys.abs().amax(-1).clamp(min=1e-12) / largest
+    keys = keys / scales[..., None]
+    return keys.to(torch.float8_e4m3fn) if key_type == "fp8" else (keys.round() + 128).to(torch.uint8), scales
+
+
+def round_queries(index_q: Tensor, index_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Index queries [B, S, Hi, Di] as int8 in -63 .. 63, and the weights [B, S, Hi] in fp32 with their scales in them.
+
+    ReLU and a positive scale commute: w ReLU(q · k) = w scale ReLU(q / scale · k).
+    """
+    queries = index_q.float()
+    scales = queries.abs().amax(-1).clamp(min=1e-12) / 63
+    return (queries / scales[..., None]).round().to(torch.int8), index_weights.float() * scales
 
 
 def pool_keys(keys: Tensor, past: Tensor, S: int, lengths: Tensor, pool: int) -> Tensor:
