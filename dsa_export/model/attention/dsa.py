@@ -163,7 +163,7 @@ class SparseAttention(DenseAttention):
         if self.key_type == "int8":
             index_q, index_weights = round_queries(index_q, index_weights)
         rounded, scales = round_keys(index_k, self.key_type)
-        scales = self.store("index_scale", scales[:, None, :, None], call)[:, 0, :, 0]
+        scales = self.store("index_scale", scales[:, None, :, None], call).squeeze(3).squeeze(1)  # not a copy in ONNX
         return index_q, index_weights, self.store("index", rounded.unsqueeze(1), call).squeeze(1), scales
 
     def select(self, scored: Scored, call: Call) -> Tensor:
