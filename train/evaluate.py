@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
+import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from dsa_export.cli import UserError, console, progress_bar, run
 from dsa_export.config import DSAConfig
-from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, write_atomically, write_manifest
+from dsa_export.files import (
+    MANIFEST,
+    PARTIAL,
+    check_output,
+    output_folder,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config
 from dsa_export.selection import DEFAULTS, add_selection_arguments, selection_options
@@ -29,15 +37,18 @@ from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
 from train import options, plots, precision
 from train.allocation import allocate, write_topk
-from train.data import IGNORED, Windows, check_tokenizer, load_data
+from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
 from train.ladder import RUNGS
 from train.losses import IndexerObserver
 from train.study import Choice, Record, Study
 from train.tasks import TASKS, fit
+from train.timing import decode_call, in_turn
+from train.trainer import first_difference
 
 CHECKPOINT = "ckpt"
 OUT = Path("out/evaluation")
+KIND, RESULTS = "evaluation", "results.json"
 TABLE_WIDTH = 112
 
 
@@ -53,7 +64,7 @@ def evaluate(
         recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
             reported if no window is longer than k.
         recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the best possible selection.
-        tokens_per_s_dense, tokens_per_s_sparse: decoding with a cache that holds the first window, in torch. The fair
+        tokens_per_s_dense, tokens_per_s_sparse: decoding after as many tokens as a window has, in torch. The fair
             comparison, on engines, is bench/compare.py.
 
     The losses use the masked form of selection (the model's training mode): the same function of its inputs, and at
@@ -81,8 +92,7 @@ def evaluate(
             means["loss_sparse"].add(model(**batch, use_cache=False).loss, labels)
             progress.advance(task)
         result = {name: mean.value for name, mean in means.items() if mean.weight}
-        first = windows.batch(torch.zeros(1, dtype=torch.int64), device)["input_ids"]
-        result |= decoding_speed(model, first)
+        result |= decoding_speed(model, windows.input_ids.shape[1])
     if "recall" in result:
         room = result["recall_best"] - result["recall_window"]
         result["recall_normalised"] = (result["recall"] - result["recall_window"]) / room if room > 0 else 1.0
@@ -91,25 +101,12 @@ def evaluate(
     return result
 
 
-@torch.no_grad()
-def decoding_speed(model: DSAForCausalLM, input_ids: Tensor, tokens: int = 8) -> dict[str, float]:
-    """Tokens per second of dense and sparse decoding after the prompt input_ids [1, T], in turn on one cache.
-
-    The prompt is read in the masked form and not timed. What the dense twin appends has no index key: for timing only.
-    """
-    cache = model.train()(input_ids, use_cache=True, logits_to_keep=1).cache
+def decoding_speed(model: DSAForCausalLM, length: int, tokens: int = 8) -> dict[str, float]:
+    """Tokens per second of dense and sparse decoding after `length` tokens, in turn."""
     model.eval()
     model.sparse = True
-    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
-    variants = {"dense": dense_twin(model), "sparse": model}
-    for _ in range(tokens):
-        for name, variant in variants.items():
-            start = time.perf_counter()
-            variant(input_ids[:, -1:], cache=cache, use_cache=True)
-            if input_ids.is_cuda:
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {f"tokens_per_s_{name}": 1 / statistics.median(values) for name, values in seconds.items()}
+    calls = {name: decode_call(one, length) for name, one in (("dense", dense_twin(model)), ("sparse", model))}
+    return {f"tokens_per_s_{name}": 1e3 / ms for name, ms in in_turn(calls, tokens).items()}
 
 
 class _Mean:
@@ -139,7 +136,9 @@ def parser() -> argparse.ArgumentParser:
         "ladder of selections at every k) and on retrieval tasks made here, and writes tables, JSON and pictures.",
         epilog="The ladder, at each k: best (the keys of most attention mass), trained (the checkpoint's indexer), "
         "random (an untrained one), window (the last k keys); `--base` adds the checkpoint before training. With k of "
-        "the whole length the model must equal its dense self, or the command fails.",
+        "the whole length the model must equal its dense self, or the command fails. A stopped run (Ctrl-C, kill, "
+        "power) goes on when the same command is given again: each length of text and each task at each length is kept "
+        "once it is measured.",
     )
     where = result.add_argument_group("input and output")
     where.add_argument(
@@ -155,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
         "--data", metavar="SOURCE", help="as in training [what the checkpoint was trained on, else stdlib]"
     )
     where.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"output folder [{OUT}]")
+    where.add_argument("--overwrite", action="store_true", help="forget what a stopped run measured: start again")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     where.add_argument("--dtype", choices=options.DTYPES, default="fp32", help="of the computation [fp32]")
     where.add_argument("--seed", type=int, default=0, help="of windows, samples and the random indexer [0]")
@@ -204,9 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(tokenizer, config.vocab_size)
-    planned = [(name, length) for name in args.tasks for length in args.task_lengths]
-    for name, length in planned:
-        fit(name, length, tokenizer, args.seed)  # raises where a length is too short
+    for name in args.tasks:
+        for length in args.task_lengths:
+            fit(name, length, tokenizer, args.seed)  # raises where a length is too short
     data = {
         length: load_data(
             args.data,
@@ -220,6 +220,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for length in args.length
     }
+    source = options.model_source(args.model)
+    facts = manifest_facts(args, data)
+    partial = args.out.with_name(args.out.name + PARTIAL)
+    check_partial(partial, source, facts, args.overwrite)
     console.print(f"Loading {args.model}")
     model = load_model(args.model, **selection_options(args)).to(device)
     base = load_model(args.base, attention="dense").to(device).train() if args.base else None
@@ -228,44 +232,108 @@ def main(argv: Sequence[str] | None = None) -> None:
     compute = options.DTYPES[args.dtype]
     precision.prepare(model, compute)
     study = Study(model, args.rungs, args.every, args.seed, base)
-    choices = [Choice(str(k), (k,) * config.num_hidden_layers) for k in args.ks]
-    results: Record = {"model": args.model, "topk": list(config.topk_per_layer), "text": [], "tasks": []}
-    with precision.autocast(device, compute), progress_bar() as progress, output_folder(args.out) as out:
-        if args.auto:
-            windows = data[max(args.length)].train
-            task = progress.add_task("k by layer", total=len(windows))
-            study.tick = lambda: progress.advance(task)
-            chosen = allocate(study.caught(windows), args.k_budget, step=args.k_step, floor=args.k_floor)
-            choices.append(Choice("auto", tuple(chosen)))
-            results["auto"] = {
-                "budget": args.k_budget,
-                "step": args.k_step,
-                "floor": args.k_floor,
-                "topk": chosen,
-                "chosen_on": data[max(args.length)].facts["sha256"],  # training text: the ladder is on held-out text
-            }
-            console.print(f"k by layer: {' '.join(map(str, chosen))} (mean {sum(chosen) / len(chosen):.0f})")
-        for length, source in data.items():
-            task = progress.add_task(f"text, {length:,} tokens", total=study.forwards(choices, source.held_out))
-            study.tick = lambda task=task: progress.advance(task)  # type: ignore[misc]
-            record = study.text(source.held_out, choices)
-            first = source.held_out.batch(torch.zeros(1, dtype=torch.int64), device)["input_ids"]
-            model.set_topk(config.topk_per_layer)
-            results["text"].append({**record, **decoding_speed(model, first), "data": source.facts})
-            show(text_table(results["text"][-1]))
-        task = progress.add_task("tasks", total=len(planned) * args.samples * (1 + len(choices)), visible=bool(planned))
-        study.tick = lambda: progress.advance(task)
-        for name, length in planned:
-            results["tasks"] += study.task(name, length, args.samples, choices, tokenizer)
-        if planned:
-            show(task_table(results["tasks"]))
-        write_results(out, results, study, args)
+    try:
+        with precision.autocast(device, compute), output_folder(args.out, keep_partial=True) as out:
+            write_manifest(out, KIND, source, **facts)
+            results = measure(study, args, data, tokenizer, out)
+            plot(results, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; what was measured is kept in {partial}: the same command goes on from there"
+        ) from None
     if args.write_topk:
         write_topk(args.model, results["auto"]["topk"], args.write_topk, budget=args.k_budget, data={"path": args.data})
         console.print(
             f"Wrote {args.write_topk}/: the same weights with k by layer; export it with --model {args.write_topk}"
         )
-    console.print(f"Wrote {args.out}/: results.json, manifest.json and {len(list(args.out.glob('*.png')))} pictures")
+    console.print(f"Wrote {args.out}/: {RESULTS}, {MANIFEST} and {len(list(args.out.glob('*.png')))} pictures")
+
+
+def manifest_facts(args: argparse.Namespace, data: Mapping[int, TrainingData]) -> Record:
+    """What the manifest says of a run beside its checkpoint: all that its figures depend on, as JSON values."""
+    free = ("model", "out", "overwrite", "write_topk")
+    facts = {
+        "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in free},
+        "base": options.model_source(args.base) if args.base else None,
+        "data": {str(length): part.facts["sha256"] for length, part in data.items()},
+        "torch": torch.__version__,
+    }
+    return json.loads(json.dumps(facts, default=str))
+
+
+def check_partial(partial: Path, source: Record, facts: Record, overwrite: bool) -> None:
+    """Raises UserError if a stopped run measured something else than this one; with `overwrite` it is forgotten."""
+    check_output(partial)
+    if overwrite:
+        shutil.rmtree(partial, ignore_errors=True)
+    if not (partial / MANIFEST).is_file():
+        return
+    there = read_manifest(partial, KIND, "python -m train.evaluate")
+    difference = first_difference(there, {"kind": KIND, "source": source, **facts})
+    if difference:
+        raise UserError(
+            f"{partial} holds an unfinished run with another configuration ({difference}): use the same arguments, "
+            "another --out, or --overwrite to start again"
+        )
+
+
+def measure(
+    study: Study, args: argparse.Namespace, data: Mapping[int, TrainingData], tokenizer: Any, out: Path
+) -> Record:
+    """All that results.json holds. Written there piece by piece; what it holds already is not measured again."""
+    config = study.model.config
+    topk = config.topk_per_layer
+    results: Record = {"model": args.model, "topk": list(topk), "text": [], "tasks": []}
+    if (out / RESULTS).is_file():
+        results = json.loads((out / RESULTS).read_text())
+        console.print(f"Going on where {out} was left")
+
+    def keep() -> None:
+        write_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
+
+    def count(progress: Progress, what: str, total: int) -> None:
+        task = progress.add_task(what, total=total)
+        study.tick = lambda: progress.advance(task)
+
+    choices = [Choice(str(k), (k,) * config.num_hidden_layers) for k in args.ks]
+    with progress_bar() as progress:
+        if args.auto:
+            if "auto" not in results:
+                windows = data[max(args.length)].train
+                count(progress, "k by layer", len(windows))
+                results["auto"] = {
+                    "budget": args.k_budget,
+                    "step": args.k_step,
+                    "floor": args.k_floor,
+                    "topk": allocate(study.caught(windows), args.k_budget, step=args.k_step, floor=args.k_floor),
+                    # training text: the ladder is on held-out text
+                    "chosen_on": data[max(args.length)].facts["sha256"],
+                }
+                keep()
+            chosen = results["auto"]["topk"]
+            choices.append(Choice("auto", tuple(chosen)))
+            console.print(f"k by layer: {' '.join(map(str, chosen))} (mean {sum(chosen) / len(chosen):.0f})")
+        for length, part in data.items():
+            record = next((record for record in results["text"] if record["length"] == length), None)
+            if record is None:
+                count(progress, f"text, {length:,} tokens", study.forwards(choices, part.held_out))
+                record = study.text(part.held_out, choices)
+                study.model.set_topk(topk)
+                record |= {**decoding_speed(study.model, length), "data": part.facts}
+                meter = study.meters[-1]
+                plots.plot_maps(meter.maps, meter.ks[0], length, out / "maps.png")  # that of the longest stays
+                results["text"].append(record)
+                keep()
+            show(text_table(record))
+        for name in args.tasks:
+            for length in args.task_lengths:
+                if any((record["task"], record["length"]) == (name, length) for record in results["tasks"]):
+                    continue
+                count(progress, f"{name}, {length:,} tokens", args.samples * (1 + len(choices)))
+                results["tasks"] += study.task(name, length, args.samples, choices, tokenizer)
+                keep()
+            show(task_table([record for record in results["tasks"] if record["task"] == name]))
+    return results
 
 
 def resolve(args: argparse.Namespace, config: Any) -> None:
@@ -337,18 +405,14 @@ def trained_on(model: str) -> str | None:
     return read_manifest(Path(model), "checkpoint", "python -m train.warmup").get("data", {}).get("path")
 
 
-def write_results(out: Path, results: Record, study: Study, args: argparse.Namespace) -> None:
-    """results.json, manifest.json and the pictures."""
-    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+def plot(results: Record, out: Path) -> None:
+    """The pictures of what results.json holds."""
     plots.plot_losses(results["text"], out / "loss.png")
     plots.plot_recall(results["text"], out / "recall.png")
-    longest, meter = results["text"][-1], study.meters[-1]
+    longest = results["text"][-1]
     plots.plot_heads(longest["heads"], longest["length"], out / "heads.png")
-    plots.plot_maps(meter.maps, meter.ks[0], longest["length"], out / "maps.png")
     if results["tasks"]:
         plots.plot_tasks(results["tasks"], out / "tasks.png")
-    given = {name: value for name, value in sorted(vars(args).items()) if name not in ("out", "model")}
-    write_manifest(out, "evaluation", options.model_source(args.model), arguments=given, torch=torch.__version__)
 
 
 def show(table: Table) -> None:
@@ -392,15 +456,15 @@ def text_table(record: Record) -> Table:
 
 
 def task_table(records: Sequence[Record]) -> Table:
-    """Scores of dense and sparse, a row per task and length."""
+    """Scores of dense and sparse in one task, a row per length."""
+    name, samples = records[0]["task"], records[0]["samples"]
     ks = list(dict.fromkeys(record["k"] for record in records))
-    table = Table(title=f"retrieval, {records[0]['samples']} samples each: share of the expected strings in the answer")
-    for name in ("task", "tokens", "dense", *(f"k = {k}" for k in ks)):
-        table.add_column(name, justify="left" if name == "task" else "right")
-    for name, length in dict.fromkeys((record["task"], record["length"]) for record in records):
-        row = {r["k"]: r for r in records if (r["task"], r["length"]) == (name, length)}
-        dense = next(iter(row.values()))["dense"]
-        table.add_row(name, f"{length:,}", f"{dense:.2f}", *(f"{row[k]['sparse']:.2f}" for k in ks))
+    table = Table(title=f"{name}, {samples} samples each: share of the expected strings in the answer")
+    for column in ("tokens", "dense", *(f"k = {k}" for k in ks)):
+        table.add_column(column, justify="right")
+    for length in dict.fromkeys(record["length"] for record in records):
+        row = {r["k"]: r for r in records if r["length"] == length}
+        table.add_row(f"{length:,}", f"{row[ks[0]]['dense']:.2f}", *(f"{row[k]['sparse']:.2f}" for k in ks))
     return table
 
 

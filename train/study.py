@@ -175,9 +175,12 @@ class Study:
             ids = torch.tensor([prompt], device=self.device)
             texts: dict[str, str] = {}
             for label, ks in [("dense", None), *((str(c), c.ks) for c in choices)]:
-                model.sparse = ks is not None
-                model.set_topk(ks or choices[0].ks)
-                texts[label] = tokenizer.decode(tasks.answer(model, ids, limit, ends))
+                if ks and min(ks) >= length:  # everything is selected: that is dense, see _check_full
+                    texts[label] = texts["dense"]
+                else:
+                    model.sparse = ks is not None
+                    model.set_topk(ks or choices[0].ks)
+                    texts[label] = tokenizer.decode(tasks.answer(model, ids, limit, ends))
                 scores[label].append(tasks.recall(texts[label], sample.expected))
                 self.tick()
             answers.append({"prompt_tokens": len(prompt), "expected": list(sample.expected), "answers": texts})

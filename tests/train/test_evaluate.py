@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from dsa_export.cli import UserError
 from dsa_export.model import load_model, load_tokenizer
 from train import evaluate as command
+from train import tasks
 from train.allocation import allocate
 from train.data import IGNORED, Windows
 from train.ladder import best_selection, hidden_states, random_indexers, score, window_selection
@@ -216,6 +218,100 @@ def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, 
     assert [layer.self_attn.topk for layer in load_model(by_layer).model.layers] == chosen
     load_tokenizer(by_layer)
     assert load_model(checkpoint).config.index_topk == K
+
+
+PIECES = ["--length", "48", "96", "--k", "12", "auto", "--k-budget", "24", "--k-step", "4", "--rungs", "trained"]
+PIECES += ["--tasks", "passkey", "--task-lengths", "400", "--samples", "1"]
+
+
+def one_piece_a_run(patch: pytest.MonkeyPatch) -> list[str]:
+    """Interrupts every run of the command at its second piece. The list tells what was measured."""
+    measured: list[str] = []
+    before = [0]
+
+    def limited(name: str):
+        original = getattr(Study, name)
+
+        def piece(*arguments):
+            if len(measured) > before[0]:
+                before[0] = len(measured)
+                raise KeyboardInterrupt
+            result = original(*arguments)
+            measured.append(name)
+            return result
+
+        return piece
+
+    for name in ("caught", "text", "task"):
+        patch.setattr(Study, name, limited(name))
+    return measured
+
+
+def without_times(results: Path) -> dict:
+    found = json.loads((results / "results.json").read_text())
+    for record in found["text"]:
+        del record["tokens_per_s_dense"], record["tokens_per_s_sparse"]
+    return found
+
+
+def test_a_stopped_run_goes_on_to_the_same_results(checkpoint, records, tmp_path: Path, capsys) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command.main(arguments(checkpoint, records, whole, *PIECES))
+    with pytest.MonkeyPatch.context() as patch:
+        measured = one_piece_a_run(patch)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt, match=r"kept in .*cut\.partial: the same command goes on"):
+                command.main(arguments(checkpoint, records, cut, *PIECES))
+            assert not cut.exists()
+        capsys.readouterr()
+        command.main(arguments(checkpoint, records, cut, *PIECES))
+    assert measured == ["caught", "text", "text", "task"]
+    shown = capsys.readouterr().out
+    assert all(title in shown for title in ("Going on", "k by layer", "48 tokens,", "96 tokens,", "passkey"))
+    assert without_times(cut) == without_times(whole)
+    assert {path.name for path in cut.iterdir()} == {path.name for path in whole.iterdir()}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_another_run_left_is_not_reused(checkpoint, records, tmp_path: Path) -> None:
+    folder, out = tmp_path / "ckpt", tmp_path / "out"
+    shutil.copytree(checkpoint, folder)
+    short = ["--rungs", "trained", "--k", "12"]
+
+    def run(*more: str) -> None:
+        command.main(arguments(folder, records, out, *short, *more))
+
+    with pytest.MonkeyPatch.context() as patch:
+        one_piece_a_run(patch)
+        with pytest.raises(KeyboardInterrupt):
+            run("--length", "48", "96")
+    with pytest.raises(UserError, match=r"out\.partial holds an unfinished run .*windows: 2 there, 1 now.*--overwrite"):
+        run("--length", "48", "96", "--windows", "1")
+    model = load_model(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"source\.sha256: "):
+        run("--length", "48", "96")
+    run("--length", "48", "96", "--overwrite")
+    changed = without_times(out)
+    shutil.rmtree(out)
+    run("--length", "48", "96")
+    assert without_times(out) == changed
+
+
+def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, monkeypatch) -> None:
+    asked: list[bool] = []
+
+    def answer(model, *_: object) -> list[int]:
+        asked.append(model.sparse)
+        return tokenizer.encode("no idea")
+
+    monkeypatch.setattr(tasks, "answer", answer)
+    choices = [Choice(str(k), (k, k)) for k in (K, 400)]
+    few, all_selected = Study(model, ["trained"], 1, 0).task("passkey", 400, 1, choices, tokenizer)
+    assert asked == [False, True] and all_selected["k"] == "400"
+    assert few["answers"][0]["answers"]["dense"] == few["answers"][0]["answers"]["400"]
 
 
 @pytest.mark.parametrize(

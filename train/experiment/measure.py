@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -21,12 +20,12 @@ from dsa_export.cli import UserError
 from dsa_export.files import read_manifest, write_atomically
 from dsa_export.memory import PeakMemory
 from dsa_export.model import AttentionTrace, DSAForCausalLM, load_model
-from dsa_export.model.cache import DSACache
 from train import precision
 from train.data import TrainingData, Windows
 from train.experiment.twins import Plan, Twin, stage_of
 from train.options import DTYPES
 from train.selection import SelectionMeter
+from train.timing import decode_call, in_turn, prefill_call
 from train.trainer import METRICS
 
 RECORD = "record.json"
@@ -170,7 +169,6 @@ def selection(model: DSAForCausalLM, windows: Windows) -> Selection:
 # ---------------------------------------------------------------- speed over lengths
 
 
-@torch.no_grad()
 def speed(
     models: Mapping[str, DSAForCausalLM],
     lengths: Sequence[int],
@@ -186,50 +184,14 @@ def speed(
         if hasattr(model.model.layers[0].self_attn, "sparse"):
             model.sparse = True
     for length in lengths:
-        calls = {"decode": {name: _decode(model, length) for name, model in models.items()}}
+        calls = {"decode": {name: decode_call(model, length) for name, model in models.items()}}
         if length <= prefill_limit:
-            calls["prefill"] = {name: _prefill(model, length) for name, model in models.items()}
+            calls["prefill"] = {name: prefill_call(model, length) for name, model in models.items()}
         for phase, by_name in calls.items():
-            times = _in_turn(by_name, runs)
+            times = in_turn(by_name, runs)
             records.append({"phase": phase, "length": length, "ms": times})
             tick()
     return records
-
-
-def _decode(model: DSAForCausalLM, length: int) -> Callable[[], Any]:
-    device = next(model.parameters()).device
-    cache = DSACache(model.model.cache_layouts)
-    cache.begin(1, length + 1, model.dtype, device)
-    for tensors in cache.layers:
-        for tensor in tensors.values():
-            tensor.normal_()
-    token = torch.ones(1, 1, dtype=torch.int64, device=device)
-
-    def call() -> None:
-        cache.lengths, cache.columns = torch.full((1,), length, device=device), length  # always the same token
-        model(token, cache=cache, use_cache=True)
-
-    return call
-
-
-def _prefill(model: DSAForCausalLM, length: int) -> Callable[[], Any]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator)
-    ids = ids.to(next(model.parameters()).device)
-    return lambda: model(ids, use_cache=True, logits_to_keep=1)
-
-
-def _in_turn(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(runs + 1):
-        for name in list(calls)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            calls[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
 def crossover(records: Sequence[Record], phase: str, attention: str, factor: float = 1.0) -> float | None:
