@@ -53,6 +53,7 @@ def main() -> None:
     skips = [{"kind": "skipped", **skip} for skip in (*skips, *alone)]
     if not groups:
         raise UserError(nothing_to_compare(args, skips))
+    matrix.check_distinct(groups)
     if args.debug_layers is not None:
         debug_layers(groups, args)
         return

@@ -152,6 +152,18 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
     return found, skips
 
 
+def check_distinct(groups: Sequence[Group]) -> None:
+    """Raises UserError for two groups that no table could tell apart: the engines of two models."""
+    seen: dict[str, Group] = {}
+    for group in groups:
+        other = seen.setdefault(group.name, group)
+        if other is not group:
+            raise UserError(
+                f"{other.sparse.folder} and {group.sparse.folder} are engines of different weights, and both "
+                f"{group.name}: compare each model in a run of its own"
+            )
+
+
 @dataclass(frozen=True)
 class Wish:
     """What the user asks for. contexts: None for the defaults."""

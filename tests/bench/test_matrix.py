@@ -10,6 +10,7 @@ import pytest
 
 from bench import floors, matrix
 from bench.matrix import Case, Group, Wish
+from dsa_export.cli import UserError
 from engines.artifacts import open_engine
 from tests.engines.commands import copy_tree
 
@@ -44,6 +45,13 @@ def test_every_dense_operator_is_a_side(group: Group, monkeypatch: pytest.Monkey
     monkeypatch.setattr(matrix, "core_of", lambda e: "GroupQueryAttention" if e is other else core(e))
     (both,), _ = matrix.groups([*group.dense, other, group.sparse])
     assert list(both.sides) == ["Attention", "GroupQueryAttention", "SparseAttention"]
+
+
+def test_engines_of_two_models_are_not_mixed_in_one_table(group: Group):
+    other = replace(group.sparse, folder=Path("other/sparse"))
+    matrix.check_distinct([group, replace(group, sparse=replace(other, topk=(8, 8)))])
+    with pytest.raises(UserError, match=r"sparse and other/sparse are .* both ort, fp32, k = 16"):
+        matrix.check_distinct([group, replace(group, sparse=other)])
 
 
 def test_an_engine_of_another_version_is_skipped_with_the_reason(engines: Path, tmp_path: Path):
