@@ -47,7 +47,13 @@ def parser() -> argparse.ArgumentParser:
         "same decoder with\na plain feed-forward). Several presets share one table. Several processes: accelerate "
         "launch --num_processes 2 -m train.experiment …\n\nA stopped run (Ctrl-C, kill, power) goes on when the same "
         "command is given again; finished twins are not trained\nagain, also when seeds, presets or attentions "
-        "are added.",
+        "are added.\n\nThe timings here are torch's. Each sparse twin is a checkpoint, <out>/runs/<preset>-<attention>-"
+        "seed<n>; in ONNX Runtime, at\nany length:\n"
+        "  python -m dsa_export.onnx --model <checkpoint> --out out/twin-onnx\n"
+        "  python -m engines.build --onnx out/twin-onnx --out out/twin-engines --max-batch 1 --max-context 65536 \\\n"
+        "      --beyond-positions\n"
+        "  python bench/compare.py --engines out/twin-engines --caches random --phase decode --peers none \\\n"
+        "      --context 128 1024 4096 16384 65536",
     )
     what = result.add_argument_group("what is compared")
     what.add_argument("--preset", nargs="+", choices=PRESETS, default=["glm4-moe"], metavar="NAME", help="[glm4-moe]")
