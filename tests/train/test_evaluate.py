@@ -12,7 +12,7 @@ import torch
 from dsa_export.cli import UserError
 from dsa_export.model import load_model, load_tokenizer
 from train import evaluate as command
-from train import tasks
+from train import plots, tasks
 from train.allocation import allocate
 from train.data import IGNORED, Windows
 from train.ladder import best_selection, hidden_states, random_indexers, score, window_selection
@@ -254,6 +254,14 @@ def without_times(results: Path) -> dict:
     return found
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes longer than all else."""
+    for name in ("losses", "recall", "heads", "maps", "tasks"):
+        monkeypatch.setattr(plots, f"plot_{name}", lambda *arguments: arguments[-1].touch())
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_stopped_run_goes_on_to_the_same_results(checkpoint, records, tmp_path: Path, capsys) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command.main(arguments(checkpoint, records, whole, *PIECES))
@@ -273,6 +281,7 @@ def test_a_stopped_run_goes_on_to_the_same_results(checkpoint, records, tmp_path
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_another_run_left_is_not_reused(checkpoint, records, tmp_path: Path) -> None:
     folder, out = tmp_path / "ckpt", tmp_path / "out"
     shutil.copytree(checkpoint, folder)
@@ -293,11 +302,19 @@ def test_what_another_run_left_is_not_reused(checkpoint, records, tmp_path: Path
     model.save_pretrained(folder)
     with pytest.raises(UserError, match=r"source\.sha256: "):
         run("--length", "48", "96")
+    [kept] = json.loads((tmp_path / "out.partial" / "results.json").read_text())["text"]
     run("--length", "48", "96", "--overwrite")
-    changed = without_times(out)
-    shutil.rmtree(out)
-    run("--length", "48", "96")
-    assert without_times(out) == changed
+    again = json.loads((out / "results.json").read_text())["text"][0]
+    assert again["length"] == kept["length"] and again["dense"]["loss"] != pytest.approx(kept["dense"]["loss"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"index_keys": "fp8"}, {"index_keys": "int8"}, {"index_pool": 4, "index_share": 2}]
+)
+def test_decoding_is_timed_with_every_kind_of_cache(checkpoint, options: dict) -> None:
+    model = load_model(checkpoint, **options)
+    speeds = command.decoding_speed(model, T, tokens=1)
+    assert set(speeds) == {"tokens_per_s_dense", "tokens_per_s_sparse"} and min(speeds.values()) > 0
 
 
 def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, monkeypatch) -> None:
