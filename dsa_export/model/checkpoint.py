@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -29,7 +30,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if isinstance(name, Path) or Path(name).exists() or str(name).startswith((".", "/")):
             what = f"no readable model in {name}" if Path(name).exists() else f"no such folder: {name}"
         else:
