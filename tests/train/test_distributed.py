@@ -17,7 +17,7 @@ from tests.train.test_resume import interrupt_at
 from train import distributed, joint, warmup
 
 SETTINGS = ["--device", "cpu", "--min-tokens", "1", "--held-out", "2", "--batch-size", "1", "--accumulation", "4",
-            "--packing", "cut", "--length", "100",
+            "--packing", "cut", "--length", "100", "--kl-queries", "20",
             "--schedule", "constant", "--warmup-steps", "0", "--lr", "1e-2"]  # fmt: skip
 INDEXER = ["--topk", "8", "--index-heads", "2", "--index-dim", "16"]
 TORCHRUN = [
