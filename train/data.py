@@ -19,6 +19,7 @@ import hashlib
 import json
 import sysconfig
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,8 +206,8 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
         )
         for row in rows:
             yield row["text"]
-    except (FileNotFoundError, ConnectionError) as error:
-        raise UserError(f"cannot read {address}: {str(error).splitlines()[0]}") from None
+    except (OSError, EOFError, zlib.error) as error:  # missing, not reachable, or not as compressed as its name says
+        raise UserError(f"cannot read {address}: {(str(error).splitlines() or ['empty'])[0]}") from None
 
 
 def stdlib_records(folder: Path = CACHE) -> Path:

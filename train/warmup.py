@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsa_export.cli import run
 from dsa_export.model import load_model
-from dsa_export.model.checkpoint import INDEXER, load_config
+from dsa_export.model.checkpoint import INDEXER, indexed_attention, load_config
 from train import base
 from train.evaluate import evaluate
 from train.losses import IndexerObserver
@@ -67,13 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = start(args)
     name = args.model or base.ensure()
     config = load_config(name)
+    attention = indexed_attention(config)
     resolve(args, SMALL, REAL, config)
     indexer = indexer_options(args, SMALL, REAL, config)
     for option, value in indexer.items():
         setattr(args, {"index_topk": "topk"}.get(option, option), value)
 
     def prepare() -> tuple[Any, Stage]:
-        model = load_model(name, **indexer)
+        model = load_model(name, attention=attention, **indexer)
         return model, Stage(
             name="warmup",
             groups=indexer_parameters,

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
 from dsa_export.model import families
-from dsa_export.model.attention import VARIANTS
+from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.decoder import DSAForCausalLM
 
 INDEXER = ".indexer."
@@ -45,7 +45,21 @@ def load_config(name: str | Path) -> PreTrainedConfig:
 
 
 def has_indexer(config: PreTrainedConfig) -> bool:
-    return isinstance(config, DSAConfig)
+    """Whether a checkpoint is one of ours that selects by an indexer."""
+    return isinstance(config, DSAConfig) and issubclass(VARIANTS[config.attention], SparseAttention)
+
+
+def indexed_attention(config: PreTrainedConfig) -> str:
+    """The attention variant with an indexer that a checkpoint has or can be given.
+
+    Raises UserError for one that selects in another way.
+    """
+    if not isinstance(config, DSAConfig):
+        return families.FAMILIES[config.model_type].sparse
+    sparse = families.FAMILIES[config.family].sparse
+    if config.attention not in (sparse, VARIANTS[sparse].DENSE):
+        raise UserError(f"attention={config.attention!r} has no indexer, nor can it be given one: see train.finetune")
+    return sparse
 
 
 def load_model(
@@ -55,15 +69,15 @@ def load_model(
 
     attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, the
     family's sparse one ("dsa") for a plain one. What the variant adds to a dense checkpoint is initialised.
-    `options` are DSAConfig's indexer fields (index_heads, index_dim, index_topk, index_queries); None keeps the
-    checkpoint's or the default. Raises UserError when the checkpoint cannot be read, is of another architecture, or
-    lacks or holds tensors that it should not: only a plain checkpoint may lack tensors, and only the indexer's.
+    `options` are DSAConfig's fields of the variant (index_…, nsa_…); None keeps the checkpoint's or the default.
+    Raises UserError when the checkpoint cannot be read, is of another architecture, or lacks or holds tensors that it
+    should not: only what a new variant adds may be missing.
     """
     base = load_config(name)
     inherited = base.to_dict() if isinstance(base, DSAConfig) else families.dsa_fields(base)
     own = inherited["attention"]
     if attention is None:
-        attention = own if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].sparse
+        attention = own if isinstance(base, DSAConfig) else indexed_attention(base)
     elif attention == "dense":
         attention = VARIANTS[own].DENSE
     given = {key: value for key, value in options.items() if value is not None}

@@ -139,6 +139,9 @@ def test_folders_of_records_and_of_text(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write(json.dumps(record("zipped")) + "\n")
     assert [d.answer for d in documents(str(tmp_path), Malformed())] == ["zipped"]
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"not zipped")
+    with pytest.raises(UserError, match=r"cannot read .*rows.jsonl.gz: Not a gzipped file"):
+        list(documents(str(tmp_path), Malformed()))
 
 
 def test_a_path_that_looks_like_a_pattern_is_refused(tmp_path: Path) -> None:
