@@ -16,6 +16,7 @@ import multiprocessing
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -396,6 +397,9 @@ def build_each_in_its_own_process(args: argparse.Namespace) -> None:
             process.join()
         except KeyboardInterrupt:
             process.join()  # it got the signal too, and says so
+        if process.exitcode and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            raise UserError(f"the build of {backend} was ended by {name}: a crash of its compiler, or no memory left")
         if process.exitcode:
             sys.exit(process.exitcode)
 

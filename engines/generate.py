@@ -98,16 +98,19 @@ def probability(value: str) -> float:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text. Raises UserError if the file cannot be read as UTF-8."""
-    if args.prompt is not None:
-        return args.prompt
-    try:
-        data = args.file.read_bytes() if args.file else sys.stdin.buffer.read()
-        return data.decode()
-    except OSError as error:
-        raise UserError(f"cannot read {args.file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{args.file or 'standard input'} is not UTF-8 text (byte {error.start})") from None
+    """The prompt's text. Raises UserError if it is empty, or if the file cannot be read as UTF-8."""
+    text = args.prompt
+    if text is None:
+        if not args.file and sys.stdin.isatty():
+            errors.print("Type the prompt; Ctrl-D ends it")
+        try:
+            data = args.file.read_bytes() if args.file else sys.stdin.buffer.read()
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.file or 'standard input'} is not UTF-8 text (byte {error.start})") from None
+    if not text:
+        raise UserError("the prompt is empty: nothing to answer")
+    return text
 
 
 def conversation(system: str | None, prompt: str) -> list[dict[str, str]]:
