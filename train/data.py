@@ -172,7 +172,7 @@ def _json_lines(address: str, name: str, malformed: Malformed) -> Iterator[Docum
         malformed.lines += 1
         try:
             document = parse_record(line)
-        except ValueError as error:  # JSONDecodeError is one
+        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             malformed.add(f"{name} line {number}", str(error))
         else:
             yield document

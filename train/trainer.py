@@ -323,8 +323,12 @@ class Trainer:
     # ------------------------------------------------------------ evaluation and report
 
     def _evaluate(self, when: str) -> dict[str, float]:
-        """By the first process alone."""
+        """By the first process alone. Raises UserError if a figure is not finite."""
         result = self.stage.evaluate(self.model.to(self.device), self.data.held_out)
+        for name, value in result.items():
+            if not math.isfinite(value):
+                mend = "check the checkpoint" if when == "before" else "start again with a lower --lr and --overwrite"
+                raise UserError(f"{name} is {value} {when} training: {mend}")
         self._log({"evaluation": when, "step": self.step, **result})
         if not console.is_terminal:
             console.print(f"{when}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))

@@ -70,8 +70,8 @@ def load_model(
     attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, the
     family's sparse one ("dsa") for a plain one. What the variant adds to a dense checkpoint is initialised.
     `options` are DSAConfig's fields of the variant (index_…, nsa_…); None keeps the checkpoint's or the default.
-    Raises UserError when the checkpoint cannot be read, is of another architecture, or lacks or holds tensors that it
-    should not: only what a new variant adds may be missing.
+    Raises UserError when the checkpoint cannot be read, is of another architecture, lacks or holds tensors that it
+    should not (only what a new variant adds may be missing), or holds NaN or infinite numbers.
     """
     base = load_config(name)
     inherited = base.to_dict() if isinstance(base, DSAConfig) else families.dsa_fields(base)
@@ -106,6 +106,9 @@ def load_model(
     if expected_missing:
         for layer in model.model.layers:
             layer.self_attn.start_from_dense()
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name}: {key} holds numbers that are not finite in {dtype}: the checkpoint is broken")
     return model.eval()
 
 

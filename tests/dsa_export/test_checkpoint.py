@@ -76,6 +76,12 @@ def test_unexpected_tensor(damaged):
         load_model(damaged)
 
 
+def test_weights_that_are_not_finite(damaged):
+    edit_weights(damaged, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite"):
+        load_model(damaged)
+
+
 def test_weights_of_another_size(damaged):
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))

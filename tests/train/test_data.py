@@ -96,7 +96,7 @@ def test_missing_optional_fields_are_fine() -> None:
 
 def test_more_than_one_percent_of_bad_lines_stops_the_run(tmp_path: Path, tokenizer) -> None:
     good = [record(f"Answer number {i}, long enough.") for i in range(195)]
-    source = write_jsonl(tmp_path / "d.jsonl", [*good[:2], "not json", *good[2:], '{"output": 1}', "[]"])
+    source = write_jsonl(tmp_path / "d.jsonl", [*good[:2], "not json", *good[2:], '{"output": 1}', "[" * 100_000])
     with pytest.raises(
         UserError, match=r"3 of 198 lines are malformed \(d.jsonl line 3: .*line 197: .*allow-malformed"
     ):
