@@ -98,7 +98,7 @@ def load_model(
     added = {key for key in model.state_dict() if is_added(key, attention)}
     expected_missing = set() if attention == own else added
     shared_by_more = isinstance(base, DSAConfig) and config.index_share > base.index_share
-    if attention == VARIANTS[own].DENSE or shared_by_more:
+    if attention != own or shared_by_more:
         unexpected = {key for key in unexpected if not is_added(key, own)}
     wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
     if wrong:

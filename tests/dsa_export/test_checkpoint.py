@@ -34,7 +34,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_no_such_hub_model(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at import
     with pytest.raises(UserError, match="no folder and no reachable hub model"):
         load_model("nobody/no-such-model")
 
@@ -99,9 +99,11 @@ def test_indexer_is_new_for_a_plain_checkpoint_and_kept_for_ours(qwen_folder, ds
     assert torch.equal(*kept)
 
 
-def test_our_checkpoint_as_a_dense_model(dsa_folder):
-    dense = load_model(dsa_folder, attention="dense")
-    assert not any(".indexer." in name for name in dense.state_dict())
+@pytest.mark.parametrize("attention", ["dense", "nsa"])
+def test_our_checkpoint_with_another_attention_leaves_its_indexer(dsa_folder, attention):
+    model = load_model(dsa_folder, attention=attention)
+    assert model.config.attention == attention
+    assert not any(".indexer." in name for name in model.state_dict())
 
 
 def test_options_that_cannot_work_name_the_option(qwen_folder):
