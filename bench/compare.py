@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import platform
 import shlex
 import sys
@@ -30,7 +29,7 @@ import numpy as np
 from bench import layers, matrix, measure, peers, plots, profiling, prompts, report, runs, summary, tables
 from bench.matrix import Case, Group, Wish
 from bench.runs import Record, Settings
-from dsa_export.cli import UserError, console, run
+from dsa_export.cli import UserError, console, not_negative, positive, run, thread_count, usable_cpus
 from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, write_manifest
 from engines import build
 from engines.artifacts import BACKENDS
@@ -45,7 +44,7 @@ def main() -> None:
     """All heavy work is done in children: what it leaves in this process's heap would be inherited by the processes
     that measure memory, and would hide what an engine needs."""
     args = parse_arguments()
-    check_output(args.out)
+    check_output(args.out, "bench")
     build_missing(args)
     engines, skips = matrix.discover(args.engines)
     groups, alone = matrix.groups(engines)
@@ -93,10 +92,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     what("--backend", nargs="+", metavar="NAME", help="only these (default: all that are found)")
     what("--precision", nargs="+", metavar="NAME", help="only these: fp32 fp16 bf16 int8 int4 (default: all)")
-    what("--k", nargs="+", type=build.positive, metavar="K", help="only these (default: all)")
+    what("--k", nargs="+", type=positive, metavar="K", help="only these (default: all)")
     case = parser.add_argument_group("cases").add_argument
-    case("--context", nargs="+", type=build.positive, metavar="N", help="tokens (default: what takes under a minute)")
-    case("--batch", nargs="+", type=build.positive, default=[1], metavar="N", help="rows (default: 1)")
+    case("--context", nargs="+", type=positive, metavar="N", help="tokens (default: what takes under a minute)")
+    case("--batch", nargs="+", type=positive, default=[1], metavar="N", help="rows (default: 1)")
     case("--phase", choices=("prefill", "decode", "both"), default="both", help="(default: %(default)s)")
     case(
         "--caches", choices=("prefill", "random"), default="prefill",
@@ -111,24 +110,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     how = parser.add_argument_group("measuring").add_argument
     how(
-        "--runs", type=build.positive, default=15, metavar="N",
+        "--runs", type=positive, default=15, metavar="N",
         help="timed calls per case, more if they are short (default: %(default)s)",
     )  # fmt: skip
     how(
-        "--max-seconds", type=build.positive, metavar="S",
+        "--max-seconds", type=positive, metavar="S",
         help=f"per case: fewer calls, at least {measure.MIN_RUNS}, once this is spent (default: no limit)",
     )  # fmt: skip
-    how("--threads", type=build.positive, default=len(os.sched_getaffinity(0)), metavar="N", help="(default: all)")
+    how("--threads", type=thread_count, default=usable_cpus(), metavar="N", help="(default: all)")
     how(
-        "--score-tokens", type=build.positive, default=32, metavar="N",
+        "--score-tokens", type=positive, default=32, metavar="N",
         help="teacher-forced tokens per context for loss and agreement (default: %(default)s)",
     )  # fmt: skip
     how(
-        "--profile", type=int, metavar="N",
+        "--profile", type=not_negative, metavar="N",
         help="context of the decoding step that ONNX Runtime's profiler looks into; 0: none (default: the longest)",
     )  # fmt: skip
     how(
-        "--debug-layers", type=build.positive, nargs="?", const=0, metavar="TOKENS",
+        "--debug-layers", type=positive, nargs="?", const=0, metavar="TOKENS",
         help="compare the graphs layer by layer with Polygraphy on so many tokens (default: at most k), and stop",
     )  # fmt: skip
     other = parser.add_argument_group("peers").add_argument
@@ -139,7 +138,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     other("--genai", type=Path, nargs="+", default=[], metavar="DIR", help="models of onnxruntime-genai's builder")
     other("--genai-python", type=Path, metavar="FILE", help="the interpreter that has it (default: this one)")
     other("--checkpoint", metavar="NAME", help="the peers' checkpoint (default: what the export came from)")
-    other("--peer-context", nargs="+", type=build.positive, metavar="N", help="(default: all contexts of batch 1)")
+    other("--peer-context", nargs="+", type=positive, metavar="N", help="(default: all contexts of batch 1)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.quick:
@@ -199,8 +198,10 @@ def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list
     """The records of every group and peer, and what was proved before anything was timed."""
     phases = ("decode", "prefill") if args.phase == "both" else (args.phase,)
     wish = Wish(args.context, args.batch, phases, args.caches, QUICK_PREFILL if args.quick else None)
+    limit = min(engine.limits.max_context for group in groups for engine in group.sides.values())
+    if args.profile and args.profile > limit:
+        raise UserError(f"--profile {args.profile} is beyond the engines' capacity of {limit:,} tokens")
     if args.quick and not args.context:
-        limit = min(engine.limits.max_context for group in groups for engine in group.sides.values())
         wish = replace(wish, contexts=[n for n in QUICK_CONTEXTS if n <= limit] or [limit])
     planned = [(group, *matrix.plan(group, wish)) for group in groups]
     records: list[Record] = [{"kind": "skipped", **skip} for _, _, skips in planned for skip in skips]
@@ -215,7 +216,7 @@ def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list
     proofs = identical_operators(groups)
     for group, cases, _ in planned:
         if cases:
-            proofs.append(pass_the_gate(group, rows[0], args.threads))
+            proofs += pass_the_gate(group, rows[0], args.threads)
             records += measure_group(group, cases, rows, settings, args)
     batch_1 = {case.context for _, cases, _ in planned for case in cases if case.batch == 1 and case.phase == "decode"}
     contexts = sorted(batch_1 & set(args.peer_context) if args.peer_context else batch_1)
@@ -292,34 +293,37 @@ def identical_operators(groups: Sequence[Group]) -> list[str]:
     return proofs
 
 
-def pass_the_gate(group: Group, prompt: np.ndarray, threads: int) -> str:
-    """Returns what was proved. Raises UserError on a red gate."""
+def pass_the_gate(group: Group, prompt: np.ndarray, threads: int) -> list[str]:
+    """Returns what was proved, for every dense side. Raises UserError on a red gate."""
     if not group.sparse.reduces_to_dense:
         said = (
             f"no parity gate ({group.name}): native sparse attention equals dense attention at no length. What holds: "
             "its export agreed with torch, and shares the dense graph's weights"
         )
         console.print(said)
-        return said
-    said = ""
+        return [said]
+    proofs = []
     for name, gate in runs.gates(group, prompt, threads).items():
         if gate.problem:
             raise UserError(
                 f"parity gate red, nothing was measured: up to k tokens dense and sparse must be equal, but "
                 f"{gate.problem} ({group.name}; dense: {name})"
             )
-        said = (
+        proofs.append(
             f"parity gate green ({group.name}): up to {gate.tokens} tokens the logits of {name} and SparseAttention "
             f"differ by at most {gate.error:.1e} (rounding allows {gate.tolerance:.1e})"
         )
-        console.print(said)
-    return said
+        console.print(proofs[-1])
+    return proofs
 
 
 def debug_layers(groups: Sequence[Group], args: argparse.Namespace) -> None:
     """Prints the tensors of every group's two graphs that differ, the first one by name."""
     for group in groups:
         tokens = args.debug_layers or min(*group.sparse.topk, 64)
+        limit = min(engine.limits.max_context for engine in group.sides.values())
+        if tokens > limit:
+            raise UserError(f"--debug-layers {tokens} is beyond the engines' capacity of {limit:,} tokens")
         text = measure.in_child(prompts.rows, tokenizer_folder(groups, args), args.prompt_file, 1, tokens)[0]
         for dense in group.dense:
             found = measure.in_child(layers.compare_layers, dense, group.sparse, text)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from dsa_export.cli import UserError
-from dsa_export.files import MANIFEST, read_manifest
+from dsa_export.files import MANIFEST, manifest_kind, read_manifest
 from dsa_export.selection import describe_selection
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, open_engine
@@ -90,48 +90,20 @@ def discover(folders: Sequence[Path]) -> tuple[list[Engine], list[Skip]]:
     """Every engine below the folders that can be opened here, and why the others cannot."""
     engines, skips = [], []
     for folder in engine_folders(folders):
-        manifest = read_manifest(folder, "engine", "python -m engines.build")
         try:
             engines.append(open_engine(folder))
-            stale = newer_export(engines[-1])
         except UserError as error:
-            stale = str(error)
-        if stale:
-            engines = [engine for engine in engines if engine.folder != folder]
+            manifest = read_manifest(folder, "engine", "python -m engines.build")
             facts = {name: manifest.get(name) for name in ("backend", "variant")}
-            skips.append({**facts, "engine": str(folder), "reason": stale})
+            skips.append({**facts, "engine": str(folder), "reason": str(error)})
     return engines, skips
 
 
 def engine_folders(folders: Sequence[Path]) -> list[Path]:
     """Every engine folder below the given ones; unfinished (`.partial`) ones are passed over."""
-    found = []
-    for folder in folders:
-        for path in sorted(folder.rglob(MANIFEST)):
-            if ".partial" in str(path.parent) or ".replaced" in str(path.parent):
-                continue
-            if '"kind": "engine"' in path.read_text(errors="replace"):
-                found.append(path.parent)
-    return list(dict.fromkeys(found))
-
-
-def newer_export(engine: Engine) -> str | None:
-    """Says so if the export that the engine came from has been written anew since."""
-    source = engine.manifest["source"]
-    if not (Path(source["path"]) / MANIFEST).is_file():
-        return None  # the export is gone; the engine has hashes of its own
-    export = read_manifest(Path(source["path"]), "onnx", "python -m dsa_export.onnx")
-    try:
-        graph, weights = export["graphs"][engine.variant], export["weights"]
-        same = (graph["sha256"], weights["sha256"]) == (source["sha256"], source["weights_sha256"])
-    except KeyError:
-        return None
-    if same:
-        return None
-    return (
-        f"{engine.folder} was built from an earlier export than the one in {source['path']}: run "
-        f"`python -m engines.build --onnx {source['path']} --out {engine.folder.parent.parent}`"
-    )
+    found = [path.parent for folder in folders for path in sorted(folder.rglob(MANIFEST))]
+    whole = [folder for folder in found if ".partial" not in str(folder) and ".replaced" not in str(folder)]
+    return [folder for folder in dict.fromkeys(whole) if manifest_kind(folder) == "engine"]
 
 
 def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, user_message
 from engines.build import cpu_name
 
 WARM_UP = 2
@@ -77,7 +77,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> Any:
-    """function(*args) in a process of its own, so that its memory is its own. UserErrors are passed on.
+    """function(*args) in a process of its own, so that its memory is its own. A user's errors are passed on.
 
     method: "fork", or "spawn" for what computes in torch, whose threads do not survive a fork.
     """
@@ -106,10 +106,13 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
 def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
         sender.send(("value", function(*args)))
-    except UserError as error:
-        sender.send(("error", str(error)))
     except KeyboardInterrupt:
         os._exit(130)  # the parent got the signal too and reports it
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        sender.send(("error", message))
 
 
 def machine(threads: int) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+from google.protobuf.message import DecodeError
 
 from bench import measure
 from bench.matrix import MARGIN_BYTES, Group
@@ -232,6 +234,8 @@ def transformers_logging_off() -> None:
 def genai_python(given: Path | None) -> str:
     """The interpreter that has onnxruntime-genai. Raises UserError if there is none."""
     if given:
+        if not os.access(given, os.X_OK):
+            raise UserError(f"--genai-python {given} is no program that can be run")
         return str(given)
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise UserError("onnxruntime-genai is not installed: pip install onnxruntime-genai, or name --genai-python")
@@ -245,7 +249,11 @@ def measure_genai(model: Path, python: str, task: Task) -> list[Record]:
             f"{model} holds no genai_config.json: make it with `python -m onnxruntime_genai.models.builder "
             f"-i {task.checkpoint} -o {model} -p int4 -e cpu`"
         )
-    limit = json.loads((model / "genai_config.json").read_text())["model"]["context_length"]
+    try:
+        limit = int(json.loads((model / "genai_config.json").read_text())["model"]["context_length"])
+        precision = genai_precision(model)
+    except (OSError, ValueError, KeyError, TypeError, DecodeError) as error:
+        raise UserError(f"{model} is not as onnxruntime-genai's builder writes it: {error}") from None
     contexts = [n for n in task.contexts if n <= limit]
     peer = f"onnxruntime-genai ({model.name})"
     reason = f"beyond its context length of {limit:,}"
@@ -263,7 +271,6 @@ def measure_genai(model: Path, python: str, task: Task) -> list[Record]:
         "at_most": min(task.budget.at_most, 1e9),
         "chunk": CHUNK,
     }
-    precision = genai_precision(model)
     with (
         progress_bar() as progress,
         subprocess.Popen(

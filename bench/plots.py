@@ -42,19 +42,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 def latency(measured: Sequence[Pair], peers: Sequence[Record]) -> Any:
     figure, panels = _panels(measured)
     for phase, panel in panels.items():
-        lines = summary.by_series(measured, phase)
-        for (series, line), colour in zip(lines.items(), _colours(lines), strict=True):
-            name = summary.series_text(series, lines)
-            for side, style in (("dense", "--"), ("sparse", "-")):
-                records = [getattr(pair, side) for pair in line]
-                contexts = [record["context"] for record in records]
-                shade = DENSE if len(lines) == 1 and side == "dense" else colour
-                label = side if len(lines) == 1 else f"{side}, {name}"
-                panel.plot(
-                    contexts, [r["ms_median"] for r in records], style, marker="o", ms=4, color=shade, label=label
-                )
-                low, high = ([record[key] for record in records] for key in ("ms_p10", "ms_p90"))
-                panel.fill_between(contexts, low, high, color=shade, alpha=0.15, linewidth=0)
+        _draw_sides(panel, measured, phase, "ms_median", band=("ms_p10", "ms_p90"))
         if phase == "decode":
             _draw_peers(panel, peers)
         call = "decoding step" if phase == "decode" else "prefill call"
@@ -103,14 +91,7 @@ def memory(measured: Sequence[Pair]) -> Any:
         return None
     figure, panels = _panels(known)
     for phase, panel in panels.items():
-        lines = summary.by_series(known, phase)
-        for (series, line), colour in zip(lines.items(), _colours(lines), strict=True):
-            name = summary.series_text(series, lines)
-            for side, style in (("dense", "--"), ("sparse", "-")):
-                shade = DENSE if len(lines) == 1 and side == "dense" else colour
-                values = [getattr(pair, side)["peak_mib"] for pair in line]
-                label = side if len(lines) == 1 else f"{side}, {name}"
-                panel.plot([p.context for p in line], values, style, marker="o", ms=4, color=shade, label=label)
+        _draw_sides(panel, known, phase, "peak_mib")
         panel.set(title=f"Peak memory, {phase}", ylabel="MiB")
         panel.set_ylim(bottom=0)
         _context_axis(panel, known)
@@ -151,6 +132,23 @@ def _panels(measured: Sequence[Pair]) -> tuple[Any, dict[str, Any]]:
     figure, axes = plt.subplots(1, len(phases), figsize=(5.4 * max(len(phases), 1.35), 4.4), squeeze=False)
     figure.set_layout_engine("constrained")
     return figure, dict(zip(phases, axes[0], strict=True))
+
+
+def _draw_sides(
+    panel: Any, measured: Sequence[Pair], phase: str, key: str, *, band: tuple[str, str] | None = None
+) -> None:
+    """Draws `key` of the dense and the sparse side of every series over the context, and a band between two others."""
+    lines = summary.by_series(measured, phase)
+    for (series, line), colour in zip(lines.items(), _colours(lines), strict=True):
+        for side, style in (("dense", "--"), ("sparse", "-")):
+            label = side if len(lines) == 1 else f"{side}, {summary.series_text(series, lines)}"
+            shade = DENSE if len(lines) == 1 and side == "dense" else colour
+            records = [getattr(pair, side) for pair in line]
+            contexts = [record["context"] for record in records]
+            panel.plot(contexts, [r[key] for r in records], style, marker="o", ms=4, color=shade, label=label)
+            if band:
+                low, high = ([record[edge] for record in records] for edge in band)
+                panel.fill_between(contexts, low, high, color=shade, alpha=0.15, linewidth=0)
 
 
 def _colours(lines: dict[Series, list[Pair]]) -> list[str]:

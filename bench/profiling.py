@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from bench import measure
 from bench.matrix import Case, core_of
@@ -35,7 +34,7 @@ def profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
 
 def _profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        runner = _profiled_runner(engine, threads, Path(scratch) / "profile")
+        runner: Any = open_runner(engine.folder, threads=threads, verify=False, profile=Path(scratch) / "profile")
         session = Session(runner, 1, capacity=context)
         session.pretend(context)
         case = Case("decode", 1, context, session.capacity, 1)
@@ -51,23 +50,6 @@ def _profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
         "context": context,
         "ms": by_part(events, skip=measure.WARM_UP),
     }
-
-
-def _profiled_runner(engine: Engine, threads: int, prefix: Path) -> Any:
-    """The engine's runner, every session of which writes a profile: a session can be profiled only from its birth."""
-    original = onnxruntime.SessionOptions
-
-    def options() -> onnxruntime.SessionOptions:
-        created = original()
-        created.enable_profiling = True
-        created.profile_file_prefix = str(prefix)
-        return created
-
-    onnxruntime.SessionOptions = options  # type: ignore[misc,assignment]  # this process measures nothing else
-    try:
-        return open_runner(engine.folder, threads=threads, verify=False)
-    finally:
-        onnxruntime.SessionOptions = original  # type: ignore[misc]
 
 
 def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:

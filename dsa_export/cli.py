@@ -1,11 +1,13 @@
-"""What every command shares: one-line errors, exit codes, console and progress bars.
+"""What every command shares: one-line errors, exit codes, types of arguments, console and progress bars.
 
 Exit codes: 0 done, 1 something was wrong with the input or the run, 2 wrong arguments (argparse).
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -15,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(highlight=False, emoji=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 class UserError(Exception):
@@ -28,18 +30,26 @@ def run(main: Callable[[], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         main()
-    except UserError as error:
-        fail(str(error))
     except KeyboardInterrupt as interrupt:
         fail(str(interrupt) or "interrupted; nothing half-written was kept")
     except Exception as error:
-        if is_disk_full(error):
-            where = getattr(error, "filename", None) or "the output"
-            fail(f"disk full while writing {where}: free some space and run the command again")
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
-        raise
+        message = user_message(error)
+        if message is None:
+            raise
+        fail(message)
     sys.exit(0)
+
+
+def user_message(error: Exception) -> str | None:
+    """What to say of an error that a user can cause; None for an error of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_disk_full(error):
+        where = getattr(error, "filename", None) or "the output"
+        return f"disk full while writing {where}: free some space and run the command again"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -54,6 +64,34 @@ def is_disk_full(error: Exception) -> bool:
 def fail(message: str) -> NoReturn:
     errors.print(f"[red]error:[/red] {escape(' '.join(message.split()))}")
     sys.exit(1)
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number of at least 1."""
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """The type of an argument that is a whole number of at least 0."""
+    return _at_least(0, text)
+
+
+def thread_count(text: str) -> int:
+    """The type of an argument that is a number of threads: at most one for each processor that may be used."""
+    if positive(text) > usable_cpus():
+        raise argparse.ArgumentTypeError(f"{text} threads are more than the {usable_cpus()} processors here")
+    return int(text)
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
 
 
 def progress_bar(*columns: str) -> Progress:

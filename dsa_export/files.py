@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +32,25 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def check_output(out: Path) -> None:
-    """Raises UserError if `out` exists and was not written by this toolchain: it would be replaced."""
-    if out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file()):
+def check_output(out: Path, kind: str | None = None) -> None:
+    """Raises UserError if no folder `out` can be made, or if it would replace what this toolchain did not write.
+
+    kind: what is to be written; an earlier output of another kind is then not replaced either.
+    """
+    if out.name in ("", ".."):
+        raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
+    nearest = next(path for path in (out, *out.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file: choose another output folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{nearest} cannot be written to: choose another output folder")
+    if nearest != out or not any(out.iterdir()):
         return
-    if out.exists():
+    found = manifest_kind(out)
+    if found is None:
         raise UserError(f"{out} exists and was not written by this toolchain: choose another --out, or remove it")
+    if kind not in (None, found):
+        raise UserError(f"{out} holds {found!r}, which {kind!r} would replace: choose another --out, or remove it")
 
 
 @contextmanager
@@ -85,6 +99,14 @@ def write_manifest(folder: Path, kind: str, source: dict[str, Any], **facts: Any
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
 
 
+def manifest_kind(folder: Path) -> str | None:
+    """What a folder's manifest says that it holds; None without a manifest that can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())["kind"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def read_manifest(folder: Path, kind: str, made_by: str) -> dict[str, Any]:
     """Reads a folder's manifest. Raises UserError, naming the command that makes such a folder, if it is not one."""
     path = folder / MANIFEST
@@ -94,7 +116,7 @@ def read_manifest(folder: Path, kind: str, made_by: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): run `{made_by}` again") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        found = manifest.get("kind") if isinstance(manifest, dict) else None
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found != kind:
         raise UserError(f"{folder} holds {found!r}, not {kind!r}: expected the output of `{made_by}`")
     return manifest

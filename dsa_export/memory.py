@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 class PeakMemory:
-    """Resident memory that this process gained at most since it was created, in MiB. Linux only: elsewhere None."""
+    """Resident memory that this process gained at most since it was created, in MiB.
+
+    None where that cannot be known: not on Linux, or after a reset() that the system does not allow.
+    """
 
     STATUS = Path("/proc/self/status")
 
@@ -16,7 +19,10 @@ class PeakMemory:
     def reset(self) -> None:
         """Forgets the highest mark so far."""
         if self.STATUS.is_file():
-            Path("/proc/self/clear_refs").write_text("5")
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:  # a read-only /proc, as in some containers
+                self.before = None
 
     def mib(self) -> float | None:
         peak = self._kib("VmHWM")

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsa_export.cli import UserError
 from engines import scheduler
@@ -45,7 +47,8 @@ def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -
         yield
         await asyncio.to_thread(scheduler.stop, STOP_SECONDS)
 
-    app = FastAPI(title="dsa-toolchain", lifespan=lifespan, max_body_size=max_body)
+    app = FastAPI(title="dsa-toolchain", lifespan=lifespan)
+    app.add_middleware(BodyLimit, limit=max_body)
     service = Service(scheduler, text, model)
 
     @app.post("/v1/completions")
@@ -83,6 +86,30 @@ def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -
         return JSONResponse(error_body(400, f"{where or 'body'}: {first['msg']}{detail}", where), 400)
 
     return app
+
+
+class BodyLimit:
+    """Ends a request with 413 as soon as a body of more than `limit` bytes is announced or has arrived.
+
+    FastAPI's own max_body_size answers in plain text; what is raised here becomes an error of OpenAI's form.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if max(size, int(Headers(scope=scope).get("content-length", 0))) > self.limit:
+                raise HTTPException(413, f"the body exceeds {self.limit:,} bytes")
+            return message
+
+        await self.app(scope, receive_within_limit if scope["type"] == "http" else receive, send)
 
 
 class Service:

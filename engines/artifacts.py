@@ -234,9 +234,11 @@ def read_engine(folder: Path) -> Engine:
             **_variant_facts(manifest["variant"], manifest, manifest["cache"]),
             folder=folder,
             backend=manifest["backend"],
-            limits=Limits(**manifest["limits"]),
+            limits=Limits(**{name: int(value) for name, value in manifest["limits"].items()}),
             manifest=manifest,
         )
+        if engine.backend not in BACKENDS:
+            raise ValueError(f"the backend, {engine.backend!r}")
         # What open_engine() checks and what runners read.
         for facts in (*manifest["files"].values(), manifest["source"], *filter(None, [manifest["plugin"]])):
             str(facts["sha256"])
@@ -306,14 +308,14 @@ def check_machine(engine: Engine, again: str) -> None:
 
 
 def check_source(engine: Engine, again: str) -> None:
-    """Raises UserError if the export that the engine came from is still there and holds another graph by now."""
+    """Raises UserError if the export that the engine came from is still there and holds other content by now."""
     source = engine.manifest["source"]
     try:
-        graphs = json.loads((Path(source["path"]) / MANIFEST).read_text())["graphs"]
-        present = graphs[engine.variant]["sha256"]
+        export = json.loads((Path(source["path"]) / MANIFEST).read_text())
+        present = export["graphs"][engine.variant]["sha256"], export["weights"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # moved away: an engine does not need its export
-    if present != source["sha256"]:
+    if present != (source["sha256"], source.get("weights_sha256")):
         raise UserError(f"{source['path']} was exported again since {engine.folder} was built: {again}")
 
 

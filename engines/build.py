@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
-import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dsa_export.cli import UserError, console, run
+from dsa_export.cli import UserError, console, positive, run, usable_cpus
 from dsa_export.files import PARTIAL, check_output, output_folder, read_manifest, write_manifest
 from dsa_export.selection import describe_selection
 from dsa_export.topk import compact_topk
@@ -77,7 +77,9 @@ def build(backend: str, args: argparse.Namespace) -> None:
     export = open_export(args.onnx)
     limits = limits_of(export, args)
     for variant in args.variant:
-        check_output(args.out / backend / variant)
+        check_output(args.out / backend / variant, "engine")
+        if args.triton_repository:
+            check_output(triton.model_folder(args.triton_repository, variant, backend), triton.KIND)
         needed = memory.estimate(export.graphs[variant], limits, export.manifest["weights"]["bytes"])
         console.print(f"{backend} {variant} will need {needed} at {limits.max_batch} x {limits.max_context:,} tokens")
         memory.check(backend, needed)
@@ -137,17 +139,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
 def limits_of(export: Export, args: argparse.Namespace) -> Limits:
     """The engine's limits. Raises UserError where the model cannot follow them."""
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"{args.out} is a file: choose another --out")
     graph = next(iter(export.graphs.values()))
     missing = [variant for variant in args.variant if variant not in export.graphs]
     if missing:
@@ -404,6 +397,9 @@ def build_each_in_its_own_process(args: argparse.Namespace) -> None:
             process.join()
         except KeyboardInterrupt:
             process.join()  # it got the signal too, and says so
+        if process.exitcode and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            raise UserError(f"the build of {backend} was ended by {name}: a crash of its compiler, or no memory left")
         if process.exitcode:
             sys.exit(process.exitcode)
 
@@ -495,7 +491,7 @@ def cpu_name() -> str:
     if cpuinfo.is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
         name = found.group(1) if found else name
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{name}, {usable_cpus()} cores"
 
 
 def gpu_compute_capability() -> str:

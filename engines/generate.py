@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dsa_export.cli import UserError, errors, progress_bar, run
+from dsa_export.cli import UserError, errors, positive, progress_bar, run, thread_count
 from engines.sampling import Sampler, Sampling
 from engines.session import Session, open_runner
 from engines.text import Answer, Text
@@ -62,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file")
     add("--system", metavar="TEXT", help="a system message before the prompt")
     add("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
-    add("--max-new-tokens", type=at_least_one, default=256, metavar="N", help="(default: %(default)s)")
+    add("--max-new-tokens", type=positive, default=256, metavar="N", help="(default: %(default)s)")
     add("--temperature", type=temperature, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
     add("--top-p", type=probability, default=1.0, metavar="P", help="nucleus sampling (default: %(default)s)")
     add("--seed", type=int, metavar="N", help="makes sampling repeatable")
@@ -82,13 +82,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", type=Path, default=Path("out/engines/ort/sparse"), metavar="DIR",
         help="an engine folder written by engines.build (default: %(default)s)",
     )  # fmt: skip
-    add("--threads", type=at_least_one, metavar="N", help="CPU threads (default: all that may be used)")
-
-
-def at_least_one(value: str) -> int:
-    if int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return int(value)
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all that may be used)")
 
 
 def temperature(value: str) -> float:
@@ -104,16 +98,19 @@ def probability(value: str) -> float:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text. Raises UserError if the file cannot be read as UTF-8."""
-    if args.prompt is not None:
-        return args.prompt
-    try:
-        data = args.file.read_bytes() if args.file else sys.stdin.buffer.read()
-        return data.decode()
-    except OSError as error:
-        raise UserError(f"cannot read {args.file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{args.file or 'standard input'} is not UTF-8 text (byte {error.start})") from None
+    """The prompt's text. Raises UserError if it is empty, or if the file cannot be read as UTF-8."""
+    text = args.prompt
+    if text is None:
+        if not args.file and sys.stdin.isatty():
+            errors.print("Type the prompt; Ctrl-D ends it")
+        try:
+            data = args.file.read_bytes() if args.file else sys.stdin.buffer.read()
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.file or 'standard input'} is not UTF-8 text (byte {error.start})") from None
+    if not text:
+        raise UserError("the prompt is empty: nothing to answer")
+    return text
 
 
 def conversation(system: str | None, prompt: str) -> list[dict[str, str]]:

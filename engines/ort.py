@@ -5,7 +5,6 @@ Input and output of each cache are one buffer: TensorScatter then writes the new
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, usable_cpus
 from engines.artifacts import Engine, Variant
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
@@ -41,10 +40,10 @@ class OrtCaches:
 class OrtRunner:
     """Runs an engine folder of backend `ort` on the CPU with `threads` threads (default: all that may be used)."""
 
-    def __init__(self, engine: Engine, *, threads: int | None = None):
+    def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         self.engine = engine
         check_types(engine)
-        self.session = load(engine.folder / "model.onnx", threads)
+        self.session = load(engine.folder / "model.onnx", threads, profile=profile)
 
     def allocate(self, batch: int, capacity: int) -> OrtCaches:
         try:
@@ -117,12 +116,18 @@ def check_types(variant: Variant) -> None:
 
 
 def load(
-    path: Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+    path: Path,
+    threads: int | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Loads a graph, for the CPU unless told otherwise. Raises UserError if ONNX Runtime refuses it."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or usable_cpus()
     options.log_severity_level = 4  # its errors are raised too, its warnings say nothing to a user
+    if profile is not None:  # from its birth on, or not at all
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:

@@ -5,6 +5,8 @@ Not tried on a GPU yet. Operators that the provider lacks run on the CPU, with c
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import torch
@@ -31,10 +33,10 @@ class OrtCudaRunner(DeviceRunner):
 
     providers = (PROVIDER, "CPUExecutionProvider")
 
-    def __init__(self, engine: Engine, *, threads: int | None = None):
+    def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         super().__init__(engine)
         check_types(engine)
-        self.session = load(engine.folder / "model.onnx", threads, self.providers)
+        self.session = load(engine.folder / "model.onnx", threads, self.providers, profile)
 
     def run(
         self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray

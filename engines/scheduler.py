@@ -115,12 +115,16 @@ class Batch:
         row.pending = row.pending[S:]
         return None if len(row.pending) else logits[0]
 
+    def ready(self) -> list[Row]:
+        """The rows with one token pending, in the order of their places."""
+        return [row for row in self.rows if row and len(row.pending) == 1]
+
     def decode(self) -> list[tuple[Row, np.ndarray]]:
         """One token of every row that has one pending. Returns them with their logits [V], valid until the next call.
 
         Rows in between take part: their dummy token lands behind their end, where nothing is visible.
         """
-        ready = [row for row in self.rows if row and len(row.pending) == 1]
+        ready = self.ready()
         if not ready:
             return []
         start, stop = ready[0].number, ready[-1].number + 1
@@ -248,7 +252,7 @@ class Scheduler:
         try:
             decoded = batch.decode()
         except (UserError, MemoryError) as error:  # the longest row needs most: the others try again without it
-            self._fail(max(filter(None, batch.rows), key=lambda row: row.length), error)
+            self._fail(max(batch.ready(), key=lambda row: row.length), error)
             return
         for row, logits in decoded:
             self._next_token(row, logits)

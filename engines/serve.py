@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import socket
 
-from dsa_export.cli import UserError, console, run
-from engines.generate import add_engine_arguments, at_least_one
+from dsa_export.cli import UserError, console, not_negative, positive, run
+from engines.generate import add_engine_arguments
 from engines.session import open_runner
 from engines.text import Text
 
@@ -62,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="0 chooses a free one (default: %(default)s)")
     add(
         "--slots",
-        type=at_least_one,
+        type=positive,
         metavar="N",
         help="requests that run at the same time (default: the engine's rows)",
     )
@@ -81,14 +81,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="for running requests at a stop (default: %(default)s)",
     )
     add("--model-name", metavar="NAME", help="what /v1/models says (default: the engine folder's name and type)")
-    add("--max-body-bytes", type=at_least_one, default=MAX_BODY_BYTES, metavar="N", help="(default: %(default)s)")
+    add("--max-body-bytes", type=positive, default=MAX_BODY_BYTES, metavar="N", help="(default: %(default)s)")
     return parser.parse_args(arguments)
-
-
-def not_negative(value: str) -> int:
-    if int(value) < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return int(value)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -65,13 +65,19 @@ class Runner(Protocol):
         """
 
 
-def open_runner(folder: Path, *, threads: int | None = None, verify: bool = True) -> Runner:
-    """Loads an engine folder with the runner of its backend. Raises UserError if that cannot work here."""
+def open_runner(
+    folder: Path, *, threads: int | None = None, verify: bool = True, profile: Path | None = None
+) -> Runner:
+    """Loads an engine folder with the runner of its backend. Raises UserError if that cannot work here.
+
+    profile: of an `ort` engine, how the name of the file begins in which ONNX Runtime notes what every node took.
+    """
     engine = open_engine(folder, verify=verify)
     if engine.backend == "ort":
         from engines import ort, ort_cuda
 
-        return (ort_cuda.OrtCudaRunner if ort_cuda.usable() else ort.OrtRunner)(engine, threads=threads)
+        runner = ort_cuda.OrtCudaRunner if ort_cuda.usable() else ort.OrtRunner
+        return runner(engine, threads=threads, profile=profile)
     if engine.backend == "torch":
         from engines.torch_runner import TorchRunner
 

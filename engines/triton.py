@@ -22,6 +22,7 @@ from engines.text import TOKENIZER_FILES
 
 PLATFORMS = {"ort": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
+KIND = "triton-model"
 IDLE_SECONDS = 600
 """After so long without a request the server drops a sequence and its caches."""
 
@@ -37,18 +38,22 @@ def check_options(backends: Iterable[str], plans: str) -> None:
         raise UserError("a model of Triton Inference Server is one plan with both profiles: use --plans one")
 
 
+def model_folder(repository: Path, variant: str, backend: str) -> Path:
+    return repository / f"{variant}_{backend}"
+
+
 def write_model(engine: Engine, repository: Path) -> Path:
     """Writes one model of the repository and returns its folder."""
-    name = f"{engine.variant}_{engine.backend}"
-    with output_folder(repository / name) as folder:
+    target = model_folder(repository, engine.variant, engine.backend)
+    with output_folder(target) as folder:
         version = folder / "1"
         version.mkdir()
         for file in sorted(engine.manifest["files"].keys() - set(TOKENIZER_FILES)):
             link_or_copy(engine.folder / file, version / ("model.plan" if file == "engine.plan" else file))
-        (folder / "config.pbtxt").write_text(config(engine, name))
+        (folder / "config.pbtxt").write_text(config(engine, target.name))
         source = {"path": str(engine.folder), "sha256": engine.manifest["source"]["sha256"]}
-        write_manifest(folder, "triton-model", source, backend=engine.backend, variant=engine.variant)
-    return repository / name
+        write_manifest(folder, KIND, source, backend=engine.backend, variant=engine.variant)
+    return target
 
 
 def config(engine: Engine, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -22,11 +23,12 @@ def failing(error):
     [
         (UserError("no such\nmodel"), "error: no such model"),
         (UserError("pip install x[tensorrt]"), "error: pip install x[tensorrt]"),
+        (UserError("localhost:-1: no such port"), "error: localhost:-1: no such port"),
         (KeyboardInterrupt(), "error: interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "error: disk full while writing /data/x"),
         (OSError("10 requested and 3 written"), "error: disk full"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "error: disk full"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: cannot write /root/x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: /root/x: Permission denied"),
     ],
 )
 def test_errors_of_the_user_end_in_one_line(error, message, capsys):
@@ -65,10 +67,19 @@ def test_failed_output_leaves_the_earlier_one(tmp_path):
 
 def test_foreign_output_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    for out in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match="not written by this toolchain"):
-            check_output(out)
-    check_output(tmp_path / "new")
+    (tmp_path / "ours").mkdir()
+    write_manifest(tmp_path / "ours", "checkpoint", {})
+    for out, message in (
+        (tmp_path, "not written by this toolchain"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "below", "is a file"),
+        (Path(), "name a new folder"),
+        (tmp_path / "ours", "holds 'checkpoint', which 'onnx' would replace"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_output(out, "onnx")
+    check_output(tmp_path / "new" / "below", "onnx")
+    check_output(tmp_path / "ours", "checkpoint")
 
 
 def test_manifests_that_do_not_fit_name_the_command(tmp_path):

@@ -19,6 +19,7 @@ import hashlib
 import json
 import sysconfig
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +172,7 @@ def _json_lines(address: str, name: str, malformed: Malformed) -> Iterator[Docum
         malformed.lines += 1
         try:
             document = parse_record(line)
-        except ValueError as error:  # JSONDecodeError is one
+        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             malformed.add(f"{name} line {number}", str(error))
         else:
             yield document
@@ -205,8 +206,8 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
         )
         for row in rows:
             yield row["text"]
-    except (FileNotFoundError, ConnectionError) as error:
-        raise UserError(f"cannot read {address}: {str(error).splitlines()[0]}") from None
+    except (OSError, EOFError, zlib.error) as error:  # missing, not reachable, or not as compressed as its name says
+        raise UserError(f"cannot read {address}: {(str(error).splitlines() or ['empty'])[0]}") from None
 
 
 def stdlib_records(folder: Path = CACHE) -> Path:

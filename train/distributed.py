@@ -88,7 +88,7 @@ def start(device: str, parallel: str | None) -> Processes:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         if parallel is not None:
-            raise UserError(f"--parallel {parallel} needs several processes: accelerate launch --num_processes 2 -m …")
+            raise UserError(f"--parallel {parallel} needs several processes: torchrun --nproc-per-node 2 -m train.…")
         return Processes(pick_device(device))
     pick_device(device)
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)

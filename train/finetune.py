@@ -15,23 +15,11 @@ from transformers import Qwen2Config
 
 from dsa_export.cli import UserError, progress_bar, run
 from dsa_export.config import DSAConfig
-from dsa_export.model import DSAForCausalLM, feed_forward, load_model, load_tokenizer
+from dsa_export.model import DSAForCausalLM, feed_forward, load_model
 from dsa_export.model.checkpoint import load_config
 from train import base, precision
-from train.data import IGNORED, Windows, check_tokenizer
-from train.options import (
-    DTYPES,
-    SMALL_HIDDEN_SIZE,
-    Recipe,
-    argument_parser,
-    identity,
-    is_done,
-    model_source,
-    resolve,
-    start,
-    train,
-    training_data,
-)
+from train.data import IGNORED, Windows
+from train.options import DTYPES, SMALL_HIDDEN_SIZE, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Stage
 
 OUT = "out/finetune"
@@ -152,21 +140,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     resolve(args, SMALL, REAL, config)
     options = nsa_options(args, config)
     vars(args).update(options)
-    source = model_source(name)
-    run_identity = identity("finetune", args)
-    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
-        return
 
-    tokenizer = load_tokenizer(name)
-    check_tokenizer(tokenizer, config.vocab_size)
-    data = training_data(args, tokenizer, processes)
-    torch.manual_seed(args.seed)
-    if args.from_scratch:
-        model = new_model(config, args.attention, args.seed, **options)
-    else:
-        model = load_model(name, attention=args.attention, **options)
-    whole = stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
-    train(whole, model, tokenizer, data, source, run_identity, args, processes)
+    def prepare() -> tuple[Any, Stage]:
+        if args.from_scratch:
+            model = new_model(config, args.attention, args.seed, **options)
+        else:
+            model = load_model(name, attention=args.attention, **options)
+        return model, stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
+
+    train_from(name, config, "finetune", args, processes, prepare)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, run
-from dsa_export.model import feed_forward, load_model, load_tokenizer
+from dsa_export.model import feed_forward, load_model
 from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapters, merge_adapters
-from train.data import check_tokenizer
 from train.evaluate import evaluate
-from train.options import (
-    DTYPES,
-    Recipe,
-    argument_parser,
-    identity,
-    is_done,
-    model_source,
-    resolve,
-    start,
-    train,
-    training_data,
-)
+from train.options import DTYPES, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Stage
 
 OUT = "ckpt"
@@ -81,25 +69,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{name} has no indexer yet: run `python -m train.warmup --model {name}` first")
     resolve(args, SMALL, REAL, config)
     args.topk = args.topk or config.index_topk
-    source = model_source(name)
-    run_identity = identity("joint", args)
-    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
-        return
 
-    tokenizer = load_tokenizer(name)
-    check_tokenizer(tokenizer, config.vocab_size)
-    data = training_data(args, tokenizer, processes)
-    model = load_model(name, index_topk=args.topk, **selection_options(args))
-    stage = Stage(
-        name="joint",
-        groups=partial(parameter_groups, lora=args.lora_rank is not None),
-        terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries),
-        losses=("cross_entropy", "kl", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
-        evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
-    )
-    if args.lora_rank is not None:
-        stage = replace(stage, prepare=partial(add_adapters, rank=args.lora_rank), finish=merge_adapters)
-    train(stage, model, tokenizer, data, source, run_identity, args, processes)
+    def prepare() -> tuple[Any, Stage]:
+        model = load_model(name, index_topk=args.topk, **selection_options(args))
+        stage = Stage(
+            name="joint",
+            groups=partial(parameter_groups, lora=args.lora_rank is not None),
+            terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries),
+            losses=("cross_entropy", "kl", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
+            evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
+        )
+        if args.lora_rank is not None:
+            stage = replace(stage, prepare=partial(add_adapters, rank=args.lora_rank), finish=merge_adapters)
+        return model, stage
+
+    train_from(name, config, "joint", args, processes, prepare)
 
 
 if __name__ == "__main__":

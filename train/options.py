@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +16,10 @@ from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
 from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, read_manifest
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import load_config, load_tokenizer
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
-from train.data import CACHE, TrainingData, load_data
+from train.data import CACHE, TrainingData, check_tokenizer, load_data
 from train.distributed import Processes
 from train.trainer import Settings, Stage, Trainer, first_difference
 
@@ -186,9 +188,10 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
     training = "steps max_tokens batch_size accumulation kl_queries lora_rank save_every held_out max_rows"
     at_least_one = f"{training} topk index_heads index_dim".split()
-    for name, least in [("warmup_steps", 0), *((name, 1) for name in at_least_one)]:
+    for name, least in [("warmup_steps", 0), ("seed", 0), *((name, 1) for name in at_least_one)]:
         value = getattr(args, name, None)
         _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    _require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
     lengths = args.length or [2]
     _require(min(lengths) >= 2, f"--length must be at least 2, got {min(lengths)}")
     for shorter, longer in pairwise(lengths):
@@ -197,7 +200,7 @@ def check(args: argparse.Namespace) -> None:
     _require(len(lengths) == 1 or args.packing == "pack", "--packing cut takes one --length: pieces of a padded window")
     for name in ("lr", "clip", "max_minutes"):
         value = getattr(args, name)
-        _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, got {value}")
+        _require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
 
 
 def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config: PreTrainedConfig) -> None:
@@ -222,10 +225,11 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     _require(
         args.steps >= len(args.length), f"--steps {args.steps} are fewer than the {len(args.length)} values of --length"
     )
-    _require(
-        args.length[-1] <= config.max_position_embeddings,
-        f"--length {args.length[-1]} is beyond the model's {config.max_position_embeddings} positions",
-    )
+    for name, tokens in (("length", args.length[-1]), ("topk", getattr(args, "topk", None) or 1)):
+        _require(
+            tokens <= config.max_position_embeddings,
+            f"--{name} {tokens} is beyond the model's {config.max_position_embeddings} positions",
+        )
 
 
 def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
@@ -267,6 +271,30 @@ def training_data(
         windows >= lengths, f"{args.data} fills {windows} windows of {args.length[-1]} tokens, --length wants {lengths}"
     )
     return data
+
+
+def train_from(
+    name: str,
+    config: PreTrainedConfig,
+    stage_name: str,
+    args: argparse.Namespace,
+    processes: Processes,
+    prepare: Callable[[], tuple[Any, Stage]],
+) -> None:
+    """What the stages that start from a checkpoint do once their arguments are resolved: data, model, training.
+
+    name: folder or hub name. prepare: loads the model and makes the stage; called after the data was read, and not at
+    all if args.out holds the result of this very command.
+    """
+    source, run_identity = model_source(name), identity(stage_name, args)
+    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
+        return
+    tokenizer = load_tokenizer(name)
+    check_tokenizer(tokenizer, config.vocab_size)
+    data = training_data(args, tokenizer, processes)
+    torch.manual_seed(args.seed)
+    model, stage = prepare()
+    train(stage, model, tokenizer, data, source, run_identity, args, processes)
 
 
 def train(
@@ -338,7 +366,7 @@ def is_done(
 
     With `overwrite`, forgets what a stopped run left. Raises UserError if `out` is not ours, or holds something else.
     """
-    check_output(out)
+    check_output(out, "checkpoint")
     if overwrite:
         if processes.is_first:
             shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)

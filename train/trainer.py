@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, console, progress_bar
-from dsa_export.files import PARTIAL, output_folder, write_manifest
+from dsa_export.files import PARTIAL, output_folder, write_atomically, write_manifest
 from train import precision
 from train.checkpoint import STATE, load_state, save_checkpoint, save_state
 from train.data import IGNORED, TrainingData, Windows
@@ -122,6 +122,10 @@ class Settings:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             taken.append(torch.randperm(windows, generator=generator)[place])
         return torch.stack(taken)
+
+    def seed_of(self, step: int, micro_step: int) -> int:
+        """Seed of what is random in a micro-batch: it hangs neither on the process that takes it nor on a stop."""
+        return self.seed * 1_000_003 + step * self.accumulation + micro_step
 
 
 @dataclass
@@ -258,14 +262,16 @@ class Trainer:
                 group["lr"] = peak * factor
         phase, windows = next((p, w) for p, w in self.phases if self.step < p.end)
         rows = [settings.rows(self.step - phase.first, i, len(windows)) for i in range(settings.accumulation)]
-        batches = [windows.batch(r, self.device) for r in rows[self.processes.rank :: self.processes.count]]
+        mine = range(self.processes.rank, settings.accumulation, self.processes.count)
+        batches = [windows.batch(rows[i], self.device) for i in mine]
         counts = [
             {"labels": int((batch["labels"][:, 1:] != IGNORED).sum()), "tokens": int(batch["attention_mask"].sum())}
             for batch in batches
         ]
         totals = self.processes.sum({unit: sum(count[unit] for count in counts) for unit in ("labels", "tokens")})
         sums: dict[str, float] = defaultdict(float)
-        for batch, count in zip(batches, counts, strict=True):
+        for i, batch, count in zip(mine, batches, counts, strict=True):
+            torch.manual_seed(settings.seed_of(self.step, i))
             with precision.autocast(self.device, settings.dtype):
                 terms = self.spread.run(self.stage.terms, batch)
             loss = torch.zeros((), device=self.device)
@@ -317,8 +323,12 @@ class Trainer:
     # ------------------------------------------------------------ evaluation and report
 
     def _evaluate(self, when: str) -> dict[str, float]:
-        """By the first process alone."""
+        """By the first process alone. Raises UserError if a figure is not finite."""
         result = self.stage.evaluate(self.model.to(self.device), self.data.held_out)
+        for name, value in result.items():
+            if not math.isfinite(value):
+                mend = "check the checkpoint" if when == "before" else "start again with a lower --lr and --overwrite"
+                raise UserError(f"{name} is {value} {when} training: {mend}")
         self._log({"evaluation": when, "step": self.step, **result})
         if not console.is_terminal:
             console.print(f"{when}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
@@ -350,8 +360,6 @@ class Trainer:
             "before": self.before,
             "weights": {name: collect(parameter, keep) for name, parameter in self.trained.items()},
             "optimizers": [optimizer_state(optimizer, keep) for optimizer in self.optimizers],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -366,13 +374,10 @@ class Trainer:
                 parameter.copy_(like(parameter, state["weights"][name]))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer_state(optimizer, saved)
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step, self.seconds, self.before = state["step"], state["seconds"], state["before"]
         if self.processes.is_first:
             kept = [m for m in self._read_metrics() if m["step"] <= self.step and m.get("evaluation") != "after"]
-            (self.folder / METRICS).write_text("".join(json.dumps(m) + "\n" for m in kept))
+            write_atomically(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
         console.print(f"resuming from step {self.step} of {self.settings.steps} ({self.folder})")
 
     def _full_identity(self) -> dict[str, Any]:

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dsa_export.cli import run
-from dsa_export.model import load_model, load_tokenizer
-from dsa_export.model.checkpoint import INDEXER, load_config
+from dsa_export.model import load_model
+from dsa_export.model.checkpoint import INDEXER, indexed_attention, load_config
 from train import base
-from train.data import check_tokenizer
 from train.evaluate import evaluate
 from train.losses import IndexerObserver
 from train.options import (
@@ -22,14 +20,10 @@ from train.options import (
     Recipe,
     add_indexer_arguments,
     argument_parser,
-    identity,
     indexer_options,
-    is_done,
-    model_source,
     resolve,
     start,
-    train,
-    training_data,
+    train_from,
 )
 from train.trainer import Stage
 
@@ -73,28 +67,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = start(args)
     name = args.model or base.ensure()
     config = load_config(name)
+    attention = indexed_attention(config)
     resolve(args, SMALL, REAL, config)
     indexer = indexer_options(args, SMALL, REAL, config)
     for option, value in indexer.items():
         setattr(args, {"index_topk": "topk"}.get(option, option), value)
-    source = model_source(name)
-    run_identity = identity("warmup", args)
-    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
-        return
 
-    tokenizer = load_tokenizer(name)
-    check_tokenizer(tokenizer, config.vocab_size)
-    data = training_data(args, tokenizer, processes)
-    torch.manual_seed(args.seed)
-    model = load_model(name, **indexer)
-    stage = Stage(
-        name="warmup",
-        groups=indexer_parameters,
-        terms=partial(warmup_terms, topk=model.config.index_topk, kl_queries=args.kl_queries),
-        losses=("kl",),
-        evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
-    )
-    train(stage, model, tokenizer, data, source, run_identity, args, processes)
+    def prepare() -> tuple[Any, Stage]:
+        model = load_model(name, attention=attention, **indexer)
+        return model, Stage(
+            name="warmup",
+            groups=indexer_parameters,
+            terms=partial(warmup_terms, topk=model.config.index_topk, kl_queries=args.kl_queries),
+            losses=("kl",),
+            evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
+        )
+
+    train_from(name, config, "warmup", args, processes, prepare)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
 from dsa_export.model import families
-from dsa_export.model.attention import VARIANTS
+from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.decoder import DSAForCausalLM
 
 INDEXER = ".indexer."
@@ -29,7 +30,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if isinstance(name, Path) or Path(name).exists() or str(name).startswith((".", "/")):
             what = f"no readable model in {name}" if Path(name).exists() else f"no such folder: {name}"
         else:
@@ -44,7 +45,21 @@ def load_config(name: str | Path) -> PreTrainedConfig:
 
 
 def has_indexer(config: PreTrainedConfig) -> bool:
-    return isinstance(config, DSAConfig)
+    """Whether a checkpoint is one of ours that selects by an indexer."""
+    return isinstance(config, DSAConfig) and issubclass(VARIANTS[config.attention], SparseAttention)
+
+
+def indexed_attention(config: PreTrainedConfig) -> str:
+    """The attention variant with an indexer that a checkpoint has or can be given.
+
+    Raises UserError for one that selects in another way.
+    """
+    if not isinstance(config, DSAConfig):
+        return families.FAMILIES[config.model_type].sparse
+    sparse = families.FAMILIES[config.family].sparse
+    if config.attention not in (sparse, VARIANTS[sparse].DENSE):
+        raise UserError(f"attention={config.attention!r} has no indexer, nor can it be given one: see train.finetune")
+    return sparse
 
 
 def load_model(
@@ -54,15 +69,15 @@ def load_model(
 
     attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, the
     family's sparse one ("dsa") for a plain one. What the variant adds to a dense checkpoint is initialised.
-    `options` are DSAConfig's indexer fields (index_heads, index_dim, index_topk, index_queries); None keeps the
-    checkpoint's or the default. Raises UserError when the checkpoint cannot be read, is of another architecture, or
-    lacks or holds tensors that it should not: only a plain checkpoint may lack tensors, and only the indexer's.
+    `options` are DSAConfig's fields of the variant (index_…, nsa_…); None keeps the checkpoint's or the default.
+    Raises UserError when the checkpoint cannot be read, is of another architecture, lacks or holds tensors that it
+    should not (only what a new variant adds may be missing), or holds NaN or infinite numbers.
     """
     base = load_config(name)
     inherited = base.to_dict() if isinstance(base, DSAConfig) else families.dsa_fields(base)
     own = inherited["attention"]
     if attention is None:
-        attention = own if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].sparse
+        attention = own if isinstance(base, DSAConfig) else indexed_attention(base)
     elif attention == "dense":
         attention = VARIANTS[own].DENSE
     given = {key: value for key, value in options.items() if value is not None}
@@ -83,7 +98,7 @@ def load_model(
     added = {key for key in model.state_dict() if is_added(key, attention)}
     expected_missing = set() if attention == own else added
     shared_by_more = isinstance(base, DSAConfig) and config.index_share > base.index_share
-    if attention == VARIANTS[own].DENSE or shared_by_more:
+    if attention != own or shared_by_more:
         unexpected = {key for key in unexpected if not is_added(key, own)}
     wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
     if wrong:
@@ -91,6 +106,9 @@ def load_model(
     if expected_missing:
         for layer in model.model.layers:
             layer.self_attn.start_from_dense()
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name}: {key} holds numbers that are not finite in {dtype}: the checkpoint is broken")
     return model.eval()
 
 

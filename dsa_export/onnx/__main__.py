@@ -17,7 +17,7 @@ from dsa_export.files import check_output, checkpoint_hash, output_folder, sha25
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.checkpoint import has_indexer, load_config
+from dsa_export.model.checkpoint import load_config
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import Comparison, SharedWeights, compare_graphs, compare_weights
 from dsa_export.onnx.parity import DECODED_TOKENS, check_parity, decoded_logits, parity_text
@@ -49,8 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
-        default=32,
-        help="input features that share one scale; fewer: more accurate, larger (default: %(default)s)",
+        help="with --weights: input features that share one scale; fewer: more accurate, larger (default: 32)",
     )
     parser.add_argument(
         "--keep-lm-head", action="store_true", help="with --weights: leave the output projection in --dtype"
@@ -75,22 +74,26 @@ def parse_arguments() -> argparse.Namespace:
         "is not the model's (recorded in the manifest)",
     )
     arguments = parser.parse_args()
-    if not arguments.weights and (arguments.keep_lm_head or arguments.int8_indexer):
-        parser.error("--keep-lm-head and --int8-indexer say how weights are quantised: they need --weights")
+    if not arguments.weights and (arguments.block_size or arguments.keep_lm_head or arguments.int8_indexer):
+        parser.error("--block-size, --keep-lm-head and --int8-indexer say how to quantise: they need --weights")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
-    check_output(arguments.out)
+    check_output(arguments.out, "onnx")
     config = load_config(arguments.model)
-    if not has_indexer(config) and not arguments.random_indexer:
+    plain = not isinstance(config, DSAConfig)
+    if plain and not arguments.random_indexer:
         raise UserError(
             f"{arguments.model} is a plain checkpoint without an indexer: train one with "
             f"`python -m train.warmup --model {arguments.model}`, or pass --random-indexer if only timings are wanted"
         )
-    if isinstance(config, DSAConfig) and config.attention == "dense":
-        raise UserError(f"{arguments.model} was saved with attention='dense': it has no indexer to export")
+    if not plain and config.attention == VARIANTS[config.attention].DENSE:
+        raise UserError(
+            f"{arguments.model} was saved with attention={config.attention!r}, which has no indexer to export: train "
+            f"one with `python -m train.warmup --model {arguments.model}`"
+        )
     if arguments.topk is not None and not 1 <= arguments.topk <= config.max_position_embeddings:
         raise UserError(f"--topk must be between 1 and {config.max_position_embeddings}, got {arguments.topk}")
     if getattr(config, "attention", None) == "nsa" and (arguments.topk or selection_options(arguments)):
@@ -107,7 +110,7 @@ def main() -> None:
     scheme = None
     if arguments.weights:
         lm_head, indexer = not arguments.keep_lm_head, arguments.int8_indexer
-        scheme = Scheme(arguments.weights, arguments.block_size, lm_head, indexer)
+        scheme = Scheme(arguments.weights, arguments.block_size or BLOCK_SIZES[0], lm_head, indexer)
     if scheme and scheme.lm_head:
         untie(model)
 
@@ -142,14 +145,14 @@ def main() -> None:
             console.print(describe(variant, parity[variant]))
         if not all(result["passed"] for result in parity.values()):
             raise UserError("the exported graphs do not compute what torch computes (figures above): nothing was kept")
-        write_export_manifest(out, arguments, model, models, parity, same, scheme)
+        write_export_manifest(out, arguments, model, models, parity, same, scheme, random_indexer=plain)
     size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
     console.print(
         f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
         f"(k = {describe_topk(model.config.topk_per_layer)}, {precision_of(arguments)}) "
         f"with {size:.0f} MiB of shared weights"
     )
-    if not has_indexer(config):
+    if plain:
         console.print("The indexer is random: time these graphs, do not use what they say")
 
 
@@ -185,6 +188,8 @@ def write_export_manifest(
     parity: dict[str, Any],
     same: Comparison | SharedWeights,
     scheme: Scheme | None,
+    *,
+    random_indexer: bool,
 ) -> None:
     config = model.config
     folder = Path(arguments.model)
@@ -194,7 +199,7 @@ def write_export_manifest(
         out,
         "onnx",
         {"path": str(arguments.model), "sha256": checkpoint_hash(folder) if folder.is_dir() else None},
-        random_indexer=not has_indexer(load_config(arguments.model)),
+        random_indexer=random_indexer,
         dtype=arguments.dtype,
         precision=precision_of(arguments),
         quantisation=asdict(scheme) if scheme else None,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.files import read_manifest
@@ -194,11 +195,16 @@ def _is_index_cache(name: str | None) -> bool:
 
 def compare_folder(folder: Path) -> Comparison:
     """compare_graphs() for an export folder (out/onnx)."""
-    manifest = read_manifest(folder, "onnx", "python -m dsa_export.onnx")
-    if manifest["identical_operators"] is None:
-        raise UserError(f"{folder}: sparse and dense attention are other operators here, not DSA beside its dense twin")
-    graphs = manifest["graphs"]
-    return compare_graphs(*(ir.load(folder / graphs[variant]["path"]) for variant in ("dense", "sparse")))
+    made_by = "python -m dsa_export.onnx"
+    manifest = read_manifest(folder, "onnx", made_by)
+    try:
+        if manifest["identical_operators"] is None:
+            raise UserError(f"{folder}: its two kinds of attention are other operators, not DSA beside its dense twin")
+        paths = [folder / manifest["graphs"][variant]["path"] for variant in ("dense", "sparse")]
+        dense, sparse = (ir.load(path) for path in paths)
+    except (KeyError, TypeError, DecodeError) as error:
+        raise UserError(f"{folder} is not as `{made_by}` wrote it ({error}): run that again") from None
+    return compare_graphs(dense, sparse)
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ def test_engines_of_an_earlier_export_are_not_measured(tmp_path: Path, capsys):
     (export / MANIFEST).write_text(json.dumps(manifest))
     code, _, error = run_command(compare.main, arguments, capsys)
     assert code == 1
-    assert "was built from an earlier export" in one_line(error)
+    assert "was exported again since" in one_line(error)
 
 
 @pytest.mark.parametrize(

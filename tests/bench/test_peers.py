@@ -114,3 +114,8 @@ def test_a_failing_genai_says_why(genai: tuple[Path, Path], tmp_path: Path):
         peers.measure_genai(model, str(python), task(tmp_path))
     with pytest.raises(UserError, match=r"holds no genai_config.json: make it with `python -m onnxruntime_genai"):
         peers.measure_genai(tmp_path, str(python), task(tmp_path))
+    (model / "genai_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not as onnxruntime-genai's builder writes it: 'model'"):
+        peers.measure_genai(model, str(python), task(tmp_path))
+    with pytest.raises(UserError, match="nowhere is no program"):
+        peers.genai_python(tmp_path / "nowhere")

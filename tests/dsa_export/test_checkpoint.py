@@ -34,7 +34,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_no_such_hub_model(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at import
     with pytest.raises(UserError, match="no folder and no reachable hub model"):
         load_model("nobody/no-such-model")
 
@@ -76,6 +76,12 @@ def test_unexpected_tensor(damaged):
         load_model(damaged)
 
 
+def test_weights_that_are_not_finite(damaged):
+    edit_weights(damaged, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite"):
+        load_model(damaged)
+
+
 def test_weights_of_another_size(damaged):
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
@@ -93,9 +99,11 @@ def test_indexer_is_new_for_a_plain_checkpoint_and_kept_for_ours(qwen_folder, ds
     assert torch.equal(*kept)
 
 
-def test_our_checkpoint_as_a_dense_model(dsa_folder):
-    dense = load_model(dsa_folder, attention="dense")
-    assert not any(".indexer." in name for name in dense.state_dict())
+@pytest.mark.parametrize("attention", ["dense", "nsa"])
+def test_our_checkpoint_with_another_attention_leaves_its_indexer(dsa_folder, attention):
+    model = load_model(dsa_folder, attention=attention)
+    assert model.config.attention == attention
+    assert not any(".indexer." in name for name in model.state_dict())
 
 
 def test_options_that_cannot_work_name_the_option(qwen_folder):

@@ -390,7 +390,7 @@ def test_interrupt_leaves_nothing(dsa_folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flag", ["--keep-lm-head", "--int8-indexer"])
+@pytest.mark.parametrize("flag", ["--keep-lm-head", "--int8-indexer", "--block-size=64"])
 def test_flags_of_the_quantisation_need_it(flag: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["dsa_export.onnx", flag])
     with pytest.raises(SystemExit) as end:

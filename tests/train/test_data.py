@@ -96,7 +96,7 @@ def test_missing_optional_fields_are_fine() -> None:
 
 def test_more_than_one_percent_of_bad_lines_stops_the_run(tmp_path: Path, tokenizer) -> None:
     good = [record(f"Answer number {i}, long enough.") for i in range(195)]
-    source = write_jsonl(tmp_path / "d.jsonl", [*good[:2], "not json", *good[2:], '{"output": 1}', "[]"])
+    source = write_jsonl(tmp_path / "d.jsonl", [*good[:2], "not json", *good[2:], '{"output": 1}', "[" * 100_000])
     with pytest.raises(
         UserError, match=r"3 of 198 lines are malformed \(d.jsonl line 3: .*line 197: .*allow-malformed"
     ):
@@ -139,6 +139,9 @@ def test_folders_of_records_and_of_text(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write(json.dumps(record("zipped")) + "\n")
     assert [d.answer for d in documents(str(tmp_path), Malformed())] == ["zipped"]
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"not zipped")
+    with pytest.raises(UserError, match=r"cannot read .*rows.jsonl.gz: Not a gzipped file"):
+        list(documents(str(tmp_path), Malformed()))
 
 
 def test_a_path_that_looks_like_a_pattern_is_refused(tmp_path: Path) -> None:

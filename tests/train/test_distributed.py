@@ -17,7 +17,7 @@ from tests.train.test_resume import interrupt_at
 from train import distributed, joint, warmup
 
 SETTINGS = ["--device", "cpu", "--min-tokens", "1", "--held-out", "2", "--batch-size", "1", "--accumulation", "4",
-            "--packing", "cut", "--length", "100",
+            "--packing", "cut", "--length", "100", "--kl-queries", "20",
             "--schedule", "constant", "--warmup-steps", "0", "--lr", "1e-2"]  # fmt: skip
 INDEXER = ["--topk", "8", "--index-heads", "2", "--index-dim", "16"]
 TORCHRUN = [
@@ -29,7 +29,8 @@ TORCHRUN = [
     "--rdzv-endpoint",
     "localhost:0",
 ]
-ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+# --cpu would start a single process: accelerate spreads over CPUs by MPI only.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
 
 
@@ -68,6 +69,7 @@ def test_the_warm_up_under_accelerate_launch(tiny: Path, records: Path, warm: Pa
     arguments = ["--model", str(tiny), "--data", str(records), "--out", str(tmp_path / "two"), "--steps", "3"]
     result = launch([*ACCELERATE, "-m", "train.warmup"], [*arguments, *SETTINGS, *INDEXER])
     assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2
     assert_same_run(warm, tmp_path / "two")
     assert result.stdout.count("written:") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["two"]

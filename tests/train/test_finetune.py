@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from dsa_export.cli import UserError
 from dsa_export.model import load_model
 from dsa_export.model.checkpoint import load_config
-from train import finetune
+from train import finetune, joint, warmup
 from train.data import IGNORED, Windows
 
 SHORT = "--steps 6 --length 32 --batch-size 2 --held-out 2 --min-tokens 1 --lr 1e-2 --device cpu".split()  # noqa: SIM905
@@ -23,10 +23,27 @@ def finetuned(model: Path, records: Path, out: Path, *arguments: str) -> dict:
     return json.loads((out / "manifest.json").read_text())
 
 
-def test_dense_training_lowers_the_loss_of_a_checkpoint(tiny: Path, records: Path, tmp_path: Path) -> None:
-    manifest = finetuned(tiny, records, tmp_path / "out", "--attention", "dense")
+def test_dense_training_lowers_the_loss_and_the_warm_up_goes_on_from_it(
+    tiny: Path, records: Path, tmp_path: Path
+) -> None:
+    manifest = finetuned(tiny, records, tmp_path / "dense", "--attention", "dense")
     assert manifest["after"]["loss"] < manifest["before"]["loss"] - 0.2
-    assert load_model(tmp_path / "out").config.attention == "dense"
+    dense = load_model(tmp_path / "dense")
+    assert dense.config.attention == "dense"
+    arguments = [
+        "--model",
+        str(tmp_path / "dense"),
+        "--data",
+        str(records),
+        "--out",
+        str(tmp_path / "dsa"),
+        "--topk",
+        "8",
+    ]
+    warmup.main([*arguments, *SHORT, "--steps", "1"])
+    sparse = load_model(tmp_path / "dsa")
+    assert sparse.config.attention == "dsa"
+    assert torch.equal(sparse.model.layers[1].mlp.up_proj.weight, dense.model.layers[1].mlp.up_proj.weight)
 
 
 def test_the_held_out_loss_is_that_of_transformers(tiny: Path) -> None:
@@ -49,6 +66,11 @@ def test_native_sparse_attention_trains_end_to_end(tiny: Path, records: Path, tm
     model = load_model(tmp_path / "out")
     assert (model.config.attention, model.config.nsa_window) == ("nsa", 8)
     assert model.model.layers[0].self_attn.compression.key.position.abs().max() > 0  # it began at 0
+    for stage in (warmup, joint):
+        with pytest.raises(UserError, match="indexer"):
+            stage.main(
+                ["--model", str(tmp_path / "out"), "--data", str(records), "--out", str(tmp_path / "no"), *SHORT]
+            )
 
 
 def test_options_of_another_attention_are_refused(tiny: Path, tmp_path: Path) -> None:

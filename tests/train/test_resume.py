@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import subprocess
@@ -139,6 +140,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(
     state = checkpoint.load_state(tmp_path / "w.partial")
     assert state is not None and state["step"] == 2
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
+
+
+@pytest.mark.parametrize("when, mend", [("before", "check the checkpoint"), ("after", "lower --lr")])
+def test_weights_that_are_not_finite_are_not_written(
+    when: str, mend: str, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluations = iter([{"kl": math.nan if when == "before" else 1.0}, {"kl": math.inf}])
+    monkeypatch.setattr(warmup, "evaluate", lambda *_, **__: next(evaluations))
+    with pytest.raises(UserError, match=f"{when} training: .*{mend}"):
+        warmup.main(command(tiny, records, tmp_path / "w", 1))
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_loss_that_explodes_stops_and_a_single_odd_batch_does_not(
