@@ -200,7 +200,8 @@ def check(args: argparse.Namespace) -> None:
     _require(len(lengths) == 1 or args.packing == "pack", "--packing cut takes one --length: pieces of a padded window")
     for name in ("lr", "clip", "max_minutes"):
         value = getattr(args, name)
-        _require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+        flag = f"--{name.replace('_', '-')}"
+        _require(value is None or 0 < value < math.inf, f"{flag} must be positive and finite, got {value}")
 
 
 def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config: PreTrainedConfig) -> None:
