@@ -221,7 +221,8 @@ def test_an_engine_of_an_older_export_is_refused(opened: Path, tmp_path: Path):
     manifest["source"]["path"] = str(export)
     (opened / "manifest.json").write_text(json.dumps(manifest))
     open_engine(opened)  # the export is not there any more, which is none of the engine's business
-    (export / "manifest.json").write_text(json.dumps({"graphs": {"sparse": {"sha256": "other"}}}))
+    weights = {"sha256": manifest["source"]["weights_sha256"]}
+    (export / "manifest.json").write_text(json.dumps({"graphs": {"sparse": {"sha256": "other"}}, "weights": weights}))
     with pytest.raises(UserError, match="was exported again since"):
         open_engine(opened)
 
