@@ -61,7 +61,7 @@ def write_topk(model: str, ks: Sequence[int], out: Path, **facts: Any) -> None:
         raise UserError(f"--write-topk needs a checkpoint folder, {model} is none")
     if out.resolve() == folder.resolve():
         raise UserError("--write-topk must not be the checkpoint itself")
-    check_output(out)
+    check_output(out, "checkpoint")
     config = load_config(folder)
     config.index_topk = compact_topk(ks)
     with output_folder(out) as partial:

@@ -31,7 +31,7 @@ from dsa_export.files import (
     write_manifest,
 )
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import has_indexer, load_config
 from dsa_export.selection import DEFAULTS, add_selection_arguments, selection_options
 from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
@@ -197,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    check_output(args.out)
+    check_output(args.out, KIND)
     config = load_config(args.model)
     resolve(args, config)
     assert isinstance(config, DSAConfig)
@@ -263,7 +263,7 @@ def manifest_facts(args: argparse.Namespace, data: Mapping[int, TrainingData]) -
 
 def check_partial(partial: Path, source: Record, facts: Record, overwrite: bool) -> None:
     """Raises UserError if a stopped run measured something else than this one; with `overwrite` it is forgotten."""
-    check_output(partial)
+    check_output(partial, KIND)
     if overwrite:
         shutil.rmtree(partial, ignore_errors=True)
     if not (partial / MANIFEST).is_file():
@@ -338,7 +338,7 @@ def measure(
 
 def resolve(args: argparse.Namespace, config: Any) -> None:
     """Fills what was left out, and checks what hangs together. Raises UserError with one line before time is spent."""
-    if not isinstance(config, DSAConfig) or config.attention == "dense":
+    if not has_indexer(config):
         raise UserError(f"{args.model} has no indexer: run `python -m train.warmup --model {args.model}` first")
     small = config.hidden_size <= options.SMALL_HIDDEN_SIZE
     args.length = sorted(set(args.length or [512 if small else 2048]))
@@ -395,7 +395,7 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     args.k_step = args.k_step or max(1, budget // 8)
     args.k_floor = args.k_floor or args.k_step
     if args.write_topk:
-        check_output(args.write_topk)
+        check_output(args.write_topk, "checkpoint")
 
 
 def trained_on(model: str) -> str | None:

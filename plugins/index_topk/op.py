@@ -268,7 +268,7 @@ def topk_lowest_index_first(scores: Tensor, k: int) -> Tensor:
     """
     threshold = scores.topk(k, dim=-1).values[..., -1:]
     above = scores > threshold
-    tied = scores == threshold
+    tied = ~(above | (scores < threshold))  # with NaN, which compares as neither, still k are chosen
     room = k - above.sum(-1, keepdim=True)
     keep = above | (tied & (tied.cumsum(-1) <= room))
     return keep.nonzero()[:, -1].view(*scores.shape[:-1], k)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.index_topk import index_topk, index_topk_reference
-from plugins.index_topk.op import check_cuda, forced_groups
+from plugins.index_topk.op import check_cuda, forced_groups, topk_lowest_index_first
 from tests.plugins import bodies
 from tests.plugins.problems import TopK, assert_selection, sets, topk_problem
 
@@ -182,3 +182,8 @@ def test_options_that_exclude_each_other_are_refused(k: int, options: dict[str, 
     problem = topk_problem([9, 9], 1, 9, 4, 16, 5, torch.float32, ties=False, seed=5)
     with pytest.raises(ValueError, match=message):
         index_topk(*problem.arguments()[:4], k, **options)
+
+
+def test_scores_that_are_not_numbers_still_choose_k() -> None:
+    scores = torch.tensor([[1.0, torch.nan, 3.0, 2.0], [torch.nan] * 4, [0.0, 0.0, -torch.inf, torch.inf]])
+    assert topk_lowest_index_first(scores, 2).tolist() == [[1, 2], [0, 1], [0, 3]]

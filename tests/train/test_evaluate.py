@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dsa_export.cli import UserError
+from dsa_export.files import write_manifest
 from dsa_export.model import load_model, load_tokenizer
 from train import evaluate as command
 from train import plots, tasks
@@ -350,3 +351,9 @@ def test_wrong_arguments_end_in_one_line(checkpoint, tiny, records, tmp_path, mo
         command.main(arguments(checkpoint, records, tmp_path / "out", *more))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_replaced(checkpoint, records, tmp_path) -> None:
+    write_manifest(tmp_path, "checkpoint", {})
+    with pytest.raises(UserError, match="holds 'checkpoint', which 'evaluation' would replace"):
+        command.main(arguments(checkpoint, records, tmp_path))
