@@ -198,12 +198,6 @@ def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace)
     runtime_version("tensorrt-rtx")
     for variant in args.variant:
         graph = export.graphs[variant]
-        if not graph.reduces_to_dense and variant == "sparse":
-            # 1.7.1: compression with selection compiles, and the window alone; compression with the window does not.
-            raise UserError(
-                "TensorRT-RTX 1.7 crashes while it compiles native sparse attention: use --backend ort or torch, or "
-                "--variant dense"
-            )
         plans = plans_of(graph, limits, args)
         with output_folder(args.out / "tensorrt-rtx" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
             try:

@@ -51,11 +51,13 @@ visible_slots (int64[B, S] input_ids, int64[B] kv_lengths) => (bool[B, 1, S, C] 
 
 
 def mask_explicitly(model: onnx.ModelProto, capacity: int) -> None:
-    """Requires: Attention nodes with is_causal and nonpad_kv_seqlen, all with the same lengths (the dense export's).
+    """Requires: Attention nodes with either a mask (NSA's window) or is_causal and nonpad_kv_seqlen, all with the same
+    lengths (the dense export's).
 
-    Ensures: they carry the mask slot <= position [B, 1, S, C] instead, computed once for all layers.
+    Ensures: the latter carry the mask slot <= position [B, 1, S, C] instead, computed once for all layers.
     """
-    nodes = [node for node in model.graph.node if node.op_type == "Attention" and not node.domain]
+    attention = [node for node in model.graph.node if node.op_type == "Attention" and not node.domain]
+    nodes = [node for node in attention if len(node.input) > 6]
     if not nodes:
         return
     (kv_lengths,) = {node.input[6] for node in nodes}

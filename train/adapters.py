@@ -1,17 +1,38 @@
-"""LoRA for the joint stage: the base learns through small adapters, which are merged into its matrices at the end."""
+"""LoRA: the base learns through small adapters, which are merged into its matrices at the end."""
 
 from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import partial
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from train.trainer import Stage
+
 ADAPTER = ".lora_"
 """Part of the name of every adapter parameter."""
 
 TARGETS = r".*\.(self_attn|mlp)\.(?!kv_b_)\w+_proj(_with_mqa)?"
-"""Every matrix of the base's layers that is multiplied as a whole: latent attention takes kv_b_proj apart. The
-indexer's, a level deeper, train fully."""
+"""Every matrix of the base's layers that is multiplied as a whole: latent attention takes kv_b_proj apart. Those of
+an indexer or of NSA's branches, a level deeper, train fully."""
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="train the base through LoRA adapters of this rank, merged at the end: much less memory; wants a higher "
+        "--lr, such as 1e-4 [all its parameters]",
+    )
+
+
+def through_adapters(stage: Stage, rank: int) -> Stage:
+    """The same stage with adapters on the model's matrices; `stage.groups` must choose the parameters named ADAPTER."""
+    return replace(stage, prepare=partial(add_adapters, rank=rank), finish=merge_adapters)
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from transformers import Qwen2Config
 from dsa_export.cli import UserError, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM, feed_forward, load_model
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import is_added, load_config
 from train import base, precision
+from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.data import IGNORED, Windows
 from train.options import DTYPES, SMALL_HIDDEN_SIZE, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Stage
@@ -46,6 +48,12 @@ REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024
 
 def all_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"model": list(model.parameters())}
+
+
+def adapters_and_added(model: Any) -> dict[str, list[nn.Parameter]]:
+    """With adapters the base rests; what its attention has beyond dense attention trains fully all the same."""
+    variant = model.config.attention
+    return {"model": [p for name, p in model.named_parameters() if ADAPTER in name or is_added(name, variant)]}
 
 
 @torch.no_grad()
@@ -112,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--from-scratch", action="store_true", help="new weights; --model gives configuration and tokenizer only"
     )
+    add_adapter_argument(result)
     group = result.add_argument_group(
         "native sparse attention", "Of a checkpoint that has none yet; one that has it keeps its own."
     )
@@ -139,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(name)
     resolve(args, SMALL, REAL, config)
     options = nsa_options(args, config)
+    if args.from_scratch and args.lora_rank is not None:
+        raise UserError("--lora-rank trains beside a checkpoint's weights: not with --from-scratch")
     vars(args).update(options)
 
     def prepare() -> tuple[Any, Stage]:
@@ -146,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = new_model(config, args.attention, args.seed, **options)
         else:
             model = load_model(name, attention=args.attention, **options)
-        return model, stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
+        whole = stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
+        if args.lora_rank is not None:
+            whole = through_adapters(replace(whole, groups=adapters_and_added), args.lora_rank)
+        return model, whole
 
     train_from(name, config, "finetune", args, processes, prepare)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from dsa_export.model import feed_forward, load_model
 from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
-from train.adapters import ADAPTER, add_adapters, merge_adapters
+from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.evaluate import evaluate
 from train.options import DTYPES, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Stage
@@ -48,13 +47,7 @@ def parser() -> argparse.ArgumentParser:
     result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help, trains_indexer=True)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
     add_selection_arguments(result)
-    result.add_argument(
-        "--lora-rank",
-        type=int,
-        metavar="R",
-        help="train the base through LoRA adapters of this rank, merged at the end: much less memory; wants a higher "
-        "--lr, such as 1e-4 [all its parameters]",
-    )
+    add_adapter_argument(result)
     return result
 
 
@@ -80,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
         )
         if args.lora_rank is not None:
-            stage = replace(stage, prepare=partial(add_adapters, rank=args.lora_rank), finish=merge_adapters)
+            stage = through_adapters(stage, args.lora_rank)
         return model, stage
 
     train_from(name, config, "joint", args, processes, prepare)

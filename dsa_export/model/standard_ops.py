@@ -85,3 +85,15 @@ def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_lengths: Ten
     positions = kv_lengths[:, None] - S + torch.arange(S, device=q.device)
     visible = torch.arange(C, device=q.device) <= positions[:, None, :, None]
     return F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=visible, scale=scale, enable_gqa=grouped)
+
+
+def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Grouped-query attention of each query to the rows that it may see, at least one.
+
+    q [B, Hq, S, D], k and v [B, Hkv, N, D], visible [B, S, N] bool → [B, Hq, S, D].
+    """
+    mask = visible[:, None]
+    if torch.onnx.is_in_onnx_export():
+        return _onnx("Attention", (q, k, v, mask), {"scale": scale}, like=q)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -40,6 +40,7 @@ def test_the_export_says_what_it_checked(exported):
     assert manifest["topk"] == OPTIONS["nsa_selection_size"] * OPTIONS["nsa_selected_blocks"]
     caches = {entry["name"]: entry for entry in manifest["graphs"]["sparse"]["cache"]}
     assert caches["compressed"]["shape"] == ["batch", 4, "capacity_per_4", 16]
+    assert caches["window"]["shape"] == ["batch", 4, "capacity", 16]
     assert [entry["name"] for entry in manifest["graphs"]["dense"]["cache"]] == ["key", "value"]
 
 
@@ -88,10 +89,13 @@ def test_bytes_that_a_call_reads(exported):
     assert dense.cache_bytes_read(context) == 2 * row * context
 
 
-def test_tensorrt_rtx_is_refused_before_it_crashes(exported, tmp_path, capsys):
-    options = ["--onnx", str(exported[1]), "--out", str(tmp_path), "--backend", "tensorrt-rtx", "--max-context", "64"]
-    code, _, error = run_command(engines_build.main, [*options, "--variant", "sparse"], capsys)
-    assert code == 1 and "TensorRT-RTX 1.7 crashes" in error
+def test_tensorrt_rtx_builds_without_a_gpu(exported, tmp_path, capsys):
+    options = ["--onnx", str(exported[1]), "--out", str(tmp_path), "--backend", "tensorrt-rtx", "--variant", "sparse"]
+    options += ["--max-context", "64", "--max-batch", "2", "--prefill-chunk", "16"]
+    code, _, error = run_command(engines_build.main, options, capsys)
+    assert (code, error) == (0, "")
+    _, prefill = open_engine(tmp_path / "tensorrt-rtx" / "sparse").manifest["profiles"]
+    assert prefill["shapes"]["past_key_values.0.window"] == [[1, 4, 64, 16], [1, 4, 64, 16], [2, 4, 64, 16]]
 
 
 def test_the_comparison_gives_a_row(exported, tmp_path, capsys):

@@ -73,6 +73,24 @@ def test_native_sparse_attention_trains_end_to_end(tiny: Path, records: Path, tm
             )
 
 
+def test_with_adapters_the_base_rests_and_the_branches_train(tiny: Path, records: Path, tmp_path: Path) -> None:
+    manifest = finetuned(tiny, records, tmp_path / "out", "--attention", "nsa", *NSA, "--lora-rank", "2")
+    assert manifest["after"]["loss"] < manifest["before"]["loss"]
+    before, after = load_model(tiny, attention="dense").state_dict(), load_model(tmp_path / "out").state_dict()
+    for name, tensor in before.items():
+        wanted = 2 if "layers" in name and name.endswith("_proj.weight") else 0
+        assert torch.linalg.matrix_rank(torch.atleast_2d(after[name] - tensor), atol=1e-5) == wanted, name
+    layer = "model.layers.0.self_attn."
+    change = after[layer + "window.k_proj.weight"] - before[layer + "k_proj.weight"]  # where it began
+    assert torch.linalg.matrix_rank(change, atol=1e-5) > 2
+    assert after[layer + "compression.key.position"].abs().max() > 0  # it began at 0
+
+
+def test_adapters_need_a_checkpoints_weights(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not with --from-scratch"):
+        finetune.main(["--model", str(tiny), "--from-scratch", "--lora-rank", "2", "--out", str(tmp_path / "x")])
+
+
 def test_options_of_another_attention_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--nsa-window needs --attention nsa"):
         finetune.main(["--model", str(tiny), "--attention", "dense", "--nsa-window", "9", "--out", str(tmp_path / "x")])

@@ -10,14 +10,13 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsa_export.config import DSAConfig
 from dsa_export.model.attention.base import AttentionTrace, Call
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.standard_ops import dense_attention, rotary
+from dsa_export.model.standard_ops import dense_attention, rotary, visible_attention
 from dsa_export.selection import KEY_TYPES
 from dsa_export.topk import topk_per_layer
 from plugins.index_topk import index_scores, index_topk
@@ -235,4 +234,4 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: fl
     C = k.shape[2]
     mask = torch.zeros(*indices.shape[:2], C + 1, dtype=torch.bool, device=q.device)
     mask.scatter_(-1, torch.where(indices < 0, C, indices).long(), True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, :, :C], scale=scale, enable_gqa=True)
+    return visible_attention(q, k, v, mask[..., :C], scale)

@@ -25,7 +25,7 @@ from dsa_export.model.attention.base import Call
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.attention.dsa import masked_attention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.standard_ops import gather_rows, rotary, split_heads
+from dsa_export.model.standard_ops import gather_rows, rotary, split_heads, visible_attention
 from plugins.block_topk import block_importance, block_topk
 from plugins.block_topk.op import FORCED_BLOCKS
 from plugins.sparse_attention import sparse_attention
@@ -123,8 +123,9 @@ class NativeSparseAttention(DenseAttention):
         heads, dim = config.num_key_value_heads, config.head_size
         return [
             *super().cache_layout(config, layer),
-            *(CacheEntry(f"window_{name}", heads, dim, recent=config.nsa_window - 1) for name in ("key", "value")),
-            # Keys and values to be compressed, one row per token; a call reads from the first block that it ends on.
+            # In these, the heads of the keys stand before those of the values.
+            CacheEntry("window", 2 * heads, dim, recent=config.nsa_window - 1),
+            # What is to be compressed, one row per token; a call reads from the first block that it ends on.
             CacheEntry("block", 2 * heads, dim, recent=config.nsa_block_size - 1),
             CacheEntry("compressed", 2 * heads, dim, stride=config.nsa_stride),
         ]
@@ -196,13 +197,18 @@ class NativeSparseAttention(DenseAttention):
     # ------------------------------------------------------------ window
 
     def attend_window(self, hidden: Tensor, q: Tensor, positions: Tensor, call: Call) -> Tensor:
+        """Of the cache only the rows that some query of this call sees are read: S + w - 1 consecutive ones."""
         k_BSE = rotary(self.k_norm(self.window.k_proj(hidden)), *call.rope, heads=self.kv_heads)
-        k = self.store("window_key", split_heads(k_BSE, self.kv_heads), call)
-        v = self.store("window_value", split_heads(self.window.v_proj(hidden), self.kv_heads), call)
-        back = torch.arange(self.window_size, device=q.device)
-        indices = (positions[..., None] - back).clamp(min=-1).to(torch.int32)
-        core = masked_attention if self.training else sparse_attention
-        return core(q, k, v, indices, self.scale)
+        new = [split_heads(x_BSE, self.kv_heads) for x_BSE in (k_BSE, self.window.v_proj(hidden))]
+        rows, slots = self.store("window", torch.cat(new, dim=1), call), positions
+        if call.caches is not None:
+            before = torch.arange(1 - self.window_size, 0, device=q.device)
+            slots = torch.cat([positions[:, :1] + before, positions], dim=1)
+            rows = gather_rows(rows, slots)
+        k, v = rows.chunk(2, dim=1)
+        back = positions[:, :, None] - slots[:, None]
+        visible = (back >= 0) & (back < self.window_size) & (slots[:, None] >= 0)
+        return visible_attention(q, k, v, visible, self.scale)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
