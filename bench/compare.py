@@ -230,7 +230,7 @@ def budget_of(args: argparse.Namespace) -> measure.Budget:
 
 
 def tokenizer_folder(groups: Sequence[Group], args: argparse.Namespace) -> Path:
-    return args.onnx or Path(groups[0].sparse.manifest["source"]["path"])
+    return args.onnx or groups[0].sparse.folder
 
 
 def measure_group(
