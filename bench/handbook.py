@@ -59,7 +59,7 @@ def chapters(folder: Path, ask: str) -> list[str]:
     """A record for every page of the folder that is long enough; the table of contents is none."""
     records = []
     for page in sorted(folder.glob("*.html")):
-        text = plain_text(page.read_text(encoding="utf-8"))
+        text = plain_text(page.read_text(encoding="utf-8", errors="replace"))
         if len(text) > SHORTEST_CHAPTER and page.stem != "index":
             begun = text.find("\n", 200) + 1
             record = {"instruction": ask, "input": text[:begun], "output": text[begun:], "history": []}

@@ -5,7 +5,6 @@ Shapes: B rows, C capacity, S tokens of one call, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsa_export.cli import UserError
+from dsa_export.model.cache import fill_randomly
 from engines.artifacts import Engine
 
 
@@ -21,16 +21,6 @@ class DeviceCaches:
     batch: int
     capacity: int
     tensors: dict[str, Tensor]  # "{layer}.{name}" -> [B, H, C, D]
-
-
-def fill_randomly(tensors: Iterable[Tensor], seed: int) -> None:
-    """Standard normal numbers, or every byte but 0 where index keys are bytes around 128."""
-    for number, tensor in enumerate(tensors):
-        generator = torch.Generator(tensor.device).manual_seed(seed + number)
-        if tensor.dtype == torch.uint8:
-            tensor.random_(1, 256, generator=generator)
-        else:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device))
 
 
 class DeviceRunner:

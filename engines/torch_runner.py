@@ -18,10 +18,10 @@ from torch import Tensor
 from dsa_export.cli import UserError
 from dsa_export.files import checkpoint_hash
 from dsa_export.model import load_model
+from dsa_export.model.cache import fill_randomly
 from dsa_export.onnx.export import StepGraph
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
-from engines.device import fill_randomly
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")

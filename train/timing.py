@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dsa_export.model import DSAForCausalLM
-from dsa_export.model.cache import DSACache
+from dsa_export.model.cache import DSACache, fill_randomly
 
 
 def decode_call(model: DSAForCausalLM, length: int) -> Callable[[], Any]:
@@ -21,10 +21,7 @@ def decode_call(model: DSAForCausalLM, length: int) -> Callable[[], Any]:
     device = next(model.parameters()).device
     cache = DSACache(model.model.cache_layouts)
     cache.begin(1, length + 1, model.dtype, device)
-    generator = torch.Generator(device).manual_seed(0)
-    for tensors in cache.layers:
-        for tensor in tensors.values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=device))  # fp8 has no normal_()
+    fill_randomly((tensor for tensors in cache.layers for tensor in tensors.values()), seed=0)
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
 
     def call() -> None:

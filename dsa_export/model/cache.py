@@ -6,7 +6,7 @@ lengths; a call writes its S tokens, padding included, at each row's length, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,16 @@ class CacheEntry:
 
     def zeros(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         return torch.zeros(self.shape(batch, capacity), dtype=self.dtype or dtype, device=device)
+
+
+def fill_randomly(tensors: Iterable[Tensor], seed: int) -> None:
+    """Fills caches with standard normal numbers, or every byte but 0 where index keys are bytes around 128."""
+    for number, tensor in enumerate(tensors):
+        generator = torch.Generator(tensor.device).manual_seed(seed + number)
+        if tensor.dtype == torch.uint8:
+            tensor.random_(1, 256, generator=generator)
+        else:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device))  # fp8 has no normal_()
 
 
 class LayerCache:

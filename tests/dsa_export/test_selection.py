@@ -94,6 +94,21 @@ def test_int8_keys_and_queries():
     assert round_keys(torch.zeros(1, 1, 64), "int8")[0].eq(128).all()
 
 
+@torch.no_grad()
+def assert_graph_equals_model(path, model, tokens, calls):
+    """The last logits after calls with so many tokens of each of two rows, against the whole texts in torch."""
+    runner = Graph(path, 2)
+    done = [0, 0]
+    for sizes in calls:
+        logits = runner.step(
+            [row[start : start + n] for row, start, n in zip(tokens.tolist(), done, sizes, strict=True)]
+        )
+        done = [start + n for start, n in zip(done, sizes, strict=True)]
+    for row, length in enumerate(done):
+        expected = model(tokens[row : row + 1, :length], use_cache=False).logits[0, -1]
+        torch.testing.assert_close(torch.from_numpy(logits[row]), expected, **CLOSE)
+
+
 def test_graphs_with_all_options(dsa_folder, tmp_path, tokens):
     """Chunks of rows of different lengths through the exported graph, against torch."""
     arguments = ["--topk", "24", "--index-pool", "3", "--index-window", "4", "--index-sinks", "1", "--index-share", "2"]
@@ -111,15 +126,7 @@ def test_graphs_with_all_options(dsa_folder, tmp_path, tokens):
     # Scores are of the 34 means, not of the 96 keys.
     assert graph.workspace_bytes_per_query(96) == 34 * (2 * 4 + 3) * 4 + 2 * 24 * 64 * 4 * 2
 
-    model = load_model(dsa_folder, **OPTIONS["all"])
-    runner = Graph(graph.path, 2)
-    a, b = tokens.tolist()
-    for first, second in ((a[:20], b[:31]), (a[20:21], b[31:45]), (a[21:22], b[45:46])):
-        logits = runner.step([first, second])
-    for row, text in enumerate((a[:22], b[:46])):
-        with torch.no_grad():
-            expected = model(torch.tensor([text]), use_cache=False).logits[0, -1]
-        torch.testing.assert_close(torch.from_numpy(logits[row]), expected, **CLOSE)
+    assert_graph_equals_model(graph.path, load_model(dsa_folder, **OPTIONS["all"]), tokens, [(20, 31), (1, 14), (1, 1)])
 
 
 def test_graph_with_int8_keys(dsa_folder, tmp_path, tokens):
@@ -131,15 +138,7 @@ def test_graph_with_int8_keys(dsa_folder, tmp_path, tokens):
         ("index", "uint8", 32),
         ("index_scale", "float32", 4),
     ]
-    model = load_model(dsa_folder, index_keys="int8")
-    runner = Graph(graph.path, 2)
-    a, b = tokens.tolist()
-    for first, second in ((a[:20], b[:31]), (a[20:21], b[31:32]), (a[21:22], b[32:33])):
-        logits = runner.step([first, second])
-    for row, text in enumerate((a[:22], b[:33])):
-        with torch.no_grad():
-            expected = model(torch.tensor([text]), use_cache=False).logits[0, -1]
-        torch.testing.assert_close(torch.from_numpy(logits[row]), expected, **CLOSE)
+    assert_graph_equals_model(graph.path, load_model(dsa_folder, index_keys="int8"), tokens, [(20, 31), (1, 1), (1, 1)])
     with pytest.raises(UserError, match="--index-keys int8 is for CPUs"):
         nvidia_graph.write(graph, 64, tmp_path / "adapted.onnx")
 
