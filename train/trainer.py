@@ -222,7 +222,10 @@ class Trainer:
         self.spread.model.train()
         shown = [*self.stage.losses, "recall"]
         with progress_bar("terms") as progress:
-            task = progress.add_task(self.stage.name, total=settings.steps, completed=self.step, terms="")
+            # In tokens: where windows grow, the later steps take longer.
+            total = settings.tokens_before(settings.steps)
+            read = settings.tokens_before(self.step)
+            task = progress.add_task(f"{self.stage.name}, tokens", total=total, completed=read, terms="")
             last_line = time.monotonic()
             while self.step < settings.steps and not self.processes.any(self._out_of_time()):
                 start = time.perf_counter()
@@ -232,10 +235,11 @@ class Trainer:
                 self._log(metrics | {"seconds": round(self.seconds, 3)})
 
                 terms = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
-                progress.update(task, completed=self.step, terms=terms)
+                step_terms = f"step {self.step}/{settings.steps}  {terms}"
+                progress.update(task, completed=settings.tokens_before(self.step), terms=step_terms)
                 due = self.step % max(1, settings.steps // 10) == 0 or time.monotonic() - last_line > 30
                 if not console.is_terminal and due:
-                    console.print(f"{self.stage.name} {self.step}/{settings.steps}  {terms}  {self._eta()}")
+                    console.print(f"{self.stage.name} {step_terms}  {self._eta()}")
                     last_line = time.monotonic()
 
                 stop = self.processes.any(stop_requested())
@@ -317,8 +321,9 @@ class Trainer:
             )
 
     def _eta(self) -> str:
-        left = self.seconds / self.step * (self.settings.steps - self.step)
-        return f"{self.seconds / self.step:.2f} s/step, {left / 60:.1f} min left"
+        read, total = (self.settings.tokens_before(step) for step in (self.step, self.settings.steps))
+        left = self.seconds / read * (total - read)
+        return f"{1000 * self.seconds / read:.2f} s per 1,000 tokens, {left / 60:.1f} min left"
 
     # ------------------------------------------------------------ evaluation and report
 
