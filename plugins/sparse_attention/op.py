@@ -24,11 +24,11 @@ from plugins.registry import PLUGIN_ATTRIBUTES
 GATHER_BYTES = 128 * 2**20
 """Upper bound of the gathered K and V rows that the torch form holds at a time (tiles of query tokens)."""
 
-# A skipped entry reads row 0 in its place (which must be finite: it is written by the first token) and gets probability 0.
+# A skipped entry reads row 0 in its place, which must be finite (the first token writes it), and gets probability 0.
 # Where many queries select from few slots, the gathered copies cost more than the products that they save: the dense
-# operator then runs under a mask, the logarithm of how often each slot was selected (all rows must be finite). Up to
-# C = 4 K it is the faster for 64 queries and more, for a single one up to K / 16: measured in ONNX Runtime.
-# (Branches have fp32 outputs, because the text of a function must name their type.)
+# operator then runs under a mask, the logarithm of how often each slot was selected, and all rows must be finite. Up to
+# C = 4 K it is the faster for 64 queries and more, for a single one up to K / 16 (measured in ONNX Runtime).
+# The branches' outputs are fp32, because the text of a function must name their type.
 FUNCTION_BODY = """
 SparseAttention <scale, plugin_version, plugin_namespace>
     (q, k_cache, v_cache, indices) => (output)

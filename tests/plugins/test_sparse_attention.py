@@ -41,7 +41,7 @@ def test_onnx_body_is_the_definition(problem: Attention) -> None:
     _, S, K = problem.indices.shape
     for cache in (problem.k_cache, problem.v_cache):
         C = cache.shape[2]
-        must_be_finite = C if 16 * C <= min(S, 64) * K else 1
+        must_be_finite = C if min(S, 64) * K >= 16 * C else 1
         cache[:, :, :must_be_finite] = cache[:, :, :must_be_finite].nan_to_num()
     *tensors, scale = problem.arguments()
     output = torch.from_numpy(bodies.run("SparseAttention", [t.numpy() for t in tensors], scale=scale))
