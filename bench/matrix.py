@@ -74,16 +74,10 @@ class Group:
 
 
 def core_of(engine: Engine) -> str:
-    """The operator that attends, as the engine's own graph names it; of a plan, what its runtime uses."""
+    """The operator that attends, by its name in the graph or, of a plan, what its runtime uses."""
     if engine.variant == "sparse":
         return "SparseAttention"
-    graph = engine.folder / "model.onnx"
-    if not graph.is_file():
-        return PLAN_CORES.get(engine.backend, "attention")
-    import onnx
-
-    operators = {node.op_type for node in onnx.load(graph, load_external_data=False).graph.node}
-    return next((name for name in ("GroupQueryAttention", "Attention") if name in operators), "attention")
+    return engine.manifest.get("attention_operator") or PLAN_CORES.get(engine.backend, "Attention")
 
 
 def discover(folders: Sequence[Path]) -> tuple[list[Engine], list[Skip]]:

@@ -53,6 +53,7 @@ def all_tables(records: Sequence[Record]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
+SHORT = {"GroupQueryAttention": "GQA"}
 TIMING_NOTES = (
     "ms of one call: median (p10–p90) of alternating runs. Dense is the strongest dense operator of the runtime. "
     "Predicted: ratio of the floors, the larger of bytes to read and operations to do at the rates measured in this "
@@ -76,8 +77,9 @@ def timing_tables(measured: Sequence[Pair]) -> list[Table]:
                 Table(f"{title}; dense: {cores[0]}{caches}", columns, [_timing_row(p) for p in line], TIMING_NOTES)
             )
         else:
-            rows = [[*_timing_row(pair), pair.dense["core"]] for pair in line]
-            found.append(Table(f"{title}{caches}", (*columns, "strongest dense"), rows, TIMING_NOTES))
+            rows = [[*_timing_row(pair), str(SHORT.get(pair.dense["core"], pair.dense["core"]))] for pair in line]
+            named = " or ".join(f"{core} ({SHORT[core]})" if core in SHORT else core for core in cores)
+            found.append(Table(f"{title}; dense: {named}{caches}", (*columns, "dense is"), rows, TIMING_NOTES))
     return found
 
 

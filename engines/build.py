@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from dsa_export.cli import UserError, console, positive, run, usable_cpus
@@ -164,7 +165,9 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
 
 
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
+    from engines import ort_cuda
     from engines.ort import check_types
+    from engines.ort_graph import OPERATOR, group_query
 
     runtime_version("ort")
     for variant in args.variant:
@@ -172,11 +175,24 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
         check_types(graph)
         with output_folder(args.out / "ort" / variant) as folder:
             link_or_copy(graph.path, folder / "model.onnx")
-            link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
-            files = {"model.onnx": graph.sha256, graph.weights: graph.weights_sha256}
-            write_engine_manifest(folder, "ort", graph, export, limits, files, cpu=cpu_name())
-            run_one_step(folder)
+            write_ort_engine(folder, graph, export, limits, graph.sha256)
         report(args.out / "ort" / variant)
+        grouped = group_query(graph) if variant == "dense" and not ort_cuda.usable() else None
+        if grouped is not None:
+            with output_folder(args.out / "ort" / "dense-gqa") as folder:
+                onnx.save(grouped, folder / "model.onnx")
+                write_ort_engine(folder, graph, export, limits, None, attention_operator=OPERATOR)
+            report(args.out / "ort" / "dense-gqa")
+
+
+def write_ort_engine(
+    folder: Path, graph: Graph, export: Export, limits: Limits, graph_sha256: str | None, **facts: Any
+) -> None:
+    """Completes a folder that holds model.onnx, and runs it once. graph_sha256: None is computed."""
+    link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
+    files = {"model.onnx": graph_sha256, graph.weights: graph.weights_sha256}
+    write_engine_manifest(folder, "ort", graph, export, limits, files, cpu=cpu_name(), **facts)
+    run_one_step(folder)
 
 
 def run_one_step(folder: Path) -> None:

@@ -14,6 +14,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from dsa_export.cli import UserError, usable_cpus
+from engines import ort_graph
 from engines.artifacts import Engine, Variant
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
@@ -44,6 +45,8 @@ class OrtRunner:
         self.engine = engine
         check_types(engine)
         self.session = load(engine.folder / "model.onnx", threads, profile=profile)
+        # GroupQueryAttention takes several tokens after others for one row only.
+        self.row_by_row = engine.manifest.get("attention_operator") == ort_graph.OPERATOR
 
     def allocate(self, batch: int, capacity: int) -> OrtCaches:
         try:
@@ -95,6 +98,12 @@ class OrtRunner:
     ) -> np.ndarray:
         if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
             raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        if self.row_by_row and caches.batch > 1 and input_ids.shape[1] > 1:
+            for b in range(caches.batch):
+                row = slice(b, b + 1)
+                one = self.rows(caches, b, b + 1)
+                caches.logits[row, 0] = self.run(one, input_ids[row], past_lengths[row], input_lengths[row])
+            return caches.logits[:, 0]
         inputs = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
         for name, array in inputs.items():
             caches.binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))

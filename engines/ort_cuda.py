@@ -16,6 +16,7 @@ from dsa_export.cli import UserError
 from engines.artifacts import Engine
 from engines.device import DeviceCaches, DeviceRunner
 from engines.ort import RUN_ERRORS, check_types, load
+from engines.ort_graph import OPERATOR
 
 PROVIDER = "CUDAExecutionProvider"
 NUMPY_DTYPES = {
@@ -36,6 +37,8 @@ class OrtCudaRunner(DeviceRunner):
     def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         super().__init__(engine)
         check_types(engine)
+        if engine.manifest.get("attention_operator") == OPERATOR:
+            raise UserError(f"{engine.folder} was built for CPUs: remove it, its neighbour `dense` runs on GPUs too")
         self.session = load(engine.folder / "model.onnx", threads, self.providers, profile)
 
     def run(

@@ -29,22 +29,14 @@ def test_engines_are_found_and_paired(engines: Path, tmp_path: Path):
     copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "down" / "sparse")
     copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "sparse.partial")
     found, skips = matrix.discover([engines, tmp_path])
-    assert len(found) == 3 and not skips
+    assert len(found) == 4 and not skips
     (pair,), alone = matrix.groups(found)  # the copy adds nothing
     assert (pair.backend, pair.precision, pair.k) == ("ort", "fp32", 16)
-    assert list(pair.sides) == ["Attention", "SparseAttention"]
+    assert list(pair.sides) == ["Attention", "GroupQueryAttention", "SparseAttention"]
     assert not alone
     none, alone = matrix.groups(matrix.discover([tmp_path])[0])
     assert not none
     assert alone[0]["reason"] == "no dense engine of the same weights"
-
-
-def test_every_dense_operator_is_a_side(group: Group, monkeypatch: pytest.MonkeyPatch):
-    other = replace(group.dense[0], folder=Path("elsewhere"))
-    core = matrix.core_of
-    monkeypatch.setattr(matrix, "core_of", lambda e: "GroupQueryAttention" if e is other else core(e))
-    (both,), _ = matrix.groups([*group.dense, other, group.sparse])
-    assert list(both.sides) == ["Attention", "GroupQueryAttention", "SparseAttention"]
 
 
 def test_engines_of_two_models_are_not_mixed_in_one_table(group: Group):
@@ -59,7 +51,7 @@ def test_an_engine_of_another_version_is_skipped_with_the_reason(engines: Path, 
     path = tmp_path / "engines" / "ort" / "dense" / "manifest.json"
     path.write_text(path.read_text().replace('"runtime": "1.', '"runtime": "0.'))
     found, skips = matrix.discover([tmp_path])
-    assert [engine.variant for engine in found] == ["sparse"]
+    assert [engine.folder.name for engine in found] == ["dense-gqa", "sparse"]
     assert "was built with ort 0." in skips[0]["reason"]
 
 

@@ -8,6 +8,8 @@ from engines import build
 from engines.session import Runner, open_runner
 from tests.engines import toy
 
+ORT_FOLDERS = ("dense", "dense-gqa", "sparse")
+
 
 @pytest.fixture(scope="session")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,9 +27,9 @@ def engines(export: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def runners(engines: Path) -> dict[str, Runner]:
-    return {variant: open_runner(engines / "ort" / variant, threads=1) for variant in ("dense", "sparse")}
+    return {variant: open_runner(engines / "ort" / variant, threads=1) for variant in ORT_FOLDERS}
 
 
-@pytest.fixture(params=["dense", "sparse"])
+@pytest.fixture(params=ORT_FOLDERS)
 def runner(request: pytest.FixtureRequest, runners: dict[str, Runner]) -> Runner:
     return runners[request.param]
