@@ -21,9 +21,14 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def temporary_name(path: Path, *, shared: bool = False) -> Path:
+    """What a file is called until it is complete. shared: several processes may write it at the same time."""
+    return path.with_name(path.name + (f".{os.getpid()}" if shared else "") + PARTIAL)
+
+
+def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
     """Writes a text file under a temporary name and renames it: readers see the old content or the new."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = temporary_name(path, shared=shared)
     try:
         partial.write_text(text)
         partial.replace(path)

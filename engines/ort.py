@@ -133,8 +133,8 @@ def load(
     """Loads a graph, for the CPU unless told otherwise. Raises UserError if ONNX Runtime refuses it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cpus()
-    # Threads that spin on after a call take the cores from whoever runs next: on two cores, engines timed in turn took up
-    # to twice as long. One engine alone is as fast as before.
+    # Threads that spin on after a call take the cores from whoever runs next: on two cores, engines timed in turn took
+    # up to twice as long. One engine alone is as fast as before.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4  # its errors are raised too, its warnings say nothing to a user
     if profile is not None:  # from its birth on, or not at all

@@ -15,15 +15,18 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from dsa_export.cli import UserError
-from dsa_export.files import PARTIAL
+from dsa_export.files import temporary_name
 
 STATE = "state.pt"
 
 
-def save_state(folder: Path, state: dict[str, Any], name: str = STATE) -> None:
-    """Writes a state under a temporary name and renames it: whatever happens, a whole state is there."""
+def save_state(folder: Path, state: dict[str, Any], name: str = STATE, *, shared: bool = False) -> None:
+    """Writes a state under a temporary name and renames it: whatever happens, a whole state is there.
+
+    shared: several processes may write it at the same time.
+    """
     path = folder / name
-    partial = path.with_name(path.name + PARTIAL)
+    partial = temporary_name(path, shared=shared)
     try:
         with disk_errors(path), partial.open("wb") as file:
             torch.save(state, file)

@@ -234,7 +234,7 @@ def stdlib_records(folder: Path = CACHE) -> Path:
     if not lines:
         raise UserError(f"no Python sources in {root}: pass --data")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(lines))
+    write_atomically(path, "".join(lines), shared=True)
     return path
 
 
@@ -442,7 +442,7 @@ def _fingerprint(source: str, tokenizer: Any, options: list[Any]) -> str:
 
 def _save_tokens(cache: Path, name: str, state: dict[str, Any]) -> None:
     cache.mkdir(parents=True, exist_ok=True)
-    save_state(cache, state, name)
+    save_state(cache, state, name, shared=True)
 
 
 def _nothing_left(

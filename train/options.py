@@ -6,7 +6,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,9 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     if args.max_tokens is not None:
         per_update = len(args.length) / sum(1 / length for length in args.length) * args.batch_size * args.accumulation
         args.steps = int(args.max_tokens / per_update)
+        read = Settings(0, tuple(args.length), args.batch_size, args.accumulation)
+        while replace(read, steps=args.steps).tokens_before(args.steps) > args.max_tokens:  # shares are whole steps
+            args.steps -= 1
         _require(args.steps > 0, f"--max-tokens {args.max_tokens} is less than one update ({per_update:.0f} tokens)")
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 20

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsa_export.cli import UserError
+from dsa_export.files import write_atomically
 from train import data
+from train.checkpoint import save_state
 from train.data import (
     IGNORED,
     Document,
@@ -335,3 +338,21 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer) -> None:
     check_tokenizer(tokenizer, len(tokenizer))
     with pytest.raises(UserError, match="does not match the model"):
         check_tokenizer(tokenizer, len(tokenizer) - 1)
+
+
+def write_again_and_again(folder: Path) -> None:
+    for _ in range(200):
+        write_atomically(folder / "records", "x" * 10_000, shared=True)
+        save_state(folder, {"tokens": torch.zeros(500)}, "tokens.pt", shared=True)
+
+
+def test_processes_can_share_the_cache(tmp_path: Path):
+    """Two evaluations that start together tokenise the same data."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=write_again_and_again, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records", "tokens.pt"]
