@@ -77,7 +77,7 @@ def core_of(engine: Engine) -> str:
     """The operator that attends, by its name in the graph or, of a plan, what its runtime uses."""
     if engine.variant == "sparse":
         return "SparseAttention"
-    return engine.manifest.get("attention_operator") or PLAN_CORES.get(engine.backend, "Attention")
+    return engine.attention_operator or PLAN_CORES.get(engine.backend, "Attention")
 
 
 def discover(folders: Sequence[Path]) -> tuple[list[Engine], list[Skip]]:

@@ -199,6 +199,11 @@ class Engine(Variant):
     limits: Limits
     manifest: dict[str, Any]
 
+    @property
+    def attention_operator(self) -> str | None:
+        """The operator that a dense graph was rewritten to attend with; None: as exported."""
+        return self.manifest.get("attention_operator")
+
 
 def open_export(folder: Path) -> Export:
     """Opens an export folder. Raises UserError if it is missing, or if a graph or the weights are not what it wrote."""

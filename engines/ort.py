@@ -46,7 +46,7 @@ class OrtRunner:
         check_types(engine)
         self.session = load(engine.folder / "model.onnx", threads, profile=profile)
         # GroupQueryAttention takes several tokens after others for one row only.
-        self.row_by_row = engine.manifest.get("attention_operator") == ort_graph.OPERATOR
+        self.row_by_row = engine.attention_operator == ort_graph.OPERATOR
 
     def allocate(self, batch: int, capacity: int) -> OrtCaches:
         try:

@@ -37,7 +37,7 @@ class OrtCudaRunner(DeviceRunner):
     def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         super().__init__(engine)
         check_types(engine)
-        if engine.manifest.get("attention_operator") == OPERATOR:
+        if engine.attention_operator == OPERATOR:
             raise UserError(f"{engine.folder} was built for CPUs: remove it, its neighbour `dense` runs on GPUs too")
         self.session = load(engine.folder / "model.onnx", threads, self.providers, profile)
 

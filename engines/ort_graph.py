@@ -1,7 +1,7 @@
 """The dense graph with ONNX Runtime's own operator for grouped queries.
 
 On CPUs GroupQueryAttention is the faster one for single tokens at long contexts (128K: 2.3 times), Attention up to some
-thousand tokens and in prefill. The comparison holds the sparse engine against whichever wins.
+thousand tokens. The comparison holds the sparse engine against whichever wins.
 """
 
 from __future__ import annotations
