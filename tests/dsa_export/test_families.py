@@ -27,6 +27,7 @@ from dsa_export.files import read_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, families, load_model
 from dsa_export.model.checkpoint import load_config
 from engines.artifacts import open_export
+from engines.ort_graph import group_query
 from tests.conftest import VOCABULARY, build_tokenizer
 from tests.dsa_export.conftest import export_command
 from train.adapters import add_adapters, merge_adapters
@@ -216,6 +217,8 @@ def test_exports(family_name: str, tmp_path: Path) -> None:
     assert manifest["parity"]["sparse"]["passed"] and manifest["parity"]["dense"]["passed"]
     assert manifest["parity"]["sparse"]["selected_sets"]["different"] == 0
     assert manifest["identical_operators"]["sparse_core"] == 2
+    grouped = group_query(open_export(out).graphs["dense"])
+    assert (grouped is None) == (family_name == "deepseek_v3"), "GroupQueryAttention does not do latent rows"
     caches = [(entry["name"], entry["shape"][1], entry["shape"][3]) for entry in manifest["graphs"]["sparse"]["cache"]]
     sparse = open_export(out).graphs["sparse"]
     row = {"qwen3": 4 * 2 * 2 * 16, "deepseek_v3": 4 * 40}[family_name]  # bytes of a token in one layer
