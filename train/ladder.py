@@ -2,7 +2,7 @@
 
     dense      everything visible: the model's own ceiling
     full       its selection with k of at least the length: must equal dense, or the figures below mean nothing
-    best       the k keys of most attention mass (mean over the heads) in every layer
+    best       the k keys of most attention mass (mean over the heads) in every layer with an indexer
     trained    the checkpoint's indexer
     random     an untrained indexer of the same size
     window     the last k keys

@@ -256,6 +256,11 @@ class IndexerObserver:
     """What the model calls on every layer of one call: the KL, and with `measure_every` the shares of attention mass.
 
     `every`: the KL is taken over each n-th query, from a random one on, the same for all layers.
+
+    Layers that follow one selection each have a KL with the indexer's distribution: its gradient is that of one KL with
+    the mean of their attention. With pooled keys all tokens of a group have one score, and the gradient is that of a KL
+    between groups; a query's own group, which is always selected, counts there with its later tokens in the mean.
+
     Returns {"kl"[, "recall", "recall_window", "recall_best"]}; the model averages them over the layers.
     """
 
@@ -270,7 +275,7 @@ class IndexerObserver:
             loss = indexer_kl(
                 trace.index_q,
                 trace.index_weights,
-                trace.index_k,
+                trace.scored_k,
                 trace.q.detach(),
                 trace.k.detach(),
                 trace.lengths,

@@ -30,23 +30,20 @@ class SelectionMeter:
     only queries count that see more than k keys, except in `curve`, which counts all: there a query with k keys or
     fewer has caught everything.
 
-    `layers` are those with an indexer; results list them in this order.
-    The indexer is judged on the dense model's own hidden states, as in the warm-up.
+    The indexer is judged on the dense model's own hidden states, as in the warm-up; a layer that follows another's
+    selection, by its own attention.
     """
 
-    def __init__(
-        self, layers: Sequence[int], heads: int, ks: Sequence[int], every: int, map_layers: Sequence[int] = ()
-    ):
+    def __init__(self, layers: int, heads: int, ks: Sequence[int], every: int, map_layers: Sequence[int] = ()):
         self.ks, self.every = list(ks), every
         # caught by indexer, window, best; and what is selected: mean distance, share within the window
-        self.place = {layer: place for place, layer in enumerate(layers)}
-        self.sums = torch.zeros(len(layers), len(ks), 5, dtype=torch.float64)
+        self.sums = torch.zeros(layers, len(ks), 5, dtype=torch.float64)
         self.rows = torch.zeros(len(ks), dtype=torch.int64)
-        self.coverage = torch.zeros(len(layers), len(ks), dtype=torch.float64)
+        self.coverage = torch.zeros(layers, len(ks), dtype=torch.float64)
         self.windows = torch.zeros(len(ks), dtype=torch.int64)
-        self.head_shares = torch.zeros(len(layers), heads, len(DISTANCES) + 1, dtype=torch.float64)
+        self.head_shares = torch.zeros(layers, heads, len(DISTANCES) + 1, dtype=torch.float64)
         self.head_rows = 0
-        self.curves: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * len(layers)
+        self.curves: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * layers
         self.curve_rows = 0
         self.map_layers = set(map_layers)
         self.maps: dict[int, Tensor] = {}
@@ -61,7 +58,6 @@ class SelectionMeter:
     def _measure(self, t: AttentionTrace) -> None:
         T = t.q.shape[2]
         device = t.q.device
-        place = self.place[t.layer]
         queries = torch.arange(self.every - 1, T, self.every, device=device)
         if t.layer == 0:
             self.rows += torch.tensor([int((queries >= k).sum()) for k in self.ks])
@@ -76,7 +72,7 @@ class SelectionMeter:
             positions = rows[:, None]
             visible = slots <= positions
             mass = mean_attention(t.q[0][:, rows] * t.scale, t.k[0], visible)
-            scores = index_scores(t.index_q[:, rows], t.index_weights[:, rows], t.index_k)[0]
+            scores = index_scores(t.index_q[:, rows], t.index_weights[:, rows], t.scored_k)[0]
             # A stable sort keeps the lower of two equal indices first, as the operator does.
             order = scores.masked_fill_(~visible, -torch.inf).argsort(stable=True, dim=-1, descending=True)
             caught = mass.gather(-1, order).cumsum(-1)
@@ -91,7 +87,7 @@ class SelectionMeter:
                 window = 1 - behind[crowded].gather(-1, ends - k)
                 distance = ends - chosen
                 used[number, chosen.flatten()] = True
-                self.sums[place, number] += torch.stack(
+                self.sums[t.layer, number] += torch.stack(
                     [
                         caught[crowded, k - 1].sum(),
                         window.sum(),
@@ -107,8 +103,8 @@ class SelectionMeter:
                 mass_rows.append(mass.float().cpu())
         for number, k in enumerate(self.ks):
             if k < T:
-                self.coverage[place, number] += float(used[number].float().mean())
-        self._add_curve(place, curve.cpu())
+                self.coverage[t.layer, number] += float(used[number].float().mean())
+        self._add_curve(t.layer, curve.cpu())
         self._measure_heads(t, queries)
         if selected_rows:
             self.maps[t.layer] = _shrink(torch.cat(selected_rows).float())
@@ -123,23 +119,23 @@ class SelectionMeter:
             self.head_rows += len(rows)
         if not len(rows):
             return
-        slots = torch.arange(t.index_k.shape[1], device=rows.device)
+        slots = torch.arange(t.scored_k.shape[1], device=rows.device)
         bounds = torch.tensor(DISTANCES, device=rows.device)
         for head in range(t.index_q.shape[2]):
             one = slice(head, head + 1)
-            scores = index_scores(t.index_q[:, rows, one], t.index_weights[:, rows, one], t.index_k)[0]
+            scores = index_scores(t.index_q[:, rows, one], t.index_weights[:, rows, one], t.scored_k)[0]
             chosen = scores.masked_fill_(slots > rows[:, None], -torch.inf).topk(k, dim=-1).indices
             buckets = torch.bucketize(rows[:, None] - chosen, bounds, right=True)
             counts = torch.bincount(buckets.flatten(), minlength=len(DISTANCES) + 1)
-            self.head_shares[self.place[t.layer], head] += counts.double().cpu() / k
+            self.head_shares[t.layer, head] += counts.double().cpu() / k
 
-    def _add_curve(self, place: int, curve: Tensor) -> None:
-        longer, shorter = sorted((self.curves[place], curve), key=len, reverse=True)
+    def _add_curve(self, layer: int, curve: Tensor) -> None:
+        longer, shorter = sorted((self.curves[layer], curve), key=len, reverse=True)
         longer = longer.clone()
         longer[: len(shorter)] += shorter
         if len(shorter):  # rows of a shorter window have caught everything beyond it
             longer[len(shorter) :] += shorter[-1]
-        self.curves[place] = longer
+        self.curves[layer] = longer
 
     def caught(self) -> Tensor:
         """[layers, T]: mean share of attention mass in the indexer's k best keys, at k = 1 … T."""

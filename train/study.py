@@ -61,9 +61,8 @@ class Study:
 
     def meter(self, ks: Sequence[int], *, maps: bool = False) -> SelectionMeter:
         config = self.model.config
-        layers = range(0, config.num_hidden_layers, config.index_share)  # those with an indexer
-        last = len(layers) - 1
-        shown = {layers[round(i * last / max(1, MAP_LAYERS - 1))] for i in range(MAP_LAYERS)} if maps else ()
+        layers = config.num_hidden_layers
+        shown = {round(i * (layers - 1) / max(1, MAP_LAYERS - 1)) for i in range(MAP_LAYERS)} if maps else ()
         return SelectionMeter(layers, config.index_heads, ks, self.every, tuple(shown))
 
     @torch.no_grad()
@@ -143,7 +142,7 @@ class Study:
         }
         caught = meter.caught()
         record["caught"] = [
-            {"k": str(choice), "mean_k": choice.mean, "mass": _mass(caught, [choice.ks[i] for i in meter.place])}
+            {"k": str(choice), "mean_k": choice.mean, "mass": _mass(caught, choice.ks)}
             for choice in used
         ]
         return record

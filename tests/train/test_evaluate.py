@@ -122,7 +122,7 @@ def test_a_sparse_path_that_is_wrong_stops_the_evaluation(model, ids, monkeypatc
 def test_shares_are_those_of_the_training_loss(model, ids: torch.Tensor) -> None:
     """Two independent computations: sorted and summed at every k here, by top-k in the loss."""
     for k in (5, K, 20):
-        meter = SelectionMeter([0, 1], 2, [k], every=1)
+        meter = SelectionMeter(2, 2, [k], every=1)
         model.train().sparse = False
         with torch.no_grad():
             model.model(ids, observer=meter)
@@ -137,7 +137,7 @@ def test_selection_statistics(model, ids: torch.Tensor) -> None:
     traces = []
     model.train()
     model.sparse = False
-    meter = SelectionMeter([0, 1], 2, [K], every=1, map_layers=[1])
+    meter = SelectionMeter(2, 2, [K], every=1, map_layers=[1])
     with torch.no_grad():
         model.model(ids, observer=meter)
         model.sparse = True

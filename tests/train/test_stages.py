@@ -109,6 +109,56 @@ def test_the_warm_up_loss_is_the_definition_over_all_visible_keys(tiny: Path) ->
     torch.testing.assert_close(terms["kl"], torch.stack(expected).mean())
 
 
+def test_a_shared_indexer_learns_from_the_mean_attention_of_its_layers(tiny: Path) -> None:
+    """indexer_kl of each layer of a group has, together, the gradient of one KL with their mean as the teacher."""
+    model = load_model(tiny, **INDEXER, index_share=2).train()
+    indexer = list(model.model.layers[0].self_attn.indexer.parameters())
+    traces: list[AttentionTrace] = []
+    inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    model.sparse = False
+    model.model(**inputs, observer=lambda trace: traces.append(trace) or {})
+    assert [t.layer for t in traces] == [0, 1] and traces[0].index_q is traces[1].index_q
+    teacher, scores, valid = [], [], []
+    for t in traces:
+        T = t.q.shape[2]
+        visible = torch.ones(T, T, dtype=torch.bool).tril()
+        keys = t.k.repeat_interleave(t.q.shape[1] // t.k.shape[1], dim=1)
+        teacher.append((t.q @ keys.mT * t.scale).masked_fill(~visible, -torch.inf).softmax(-1).mean(1).detach())
+        activations = torch.relu(torch.einsum("bthd,bsd->bths", t.index_q, t.index_k))
+        scores.append(torch.einsum("bth,bths->bts", t.index_weights, activations).masked_fill(~visible, -torch.inf))
+        valid = torch.arange(T) < t.lengths[:, None]
+    p = torch.stack(teacher).mean(0)
+    log_student = scores[0].log_softmax(-1).clamp(min=-1e30)
+    expected = torch.autograd.grad((torch.xlogy(p, p) - p * log_student).sum(-1)[valid].mean(), indexer)
+    actual = torch.autograd.grad(warmup.warmup_terms(model, batch(), 8)["kl"], indexer)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_pooled_keys_learn_from_the_attention_of_their_groups(tiny: Path) -> None:
+    """The gradient by the scores of groups is (their distribution - the attention mass of the groups)."""
+    model = load_model(tiny, **INDEXER | {"index_topk": 12}, index_pool=4).train()
+    attention = model.model.layers[1].self_attn
+    traces: list[AttentionTrace] = []
+    model.sparse = False
+    tokens = {"input_ids": batch((40,))["input_ids"]}
+    model.model(**tokens, observer=lambda trace: traces.append(trace) or {})
+    t = traces[1]
+    means = t.index_k.detach().unflatten(1, (10, 4)).mean(2)
+    torch.testing.assert_close(t.scored_k.detach(), means.repeat_interleave(4, dim=1))
+
+    row = slice(39, 40)  # sees 10 whole groups
+    activations = torch.einsum("bthd,bgd->bthg", t.index_q[:, row], means).relu()
+    scores = torch.einsum("bth,bthg->btg", t.index_weights[:, row], activations)
+    keys = t.k.repeat_interleave(t.q.shape[1] // t.k.shape[1], dim=1)
+    mass = (t.q[:, :, row] @ keys.mT * t.scale).softmax(-1).mean(1).detach().unflatten(-1, (10, 4)).sum(-1)
+    by_weights = attention.indexer.weights_proj.weight
+    expected = torch.autograd.grad(-(mass * scores.log_softmax(-1)).sum(), by_weights, retain_graph=True)
+    observer = IndexerObserver(12, every=40)
+    observer.first = 39
+    torch.testing.assert_close(torch.autograd.grad(observer(t)["kl"], by_weights), expected)
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_padding_changes_no_loss(tiny: Path, sparse: bool) -> None:
     """Bug of the original: padding rows count. A padded batch gives the mean of its rows alone, by their tokens."""

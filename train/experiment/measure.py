@@ -147,7 +147,7 @@ def selection(model: DSAForCausalLM, windows: Windows) -> Selection:
     config, device = model.config, next(model.parameters()).device
     topk, layers = config.topk_per_layer, config.num_hidden_layers
     maps = tuple({round(i * (layers - 1) / (MAP_LAYERS - 1)) for i in range(MAP_LAYERS)})
-    meter = SelectionMeter(range(layers), config.index_heads, sorted(set(topk)), 1, maps)
+    meter = SelectionMeter(layers, config.index_heads, sorted(set(topk)), 1, maps)
     selected, visible = [0] * layers, 0
 
     def count(trace: AttentionTrace) -> dict[str, Tensor]:

@@ -16,7 +16,10 @@ from dsa_export.model.cache import LayerCache
 
 @dataclass
 class AttentionTrace:
-    """What observers and selectors see of one layer of a call without cache (C = S). Tensors are not detached."""
+    """What observers and selectors see of one layer of a call without cache (C = S). Tensors are not detached.
+
+    A layer without an indexer has q and k of its own beside what its leader has of the indexer and the selection.
+    """
 
     layer: int
     q: Tensor  # [B, Hq, S, D], rotated
@@ -24,6 +27,7 @@ class AttentionTrace:
     index_q: Tensor  # [B, S, Hi, Di], rotated
     index_weights: Tensor  # [B, S, Hi], scale included
     index_k: Tensor  # [B, S, Di], rotated
+    scored_k: Tensor  # [B, S, Di], by which the tokens are scored: with pooled keys the mean of the token's group
     indices: Tensor | None  # [B, S, K] int32; None where the core attended to everything, or nothing is selected yet
     lengths: Tensor  # [B] int64, valid tokens per row (rows are padded on the right)
     scale: float  # of the main attention's scores
@@ -47,5 +51,5 @@ class Call:
     caches: list[LayerCache] | None  # None: no past, nothing is kept
     observer: Observer | None = None
     selector: Selector | None = None  # None: the layer's own indexer selects
-    selections: dict[int, Tensor] = field(default_factory=dict)
-    """indices [B, S, K] of the layers that select for others too."""
+    traces: dict[int, AttentionTrace] = field(default_factory=dict)
+    """Of the layers with an indexer, for the layers that follow their selection."""

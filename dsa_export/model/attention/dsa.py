@@ -124,24 +124,27 @@ class SparseAttention(DenseAttention):
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        core = masked_attention if self.training else sparse_attention
-        if not self.leads:
-            if self.sparse:
-                return core(q, k, v, call.selections[self.leader], self.scale), {}
-            return dense_attention(q, k, v, call.kv_lengths, self.scale), {}
-        index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
-        scored = self.scored(index_q, index_weights, index_k, call)
         if call.caches is not None and (call.observer or call.selector):
             raise ValueError("an observer or a selector needs a call without cache")
-        trace = AttentionTrace(
-            self.layer, q, k, index_q, index_weights, index_k, None, call.lengths, self.scale
-        )  # fmt: skip
+        if self.leads:
+            index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
+            scored = self.scored(index_q, index_weights, index_k, call)
+            scored_k = index_k
+            if self.pool > 1 and call.caches is None:
+                scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : index_k.shape[1]]
+            trace = AttentionTrace(
+                self.layer, q, k, index_q, index_weights, index_k, scored_k, None, call.lengths, self.scale
+            )  # fmt: skip
+            if self.sparse:
+                with torch.no_grad():
+                    indices = self.select(scored, call) if call.selector is None else call.selector(trace)
+                trace = replace(trace, indices=indices)
+            call.traces[self.layer] = trace
+        else:
+            trace = replace(call.traces[self.leader], layer=self.layer, q=q, k=k)
         if self.sparse:
-            with torch.no_grad():
-                indices = self.select(scored, call) if call.selector is None else call.selector(trace)
-            trace = replace(trace, indices=indices)
-            call.selections[self.layer] = indices
-            output = core(q, k, v, indices, self.scale)
+            core = masked_attention if self.training else sparse_attention
+            output = core(q, k, v, trace.indices, self.scale)
         else:
             output = dense_attention(q, k, v, call.kv_lengths, self.scale)
         return output, call.observer(trace) if call.observer else {}
