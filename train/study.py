@@ -142,8 +142,7 @@ class Study:
         }
         caught = meter.caught()
         record["caught"] = [
-            {"k": str(choice), "mean_k": choice.mean, "mass": _mass(caught, choice.ks)}
-            for choice in used
+            {"k": str(choice), "mean_k": choice.mean, "mass": _mass(caught, choice.ks)} for choice in used
         ]
         return record
 
