@@ -143,6 +143,7 @@ class SparseAttention(DenseAttention):
         else:
             trace = replace(call.traces[self.leader], layer=self.layer, q=q, k=k)
         if self.sparse:
+            assert trace.indices is not None
             core = masked_attention if self.training else sparse_attention
             output = core(q, k, v, trace.indices, self.scale)
         else:
