@@ -64,7 +64,7 @@ def call_flops(engine: Engine, case: Case) -> int:
     last = case.context
     visible = case.queries * (2 * last - case.queries + 1) // 2  # sum over the call's queries
     attention = 4 * model.query_heads * model.head_dim
-    if engine.variant != "sparse":
+    if engine.variant != "sparse" or case.context <= engine.dense_slots:
         return case.batch * (body + model.layers * attention * visible)
     selected = sum(min(position, k) for k in engine.topk for position in range(last - case.queries + 1, last + 1))
     if not engine.reduces_to_dense:  # two more branches in the indexer's place

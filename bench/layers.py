@@ -19,7 +19,8 @@ import onnxruntime
 from dsa_export.cli import UserError
 from engines.artifacts import DTYPE_BYTES, Engine, link_or_copy
 
-CORES = ("Attention", "GroupQueryAttention", "SparseAttention")
+CORES = ("Attention", "GroupQueryAttention", "SparseAttention", "If")
+"""If stands for SparseAttention where short caches are attended to densely (engines.ort_graph)."""
 EPSILON = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-9, "int4": 2.0**-9}
 """Rounding of the narrowest type that takes part: with packed weights, products round activations to int8 blocks."""
 
@@ -92,12 +93,19 @@ def name_tensors(graph: onnx.ModelProto) -> list[str]:
             continue
         if node.output[0] not in outputs:
             renamed[node.output[0]] = f"{scope}/core" if node.op_type in CORES else node.name
-    for node in graph.graph.node:
+    _rename(graph.graph, renamed)
+    del graph.graph.value_info[:]
+    return [*renamed.values(), "logits"]
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    for node in graph.node:
         for values in (node.input, node.output):
             for i, name in enumerate(values):
                 values[i] = renamed.get(name, name)
-    del graph.graph.value_info[:]
-    return [*renamed.values(), "logits"]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g, renamed)
 
 
 def mark(graph: onnx.ModelProto, names: list[str]) -> None:
@@ -108,9 +116,9 @@ def mark(graph: onnx.ModelProto, names: list[str]) -> None:
 
 
 def feed(engine: Engine, tokens: np.ndarray) -> dict[str, Any]:
-    """The inputs of a first call on tokens [n]: empty caches of the smallest capacity."""
+    """The inputs of a first call on tokens [n]: empty caches of the smallest capacity with which a selection runs."""
     n = len(tokens)
-    capacity = max(n, engine.max_topk)
+    capacity = max(n, engine.max_topk + 1, engine.dense_slots + 1)
     inputs: dict[str, Any] = {
         "input_ids": tokens[None].astype(np.int64),
         "past_lengths": np.zeros(1, np.int64),

@@ -56,4 +56,5 @@ def chosen_options(config: Any) -> dict[str, Any]:
 
 def describe_selection(topk: TopK, options: Mapping[str, Any]) -> str:
     """For people: "512", or "512, pool 4, share 2"."""
-    return ", ".join([describe_topk(topk), *(f"{name.removeprefix('index_')} {v}" for name, v in options.items())])
+    named = (f"{name.removeprefix('index_').replace('_', ' ')} {value}" for name, value in options.items())
+    return ", ".join([describe_topk(topk), *named])

@@ -20,6 +20,7 @@ from typing import Any
 from dsa_export.capacity import cache_rows, stride_of
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, read_manifest, sha256
+from dsa_export.selection import INDEX_CACHES
 from dsa_export.topk import topk_per_layer
 
 VARIANTS = ("dense", "sparse")
@@ -105,7 +106,7 @@ class Variant:
     dtype: str  # fp32 | fp16 | bf16: activations, caches, and weights that are not quantised
     precision: str  # of the weights: fp32 | fp16 | bf16 | int8 | int4
     topk: tuple[int, ...]  # k of every layer
-    selection: dict[str, Any]  # options of the selection that are not as by default: fields of DSAConfig
+    selection: dict[str, Any]  # options of the selection that are not as by default: fields of DSAConfig, dense_slots
     random_indexer: bool
     model: Model
     cache: tuple[CacheTensor, ...]
@@ -119,6 +120,11 @@ class Variant:
     def reduces_to_dense(self) -> bool:
         """Whether up to k tokens the variant computes what its dense twin does: DSA, and not NSA's sum of branches."""
         return "nsa_window" not in self.selection
+
+    @property
+    def dense_slots(self) -> int:
+        """The engine attends to everything while its caches have at most so many slots (engines.ort_graph)."""
+        return self.selection.get("dense_slots", 0)
 
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
@@ -140,6 +146,8 @@ class Variant:
         selected rows. Native sparse attention reads every compressed row, and of its window and of what it compresses
         the most recent rows.
         """
+        if context <= self.dense_slots:
+            return sum(context * tensor.row_bytes for _, tensor in self._cached() if tensor.name not in INDEX_CACHES)
         gathered = {"key", "value", "latent"} if self.variant == "sparse" else set()
         pooled = next((tensor.stride for tensor in self.cache if tensor.name == "pooled"), None)
         read = 0
@@ -162,8 +170,9 @@ class Variant:
         reshaped. Native sparse attention: scores, masked scores and probabilities of its compressed rows instead of
         index scores. Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
         """
-        if self.variant == "dense":
-            return 2 * capacity * self.model.query_heads * 4
+        dense_scores = 2 * capacity * self.model.query_heads * 4
+        if self.variant == "dense" or capacity <= self.dense_slots:
+            return dense_scores
         gathered_rows = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
         compressed = [tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name == "compressed"]
         if compressed:

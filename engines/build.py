@@ -110,6 +110,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--prefill-chunk", type=positive, default=128, metavar="N", help="tokens per call (default: %(default)s)")
     add(
+        "--dense-slots", type=positive, default=1, metavar="N",
+        help="ort on CPUs: attend to everything while the caches have at most N slots per row, which is faster up to "
+        "some thousand; with N above k that is more than the k best tokens (default: k, where nothing else changes)",
+    )  # fmt: skip
+    add(
         "--compute-capability", nargs="+", default=[], metavar="X.Y",
         help="tensorrt-rtx: GPUs to build for, e.g. 8.9 12.0 (default: left open)",
     )  # fmt: skip
@@ -167,17 +172,24 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     from engines import ort_cuda
     from engines.ort import check_types
-    from engines.ort_graph import OPERATOR, group_query
+    from engines.ort_graph import OPERATOR, dense_while_short, group_query
 
     runtime_version("ort")
     for variant in args.variant:
         graph = export.graphs[variant]
         check_types(graph)
+        for_cpu = not ort_cuda.usable()
+        shortened = dense_while_short(graph, args.dense_slots) if variant == "sparse" and for_cpu else None
         with output_folder(args.out / "ort" / variant) as folder:
-            link_or_copy(graph.path, folder / "model.onnx")
-            write_ort_engine(folder, graph, export, limits, graph.sha256)
+            if shortened is None:
+                link_or_copy(graph.path, folder / "model.onnx")
+                write_ort_engine(folder, graph, export, limits, graph.sha256)
+            else:
+                onnx.save(shortened, folder / "model.onnx")
+                more = {"dense_slots": args.dense_slots} if args.dense_slots > min(graph.topk) else {}
+                write_ort_engine(folder, graph, export, limits, None, selection={**graph.selection, **more})
         report(args.out / "ort" / variant)
-        grouped = group_query(graph) if variant == "dense" and not ort_cuda.usable() else None
+        grouped = group_query(graph) if variant == "dense" and for_cpu else None
         if grouped is not None:
             with output_folder(args.out / "ort" / "dense-gqa") as folder:
                 onnx.save(grouped, folder / "model.onnx")
@@ -452,7 +464,6 @@ def write_engine_manifest(
         dtype=graph.dtype,
         precision=graph.precision,
         topk=compact_topk(graph.topk),
-        selection=graph.selection,
         random_indexer=graph.random_indexer,
         model=asdict(graph.model),
         cache=[asdict(tensor) for tensor in graph.cache],
@@ -464,7 +475,7 @@ def write_engine_manifest(
             name: {"bytes": (folder / name).stat().st_size, "sha256": digest or content_hash(folder / name)}
             for name, digest in files.items()
         },
-        **{"compute_capability": [], "plugin": None, "profiles": [], **facts},
+        **{"selection": graph.selection, "compute_capability": [], "plugin": None, "profiles": [], **facts},
     )
 
 

@@ -1,10 +1,16 @@
-"""The dense graph with ONNX Runtime's own operator for grouped queries.
+"""The exported graphs as ONNX Runtime's CPU runs them fastest.
 
-On CPUs GroupQueryAttention is the faster one for single tokens at long contexts (128K: 2.3 times), Attention up to some
-thousand tokens. The comparison holds the sparse engine against whichever wins.
+Dense: with GroupQueryAttention, the faster operator for single tokens at long contexts (128K: 2.3 times); Attention is
+the faster one up to some thousand tokens. The comparison holds the sparse engine against whichever wins.
+
+Sparse: with dense Attention while the caches are short.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import NodeProto, TensorProto, helper
@@ -78,3 +84,144 @@ def _flatten_heads(value: str, name: str) -> list[NodeProto]:
         helper.make_node("Transpose", [value], [name + "/by_token"], perm=[0, 2, 1, 3]),
         helper.make_node("Reshape", [name + "/by_token", FLAT], [name]),
     ]
+
+
+# ---------------------------------------------------------------- sparse
+
+SLOTS, FEW_SLOTS = "short/slots", "short/few_slots"
+EMBEDDED_BYTES = 2**30
+"""Weights of a branch lie in model.onnx itself, which may have 2 GiB; beyond this they stay outside."""
+ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+
+
+def dense_while_short(graph: Graph, slots: int) -> onnx.ModelProto | None:
+    """The sparse graph with dense Attention in place of selection and gathered rows while the caches are short.
+
+    Short are `slots` slots, or a layer's k if that is more. Up to k slots everything visible is selected anyway: only
+    the time changes. Index queries, which nothing else reads, are then not computed; index keys are cached as ever.
+    Slots decide, not tokens, because dense Attention takes time and memory for all slots.
+
+    None for attention that gains nothing: without this selection, and over latent rows (see group_query).
+    """
+    model = onnx.load(graph.path, load_external_data=False)
+    nodes, initializers = list(model.graph.node), list(model.graph.initializer)
+    selections = [node for node in nodes if node.op_type == "IndexTopK"]
+    attention = [node for node in nodes if node.op_type == "SparseAttention"]
+    if not selections or any(node.input[1] == node.input[2] for node in attention):
+        return None
+    users: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in nodes:
+        for value in node.input:
+            users[value].append(node)
+
+    element = ELEMENT_TYPES[graph.dtype]
+    conditions: dict[int, str] = {}  # by k
+    replaced: dict[str, list[NodeProto]] = {}  # by the first output of a node
+    embedded: dict[str, TensorProto] = {}
+    for selection in selections:
+        k = _attribute(selection, "k")
+        condition = conditions.setdefault(k, f"{FEW_SLOTS}/{k}")
+        inside = _needed_only_by(selection, nodes, users)
+        read = {value for node in inside for value in node.input}
+        weights = [t for t in initializers if t.name in read and all(user in inside for user in users[t.name])]
+        if sum(map(_bytes, [*embedded.values(), *weights])) > EMBEDDED_BYTES:
+            inside, weights = [selection], []
+        weights = [_embed(tensor, graph) for tensor in weights]
+        embedded |= {tensor.name: tensor for tensor in weights}
+        replaced |= {node.output[0]: [] for node in inside}
+        first, *followers = users[selection.output[0]]
+        replaced[first.output[0]] = [_branches(first, selection, condition, element, inside, weights)]
+        replaced |= {node.output[0]: [_branches(node, selection, condition, element)] for node in followers}
+
+    first_cache = f"past_key_values.{graph.cache_names()[0][0]}"
+    shared = [helper.make_node("Shape", [first_cache], [SLOTS], start=2, end=3)]
+    limits = []
+    for k, condition in conditions.items():
+        limits.append(helper.make_tensor(f"{condition}/limit", TensorProto.INT64, [1], [max(k, slots)]))
+        shared.append(helper.make_node("LessOrEqual", [SLOTS, limits[-1].name], [condition]))
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.initializer.extend([*(t for t in initializers if t.name not in embedded), *limits])
+    model.graph.node.extend([*shared, *(new for node in nodes for new in replaced.get(node.output[0], [node]))])
+    return model
+
+
+def _branches(
+    attention: NodeProto,
+    selection: NodeProto,
+    condition: str,
+    element: int,
+    inside: Sequence[NodeProto] = (),
+    weights: Sequence[TensorProto] = (),
+) -> NodeProto:
+    """An If in place of a SparseAttention. With `inside`, which ends with the selection, indices come out of it too."""
+    dense = helper.make_node(
+        "Attention",
+        [*attention.input[:3], "", "", "", selection.input[3]],
+        [f"{attention.output[0]}/dense"],
+        attention.name,
+        is_causal=1,
+        scale=_attribute(attention, "scale"),
+    )
+    sparse = _with_output(attention, f"{attention.output[0]}/sparse")
+    short, long = [dense], [sparse]
+    outputs = {attention.output[0]: (dense.output[0], sparse.output[0], element)}
+    if inside:
+        *queries, _ = inside
+        indices = selection.output[0]
+        select = _with_output(selection, f"{indices}/sparse")
+        sparse.input[3] = select.output[0]
+        nothing = helper.make_tensor("nothing", TensorProto.INT32, [0, 0, 0], [])
+        short.append(helper.make_node("Constant", [], [f"{indices}/none"], value=nothing))
+        long = [*queries, select, sparse]
+        outputs[indices] = f"{indices}/none", f"{indices}/sparse", TensorProto.INT32
+    short_results = [helper.make_tensor_value_info(name, kind, None) for name, _, kind in outputs.values()]
+    long_results = [helper.make_tensor_value_info(name, kind, None) for _, name, kind in outputs.values()]
+    return helper.make_node(
+        "If",
+        [condition],
+        list(outputs),
+        attention.name,
+        then_branch=helper.make_graph(short, "short", [], short_results),
+        else_branch=helper.make_graph(long, "long", [], long_results, weights),
+    )
+
+
+def _with_output(node: NodeProto, output: str) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.output[0] = output
+    return copy
+
+
+def _needed_only_by(selection: NodeProto, nodes: list[NodeProto], users: dict[str, list[NodeProto]]) -> list[NodeProto]:
+    """The selection, behind what only its queries and their weights need, in the graph's order."""
+    wanted = set(selection.input[:2])
+    inside = [selection]
+    for node in reversed(nodes[: nodes.index(selection)]):
+        if wanted.intersection(node.output) and all(user in inside for value in node.output for user in users[value]):
+            inside.insert(0, node)
+            wanted.update(node.input)
+    return inside
+
+
+def _attribute(node: NodeProto, name: str) -> Any:
+    return next(helper.get_attribute_value(attribute) for attribute in node.attribute if attribute.name == name)
+
+
+def _external(tensor: TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _bytes(tensor: TensorProto) -> int:
+    return int(_external(tensor).get("length", 0)) or tensor.ByteSize()
+
+
+def _embed(tensor: TensorProto, graph: Graph) -> TensorProto:
+    """The tensor with its data in it: ONNX Runtime opens no file with several links for the weights of a branch."""
+    if not tensor.external_data:
+        return tensor
+    place = _external(tensor)
+    with (graph.path.parent / graph.weights).open("rb") as file:
+        file.seek(int(place.get("offset", 0)))
+        data = file.read(int(place["length"]))
+    return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from dsa_export.model import dense_twin, load_model
 from dsa_export.model.attention.dsa import pool_keys, round_keys, round_queries
 from engines import nvidia_graph
 from engines.artifacts import open_export
+from engines.ort_graph import dense_while_short
 from plugins.index_topk.op import index_scores
 from tests.dsa_export.conftest import Graph, export_command
 
@@ -97,7 +99,7 @@ def test_int8_keys_and_queries():
 @torch.no_grad()
 def assert_graph_equals_model(path, model, tokens, calls):
     """The last logits after calls with so many tokens of each of two rows, against the whole texts in torch."""
-    runner = Graph(path, 2)
+    runner = Graph(path, 2)  # with more slots than k
     done = [0, 0]
     for sizes in calls:
         logits = runner.step(
@@ -126,7 +128,12 @@ def test_graphs_with_all_options(dsa_folder, tmp_path, tokens):
     # Scores are of the 34 means, not of the 96 keys.
     assert graph.workspace_bytes_per_query(96) == 34 * (2 * 4 + 3) * 4 + 2 * 24 * 64 * 4 * 2
 
-    assert_graph_equals_model(graph.path, load_model(dsa_folder, **OPTIONS["all"]), tokens, [(20, 31), (1, 14), (1, 1)])
+    shortened = dense_while_short(graph, 1)
+    assert shortened is not None and [node.op_type for node in shortened.graph.node].count("If") == 2
+    onnx.save(shortened, graph.path.with_name("shortened.onnx"))
+    model, calls = load_model(dsa_folder, **OPTIONS["all"]), [(20, 31), (1, 14), (1, 1)]
+    for path in (graph.path, graph.path.with_name("shortened.onnx")):
+        assert_graph_equals_model(path, model, tokens, calls)
 
 
 def test_graph_with_int8_keys(dsa_folder, tmp_path, tokens):

@@ -1,0 +1,103 @@
+"""The sparse graph with dense attention while caches are short: the exported graph's answers, or the dense engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from dsa_export.selection import describe_selection
+from engines import build
+from engines.artifacts import Graph, open_export
+from engines.ort_graph import dense_while_short
+from engines.session import Session, open_runner
+from tests.dsa_export.conftest import CAPACITY
+from tests.dsa_export.conftest import Graph as Exported
+from tests.engines import toy
+from tests.engines.test_session import TOLERANCE, tokens
+
+K = 16
+
+
+def branches(graph: Graph, slots: int = 1) -> list[tuple[list[str], list[str], list[str]]]:
+    """Per layer: operators of the short and the long branch, and the weights of the latter."""
+    model = dense_while_short(graph, slots)
+    assert model is not None
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "If":
+            parts = {attribute.name: attribute.g for attribute in node.attribute}
+            short, long = parts["then_branch"], parts["else_branch"]
+            operators = [[inner.op_type for inner in part.node] for part in (short, long)]
+            found.append((*operators, [tensor.name for tensor in long.initializer]))
+    return found
+
+
+def test_index_queries_are_computed_where_they_are_read(export: Path) -> None:
+    graph = open_export(export).graphs["sparse"]
+    for layer, (short, long, weights) in enumerate(branches(graph)):
+        assert short == ["Attention", "Constant"]
+        assert long[-2:] == ["IndexTopK", "SparseAttention"] and long.count("MatMul") == 2
+        assert weights == [f"{layer}.iq", f"{layer}.iw"], "the key's projection stays outside"
+    model = dense_while_short(graph, 1)
+    assert model is not None
+    assert not {"0.iq", "1.iw"} & {tensor.name for tensor in model.graph.initializer}
+
+
+def test_weights_that_fill_a_model_file_stay_outside(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = open_export(export).graphs["sparse"]
+    monkeypatch.setattr("engines.ort_graph.EMBEDDED_BYTES", 4 * toy.E * (toy.HI * toy.DI + toy.HI))
+    (_, first, weights), (_, second, none) = branches(graph)
+    assert first.count("MatMul") == 2 and len(weights) == 2
+    assert second == ["IndexTopK", "SparseAttention"] and not none
+
+
+@pytest.mark.parametrize("topk", [K, [8, 24]])
+@pytest.mark.parametrize("slots", [1, 64])
+def test_every_capacity_gives_the_exported_or_the_dense_answers(tmp_path: Path, topk: int | list[int], slots: int):
+    export = toy.write_export(tmp_path / "onnx", topk=topk)
+    arguments = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--dense-slots", str(slots)]
+    build.build("ort", build.parse_arguments(arguments))
+    runner, dense = (open_runner(tmp_path / "engines" / "ort" / name, threads=1) for name in ("sparse", "dense"))
+    engine = runner.engine
+    assert engine.dense_slots == (slots if slots == 64 else 0)
+    assert ("dense slots 64" in describe_selection(topk, engine.selection)) == (slots == 64)
+    if slots == 64:  # what is read and held is the dense engine's
+        assert engine.workspace_bytes_per_query(64) == dense.engine.workspace_bytes_per_query(64)
+        assert engine.cache_bytes_read(64) == dense.engine.cache_bytes_read(64) < engine.cache_bytes_read(4096)
+    prompts = [tokens(20), tokens(11, seed=1)]
+    expected = [Exported(export / name / "model.onnx", 2) for name in ("sparse", "dense")]
+    sparse_logits, dense_logits = (graph.step([p.tolist() for p in prompts]) for graph in expected)
+    assert np.abs(sparse_logits - dense_logits).max() > 1e-2
+
+    short = Session(runner, 2, capacity=24, prefill_chunk=32).prefill(prompts)  # 24 slots: few, if 64 are
+    np.testing.assert_allclose(short, dense_logits if slots == 64 else sparse_logits, atol=TOLERANCE)
+    long = Session(runner, 2, capacity=CAPACITY, prefill_chunk=32).prefill(prompts)
+    np.testing.assert_allclose(long, sparse_logits, atol=TOLERANCE)
+
+    # Caches that were filled while they were short hold what the selection needs later.
+    session = Session(runner, capacity=24, prefill_chunk=8)
+    session.prefill([prompts[0]])
+    session.reserve(100, exact=True)
+    again = Session(dense if slots == 64 else runner, capacity=100 if slots == 1 else 24, prefill_chunk=8)
+    again.prefill([prompts[0]])
+    for name, array in session.caches.arrays.items():
+        if name in again.caches.arrays:
+            np.testing.assert_allclose(array[:, :, :20], again.caches.arrays[name][:, :, :20], atol=TOLERANCE)
+    reference = Exported(export / "sparse" / "model.onnx", 1)
+    reference.cache = {f"past_key_values.{name}": array.copy() for name, array in session.caches.arrays.items()}
+    reference.lengths = session.lengths.copy()
+    np.testing.assert_allclose(session.decode([5]), reference.step([[5]]), atol=TOLERANCE)
+
+
+def test_a_graph_that_cannot_be_shortened_is_linked_as_it_is(export: Path, tmp_path: Path) -> None:
+    graph = open_export(export).graphs["dense"]
+    assert dense_while_short(graph, 64) is None
+    latent = onnx.load(open_export(export).graphs["sparse"].path, load_external_data=False)
+    for node in latent.graph.node:
+        if node.op_type == "SparseAttention":
+            node.input[2] = node.input[1]
+    onnx.save(latent, tmp_path / "latent.onnx")
+    assert dense_while_short(Graph(**{**vars(graph), "path": tmp_path / "latent.onnx"}), 64) is None
