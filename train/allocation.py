@@ -18,12 +18,13 @@ from dsa_export.model.checkpoint import load_config
 from dsa_export.topk import compact_topk
 
 
-def allocate(caught: Tensor, budget: int, *, step: int, floor: int) -> list[int]:
+def allocate(caught: Tensor, budget: int, *, step: int, floor: int, share: int = 1) -> list[int]:
     """k of every layer with mean `budget`: greedy by the mass that the next `step` keys catch.
 
     caught: [layers, T], the mean share of attention mass in the k best keys, at k = 1 … T. Every k is a multiple of
     `step`, from `floor` up to T; what is left of the budget when every layer has T is not spent. The shares grow ever
-    more slowly with k, which makes greedy steps the best choice.
+    more slowly with k, which makes greedy steps the best choice. `share` layers in a row, which follow one selection,
+    have one k.
     Raises UserError where no such choice exists.
     """
     layers, longest = caught.shape
@@ -33,22 +34,27 @@ def allocate(caught: Tensor, budget: int, *, step: int, floor: int) -> list[int]
         raise UserError(f"--k-budget {budget} is less than --k-floor {floor}")
     if floor > longest:
         raise UserError(f"--k-floor {floor} exceeds the measured length of {longest} tokens")
-    ks = [floor] * layers
+    groups = caught.split(share)
+    ks = [floor] * len(groups)
 
-    def gain(layer: int) -> float:
-        """Of one more step, as a heap entry: the largest first."""
-        return float(caught[layer, ks[layer] - 1] - caught[layer, ks[layer] + step - 1])
+    def gain(group: int) -> float:
+        """Of one more step for each of its layers, as a heap entry: the largest first."""
+        mass = groups[group].mean(0)
+        return float(mass[ks[group] - 1] - mass[ks[group] + step - 1])
 
-    steps = (budget * layers - sum(ks)) // step
-    heap = [(gain(layer), layer) for layer in range(layers) if floor + step <= longest]
+    room = (budget - floor) * layers
+    heap = [(gain(group), group) for group in range(len(groups)) if floor + step <= longest]
     heapq.heapify(heap)
-    while steps and heap:
-        _, layer = heapq.heappop(heap)
-        ks[layer] += step
-        steps -= 1
-        if ks[layer] + step <= longest:
-            heapq.heappush(heap, (gain(layer), layer))
-    return ks
+    while heap:
+        _, group = heapq.heappop(heap)
+        cost = step * len(groups[group])
+        if cost > room:
+            continue
+        ks[group] += step
+        room -= cost
+        if ks[group] + step <= longest:
+            heapq.heappush(heap, (gain(group), group))
+    return [k for k, group in zip(ks, groups, strict=True) for _ in group]
 
 
 def write_topk(model: str, ks: Sequence[int], out: Path, **facts: Any) -> None:

@@ -300,12 +300,15 @@ def measure(
         if args.auto:
             if "auto" not in results:
                 windows = data[max(args.length)].train
+                share = study.model.config.index_share
                 count(progress, "k by layer", len(windows))
                 results["auto"] = {
                     "budget": args.k_budget,
                     "step": args.k_step,
                     "floor": args.k_floor,
-                    "topk": allocate(study.caught(windows), args.k_budget, step=args.k_step, floor=args.k_floor),
+                    "topk": allocate(
+                        study.caught(windows), args.k_budget, step=args.k_step, floor=args.k_floor, share=share
+                    ),
                     # training text: the ladder is on held-out text
                     "chosen_on": data[max(args.length)].facts["sha256"],
                 }
@@ -380,8 +383,6 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
             check_options(k, chosen["index_sinks"], chosen["index_window"], chosen["index_pool"])
         except ValueError as error:
             raise UserError(f"--topk {k} does not fit the options of the selection: {error}") from None
-    if args.auto and chosen["index_share"] > 1:
-        raise UserError("--k auto needs an indexer in every layer: it excludes --index-share")
     if args.auto and budget >= longest:
         raise UserError(f"--k-budget {budget} leaves nothing to choose at {longest} tokens: measure a longer --length")
     if min(args.ks) >= min(args.length):

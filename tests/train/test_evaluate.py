@@ -173,6 +173,11 @@ def test_the_budget_goes_where_it_catches_most() -> None:
     others = [[a, b, 72 - a - b] for a in range(8, 65, 8) for b in range(8, 65, 8) if 8 <= 72 - a - b <= 64]
     assert mass(ks) == pytest.approx(max(mass(other) for other in others))
     assert allocate(caught, 64, step=8, floor=8) == [64, 64, 64]
+    first, second, third = allocate(caught, 24, step=8, floor=8, share=2)  # the last group has one layer
+    assert first == second > 8 and (first, third) == max(
+        ((a, b) for a in range(8, 65, 8) for b in range(8, 65, 8) if 2 * a + b <= 72),
+        key=lambda ab: mass([ab[0], ab[0], ab[1]]),
+    )
     for options, message in (
         ({"budget": 4, "step": 8, "floor": 8}, "less than --k-floor"),
         ({"budget": 24, "step": 8, "floor": 12}, "multiple of --k-step"),
@@ -219,6 +224,16 @@ def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, 
     assert [layer.self_attn.topk for layer in load_model(by_layer).model.layers] == chosen
     load_tokenizer(by_layer)
     assert load_model(checkpoint).config.index_topk == K
+
+
+def test_layers_that_follow_one_selection_are_measured_and_have_one_k(checkpoint, records, tmp_path: Path) -> None:
+    options = ["--index-share", "2", "--k", "auto", "--k-budget", "24", "--k-step", "4", "--rungs", "trained"]
+    command.main(arguments(checkpoint, records, tmp_path / "out", *options))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["auto"]["topk"] == [24, 24]
+    [attention] = results["text"][0]["attention"]
+    first, follower = attention["by_layer"]["recall"]
+    assert first != follower and attention["recall"] == pytest.approx((first + follower) / 2)
 
 
 PIECES = ["--length", "48", "96", "--k", "12", "auto", "--k-budget", "24", "--k-step", "4", "--rungs", "trained"]
