@@ -110,7 +110,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--prefill-chunk", type=positive, default=128, metavar="N", help="tokens per call (default: %(default)s)")
     add(
-        "--dense-slots", type=positive, default=1, metavar="N",
+        "--dense-slots", type=positive, metavar="N",
         help="ort on CPUs: attend to everything while the caches have at most N slots per row, which is faster up to "
         "some thousand; with N above k that is more than the k best tokens (default: k, where nothing else changes)",
     )  # fmt: skip
@@ -138,6 +138,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.backend = list(dict.fromkeys(args.backend))
     args.variant = list(dict.fromkeys(args.variant))
+    if args.dense_slots and "ort" not in args.backend:
+        parser.error("--dense-slots is for --backend ort")
     args.timing_cache = args.timing_cache or args.out / "tensorrt" / "timing.cache"
     for capability in args.compute_capability:
         if not re.fullmatch(r"\d+\.\d", capability):
@@ -175,19 +177,22 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     from engines.ort_graph import OPERATOR, dense_while_short, group_query
 
     runtime_version("ort")
+    for_cpu = not ort_cuda.usable()
+    if args.dense_slots and not for_cpu:
+        raise UserError("--dense-slots is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
     for variant in args.variant:
         graph = export.graphs[variant]
         check_types(graph)
-        for_cpu = not ort_cuda.usable()
-        shortened = dense_while_short(graph, args.dense_slots) if variant == "sparse" and for_cpu else None
+        shortened = dense_while_short(graph, args.dense_slots or 1) if variant == "sparse" and for_cpu else None
         with output_folder(args.out / "ort" / variant) as folder:
             if shortened is None:
                 link_or_copy(graph.path, folder / "model.onnx")
                 write_ort_engine(folder, graph, export, limits, graph.sha256)
             else:
                 onnx.save(shortened, folder / "model.onnx")
-                more = {"dense_slots": args.dense_slots} if args.dense_slots > min(graph.topk) else {}
-                write_ort_engine(folder, graph, export, limits, None, selection={**graph.selection, **more})
+                selects_more = args.dense_slots and args.dense_slots > min(graph.topk)
+                selection = graph.selection | ({"dense_slots": args.dense_slots} if selects_more else {})
+                write_ort_engine(folder, graph, export, limits, None, selection=selection)
         report(args.out / "ort" / variant)
         grouped = group_query(graph) if variant == "dense" and for_cpu else None
         if grouped is not None:

@@ -167,9 +167,20 @@ def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys
     assert "is a file" in one_line(error)
 
 
-@pytest.mark.parametrize("options", [["--backend", "abacus"], ["--max-batch", "0"], ["--compute-capability", "8"]])
+WRONG = [["--backend", "abacus"], ["--max-batch", "0"], ["--compute-capability", "8"], ["--dense-slots", "0"]]
+
+
+@pytest.mark.parametrize("options", [*WRONG, ["--backend", "tensorrt-rtx", "--dense-slots", "64"]])
 def test_wrong_arguments_exit_with_2(options: list[str], capsys):
     assert run_command(build.main, options, capsys)[0] == 2
+
+
+def test_dense_slots_are_refused_where_a_gpu_would_be_used(export: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("engines.ort_cuda.usable", lambda: True)
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--dense-slots", "64"]
+    code, _, error = run_command(build.main, options, capsys)
+    assert (code, leftovers(tmp_path / "engines")) == (1, [])
+    assert "--dense-slots is for CPUs" in one_line(error)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path, capsys, monkeypatch):
