@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsa_export.cli import UserError, run
 from dsa_export.model import feed_forward, load_model
-from dsa_export.model.checkpoint import INDEXER, has_indexer, load_config
+from dsa_export.model.checkpoint import INDEXER, has_indexer, indexed_attention, load_config
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         warmup.main([])
     name = args.model or warmup.OUT
     config = load_config(name)
+    indexed_attention(config)  # one that cannot have an indexer is refused as that
     if not has_indexer(config):
         raise UserError(f"{name} has no indexer yet: run `python -m train.warmup --model {name}` first")
     resolve(args, SMALL, REAL, config)
