@@ -50,7 +50,8 @@ def floor(engine: Engine, case: Case, rates: Rates) -> Floor:
 
 def call_bytes(engine: Engine, case: Case) -> int:
     """Bytes that one call must read: every weight once, and the rows of the caches that it attends to."""
-    return engine.manifest["step_weight_bytes"] + case.batch * engine.cache_bytes_read(case.context, case.queries)
+    cached = engine.cache_bytes_read(case.context, case.queries, case.capacity)
+    return engine.manifest["step_weight_bytes"] + case.batch * cached
 
 
 def call_flops(engine: Engine, case: Case) -> int:
@@ -64,7 +65,7 @@ def call_flops(engine: Engine, case: Case) -> int:
     last = case.context
     visible = case.queries * (2 * last - case.queries + 1) // 2  # sum over the call's queries
     attention = 4 * model.query_heads * model.head_dim
-    if engine.variant != "sparse" or case.context <= engine.dense_slots:
+    if engine.variant != "sparse" or case.capacity <= engine.dense_slots:
         return case.batch * (body + model.layers * attention * visible)
     selected = sum(min(position, k) for k in engine.topk for position in range(last - case.queries + 1, last + 1))
     if not engine.reduces_to_dense:  # two more branches in the indexer's place

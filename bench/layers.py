@@ -118,7 +118,7 @@ def mark(graph: onnx.ModelProto, names: list[str]) -> None:
 def feed(engine: Engine, tokens: np.ndarray) -> dict[str, Any]:
     """The inputs of a first call on tokens [n]: empty caches of the smallest capacity with which a selection runs."""
     n = len(tokens)
-    capacity = max(n, engine.max_topk + 1, engine.dense_slots + 1)
+    capacity = max(n, engine.selecting_slots)
     inputs: dict[str, Any] = {
         "input_ids": tokens[None].astype(np.int64),
         "past_lengths": np.zeros(1, np.int64),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +58,8 @@ def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
 
     ONNX Runtime inlines the bodies of our operators and forgets where their nodes came from. Nodes run in the order of
     the graph: within a layer, what runs without a module's name belongs to the selection up to its TopK (its If, where
-    everything is selected and nothing scored), and to the sparse core behind it.
+    everything is selected and nothing scored), and to the sparse core behind it. In an engine that has an If in the
+    core's place, which layers without an indexer have too, a layer's nodes are those that run while it does.
     """
     runs: list[dict[str, float]] = []
     pending: dict[str, float] = defaultdict(float)
@@ -66,13 +68,16 @@ def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
     last_of_selection = next((operator for operator in ("TopK", "If") if operator in operators), None)
     before = SELECTION if last_of_selection else OTHER
     inlined = before
-    for event in sorted(events, key=lambda event: event.get("ts", 0) + event.get("dur", 0)):
+    cores = _spans_of_cores(events)
+    for event in sorted(events, key=_end):
         if event.get("cat") == "Session" and event.get("name") == "model_run":
             runs.append(dict(pending))
             pending = defaultdict(float)
-        elif event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
+        elif _is_node(event):
             operator = event["args"]["op_name"]
             part = part_of(event["name"].removesuffix("_kernel_time"), operator) or inlined
+            if part == SELECTION and operator != "TopK" and any(start < _end(event) <= end for start, end in cores):
+                part = CORE
             if operator == last_of_selection:
                 inlined = CORE
             elif ".o_proj" in event["name"]:
@@ -81,6 +86,27 @@ def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
                 pending[part] += event["dur"] / 1e3
     kept = runs[skip:]
     return {part: median(run.get(part, 0.0) for run in kept) for part in PARTS}
+
+
+def _end(event: dict[str, Any]) -> float:
+    return event.get("ts", 0) + event.get("dur", 0)
+
+
+def _is_node(event: dict[str, Any]) -> bool:
+    return event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time")
+
+
+def _spans_of_cores(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(start, end) of the core in every If that stands in its place: what follows the If's last TopK, or all of it."""
+    nodes = [event for event in events if _is_node(event)]
+    chosen = sorted(_end(event) for event in nodes if event["args"]["op_name"] == "TopK")
+    spans = []
+    for event in nodes:
+        if event["args"]["op_name"] == "If" and "SparseAttention" in event["name"]:
+            start, end = event["ts"], _end(event)
+            inside = chosen[bisect_right(chosen, start) : bisect_right(chosen, end)]
+            spans.append((inside[-1] if inside else start, end))
+    return spans
 
 
 def part_of(node: str, operator: str) -> str | None:

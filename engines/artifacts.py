@@ -106,7 +106,7 @@ class Variant:
     dtype: str  # fp32 | fp16 | bf16: activations, caches, and weights that are not quantised
     precision: str  # of the weights: fp32 | fp16 | bf16 | int8 | int4
     topk: tuple[int, ...]  # k of every layer
-    selection: dict[str, Any]  # options of the selection that are not as by default: fields of DSAConfig, dense_slots
+    selection: dict[str, Any]  # its options that are not as by default: fields of DSAConfig, and --dense-slots
     random_indexer: bool
     model: Model
     cache: tuple[CacheTensor, ...]
@@ -123,8 +123,8 @@ class Variant:
 
     @property
     def dense_slots(self) -> int:
-        """The engine attends to everything while its caches have at most so many slots (engines.ort_graph)."""
-        return self.selection.get("dense_slots", 0)
+        """A sparse graph attends to everything while its caches have at most so many slots (engines.ort_graph)."""
+        return 0
 
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
@@ -138,15 +138,15 @@ class Variant:
         """Bytes that one more token of one row takes, over all layers."""
         return sum(tensor.bytes_per_token for _, tensor in self._cached())
 
-    def cache_bytes_read(self, context: int, queries: int = 1) -> int:
+    def cache_bytes_read(self, context: int, queries: int = 1, capacity: int | None = None) -> int:
         """Bytes of one row's caches that a call must read at least once: `queries` new tokens, `context` in all.
 
         Dense attention reads every cached row; sparse attention every index key (of pooled ones the means, and of the
         single keys those of the groups that the call changes), and K and V (or the latent row, which is both) of the
         selected rows. Native sparse attention reads every compressed row, and of its window and of what it compresses
-        the most recent rows.
+        the most recent rows. With `capacity` slots (None: many) a sparse engine may attend densely.
         """
-        if context <= self.dense_slots:
+        if capacity is not None and capacity <= self.dense_slots:
             return sum(context * tensor.row_bytes for _, tensor in self._cached() if tensor.name not in INDEX_CACHES)
         gathered = {"key", "value", "latent"} if self.variant == "sparse" else set()
         pooled = next((tensor.stride for tensor in self.cache if tensor.name == "pooled"), None)
@@ -207,6 +207,16 @@ class Engine(Variant):
     backend: str
     limits: Limits
     manifest: dict[str, Any]
+
+    @property
+    def dense_slots(self) -> int:
+        return self.manifest.get("dense_slots") or 0
+
+    @property
+    def selecting_slots(self) -> int:
+        """The least slots with which a sparse engine selects in every layer."""
+        attends_densely_at_first = self.manifest.get("dense_slots") is not None
+        return max(self.max_topk, self.dense_slots) + attends_densely_at_first
 
     @property
     def attention_operator(self) -> str | None:

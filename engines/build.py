@@ -112,7 +112,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dense-slots", type=positive, metavar="N",
         help="ort on CPUs: attend to everything while the caches have at most N slots per row, which is faster up to "
-        "some thousand; with N above k that is more than the k best tokens (default: k, where nothing else changes)",
+        "some thousand; with N above k that is more than the k best tokens, and an answer may change with the size of "
+        "the caches (default: k, where nothing else changes)",
     )  # fmt: skip
     add(
         "--compute-capability", nargs="+", default=[], metavar="X.Y",
@@ -138,8 +139,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.backend = list(dict.fromkeys(args.backend))
     args.variant = list(dict.fromkeys(args.variant))
-    if args.dense_slots and "ort" not in args.backend:
-        parser.error("--dense-slots is for --backend ort")
+    if args.dense_slots and not ("ort" in args.backend and "sparse" in args.variant):
+        parser.error("--dense-slots is for the sparse engine of --backend ort")
     args.timing_cache = args.timing_cache or args.out / "tensorrt" / "timing.cache"
     for capability in args.compute_capability:
         if not re.fullmatch(r"\d+\.\d", capability):
@@ -184,15 +185,18 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
         graph = export.graphs[variant]
         check_types(graph)
         shortened = dense_while_short(graph, args.dense_slots or 1) if variant == "sparse" and for_cpu else None
+        if args.dense_slots and variant == "sparse" and shortened is None:
+            raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
         with output_folder(args.out / "ort" / variant) as folder:
             if shortened is None:
                 link_or_copy(graph.path, folder / "model.onnx")
                 write_ort_engine(folder, graph, export, limits, graph.sha256)
             else:
                 onnx.save(shortened, folder / "model.onnx")
-                selects_more = args.dense_slots and args.dense_slots > min(graph.topk)
-                selection = graph.selection | ({"dense_slots": args.dense_slots} if selects_more else {})
-                write_ort_engine(folder, graph, export, limits, None, selection=selection)
+                slots = max(args.dense_slots or 1, min(graph.topk))
+                slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
+                selection = graph.selection | ({"dense_slots": slots} if slots > graph.max_topk else {})
+                write_ort_engine(folder, graph, export, limits, None, dense_slots=slots, selection=selection)
         report(args.out / "ort" / variant)
         grouped = group_query(graph) if variant == "dense" and for_cpu else None
         if grouped is not None:
@@ -213,13 +217,15 @@ def write_ort_engine(
 
 
 def run_one_step(folder: Path) -> None:
-    """Loads a fresh engine folder and runs it. Raises UserError if its logits are not finite."""
+    """Loads a fresh engine folder and runs it, with caches of every kind. Raises UserError if a logit is not finite."""
     from engines.session import Session, open_runner
 
-    session = Session(open_runner(folder, verify=False))
-    logits = session.prefill([np.arange(min(CHECK_TOKENS, session.engine.model.vocab_size))])
-    if not np.isfinite(logits).all():
-        raise UserError(f"{folder}: the engine's logits are not finite; check the checkpoint that was exported")
+    runner = open_runner(folder, verify=False)
+    engine = runner.engine
+    for capacity in sorted({engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)}):
+        logits = Session(runner, capacity=capacity).prefill([np.arange(min(CHECK_TOKENS, engine.model.vocab_size))])
+        if not np.isfinite(logits).all():
+            raise UserError(f"{folder}: the engine's logits are not finite; check the checkpoint that was exported")
 
 
 # TensorRT-RTX

@@ -124,7 +124,10 @@ def dense_while_short(graph: Graph, slots: int) -> onnx.ModelProto | None:
         inside = _needed_only_by(selection, nodes, users)
         read = {value for node in inside for value in node.input}
         weights = [t for t in initializers if t.name in read and all(user in inside for user in users[t.name])]
-        if sum(map(_bytes, [*embedded.values(), *weights])) > EMBEDDED_BYTES:
+        # In fp16 ONNX Runtime casts the scales of a branch's packed weights at run time, and the scores come out wrong.
+        quantised = any(node.op_type == "DequantizeLinear" for node in inside)
+        too_large = sum(map(_bytes, [*embedded.values(), *weights])) > EMBEDDED_BYTES
+        if too_large or (quantised and graph.dtype != "fp32"):
             inside, weights = [selection], []
         weights = [_embed(tensor, graph) for tensor in weights]
         embedded |= {tensor.name: tensor for tensor in weights}

@@ -21,7 +21,7 @@ from engines.artifacts import Engine, link_or_copy
 from engines.text import TOKENIZER_FILES
 
 PLATFORMS = {"ort": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
+TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "uint8": "TYPE_UINT8"}
 KIND = "triton-model"
 IDLE_SECONDS = 600
 """After so long without a request the server drops a sequence and its caches."""

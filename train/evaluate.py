@@ -378,11 +378,15 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
             limit = config.max_position_embeddings
             raise UserError(f"--{name} {max(values)} is beyond the model's {limit} positions")
     chosen = {name: getattr(config, name) for name in DEFAULTS} | selection_options(args)
-    for k in args.ks:
+
+    def check_k(option: str, k: int) -> None:
         try:
             check_options(k, chosen["index_sinks"], chosen["index_window"], chosen["index_pool"])
         except ValueError as error:
-            raise UserError(f"--topk {k} does not fit the options of the selection: {error}") from None
+            raise UserError(f"--{option} {k} does not fit the options of the selection: {error}") from None
+
+    for k in args.ks:
+        check_k("topk", k)
     if args.auto and budget >= longest:
         raise UserError(f"--k-budget {budget} leaves nothing to choose at {longest} tokens: measure a longer --length")
     if min(args.ks) >= min(args.length):
@@ -393,8 +397,13 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
                 raise UserError(f"--{name.replace('_', '-')} needs --k auto")
         return
     args.k_budget = budget
-    args.k_step = args.k_step or max(1, budget // 8)
+    pool = chosen["index_pool"]
+    args.k_step = args.k_step or max(pool, budget // 8 // pool * pool)
     args.k_floor = args.k_floor or args.k_step
+    if args.auto:
+        if args.k_step % pool:
+            raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
+        check_k("k-floor", args.k_floor)
     if args.write_topk:
         check_output(args.write_topk, "checkpoint")
 

@@ -30,8 +30,9 @@ class SelectionMeter:
     only queries count that see more than k keys, except in `curve`, which counts all: there a query with k keys or
     fewer has caught everything.
 
-    The indexer is judged on the dense model's own hidden states, as in the warm-up; a layer that follows another's
-    selection, by its own attention.
+    What is selected are the k tokens of the best scores: the operator's always selected ones (sinks, window, the last
+    group of pooled keys) are not put first. The indexer is judged on the dense model's own hidden states, as in the
+    warm-up; a layer that follows another's selection, by its own attention.
     """
 
     def __init__(self, layers: int, heads: int, ks: Sequence[int], every: int, map_layers: Sequence[int] = ()):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from bench import measure, parity, prompts
 from dsa_export.cli import UserError
 from dsa_export.memory import PeakMemory
-from engines.session import Session
+from engines.session import Session, open_runner
 from tests.engines import toy
 
 
@@ -47,6 +49,21 @@ class Off:
 def test_the_gate_is_red(runners, change, after, problem):
     gate = parity.gate({**runners, "sparse": Off(runners["sparse"], change, after)}, np.arange(64))
     assert gate.problem and gate.problem.startswith(problem)
+
+
+def test_the_gate_looks_behind_short_caches(engines: Path, runners, tmp_path: Path):
+    """Up to k slots the engine attends densely: the selection must be run too."""
+    folder = tmp_path / "sparse"
+    shutil.copytree(engines / "ort" / "sparse", folder)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    branches = [a.g for node in model.graph.node if node.op_type == "If" for a in node.attribute]
+    cores = [node for branch in branches for node in branch.node if node.op_type == "SparseAttention"]
+    assert len(cores) == toy.LAYERS
+    for core in cores:
+        next(attribute for attribute in core.attribute if attribute.name == "scale").f *= 10
+    onnx.save(model, folder / "model.onnx")
+    gate = parity.gate({**runners, "sparse": open_runner(folder, threads=1, verify=False)}, np.arange(64))
+    assert gate.problem and gate.problem.startswith("logits differ by")
 
 
 def test_the_gate_looks_at_the_greedy_token(runners, monkeypatch):

@@ -48,7 +48,7 @@ def export_command(*arguments: str) -> Result:
     return Result(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 class Graph:

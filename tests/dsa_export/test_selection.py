@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import onnx
 import pytest
 import torch
 
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
-from dsa_export.model import dense_twin, load_model
+from dsa_export.model import AttentionTrace, dense_twin, load_model
 from dsa_export.model.attention.dsa import pool_keys, round_keys, round_queries
 from engines import nvidia_graph
 from engines.artifacts import open_export
@@ -159,6 +162,34 @@ def test_graph_with_fp8_keys(dsa_folder, tmp_path):
         ("index", "float8_e4m3fn", 32),
         ("index_scale", "float32", 4),
     ]
+
+
+def test_packed_weights_in_fp16_stay_outside_the_branches(dsa_folder, tmp_path, tokens):
+    """In a branch ONNX Runtime casts their scales at run time, and selects other tokens."""
+    arguments = ["--dtype", "fp16", "--weights", "int8", "--int8-indexer"]
+    result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), *arguments)
+    assert result.returncode == 0, result.stderr
+    graph = open_export(tmp_path / "onnx").graphs["sparse"]
+    onnx.save(dense_while_short(graph, 1), graph.path.with_name("shortened.onnx"))
+    exported, shortened = (
+        Graph(path, 1).step([tokens[0].tolist()]) for path in (graph.path, graph.path.with_name("shortened.onnx"))
+    )
+    np.testing.assert_allclose(shortened, exported, atol=5e-3)
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@torch.no_grad()
+def test_a_call_keeps_no_layers_queries_and_keys(dsa_folder, tokens, share):
+    """They are the largest tensors of a layer, and only its own attention needs them."""
+    before: list[weakref.ref] = []
+
+    def observe(trace: AttentionTrace) -> dict:
+        assert all(reference() is None for reference in before)
+        before.extend(weakref.ref(tensor) for tensor in (trace.q, trace.k))
+        return {}
+
+    load_model(dsa_folder, index_share=share)(tokens, use_cache=False, observer=observe)
+    assert len(before) == 4
 
 
 @pytest.mark.parametrize(

@@ -167,10 +167,11 @@ def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys
     assert "is a file" in one_line(error)
 
 
+WITHOUT_EFFECT = [[*more, "--dense-slots", "64"] for more in (["--backend", "tensorrt-rtx"], ["--variant", "dense"])]
 WRONG = [["--backend", "abacus"], ["--max-batch", "0"], ["--compute-capability", "8"], ["--dense-slots", "0"]]
 
 
-@pytest.mark.parametrize("options", [*WRONG, ["--backend", "tensorrt-rtx", "--dense-slots", "64"]])
+@pytest.mark.parametrize("options", [*WRONG, *WITHOUT_EFFECT])
 def test_wrong_arguments_exit_with_2(options: list[str], capsys):
     assert run_command(build.main, options, capsys)[0] == 2
 

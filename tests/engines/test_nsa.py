@@ -44,6 +44,13 @@ def test_the_export_says_what_it_checked(exported):
     assert [entry["name"] for entry in manifest["graphs"]["dense"]["cache"]] == ["key", "value"]
 
 
+def test_dense_slots_are_refused(exported, tmp_path: Path, capsys):
+    options = ["--onnx", str(exported[1]), "--out", str(tmp_path / "engines"), "--dense-slots", "64"]
+    code, _, error = run_command(engines_build.main, options, capsys)
+    assert code == 1 and "--dense-slots is for DSA" in error
+    assert not (tmp_path / "engines" / "ort" / "sparse").exists()
+
+
 @torch.no_grad()
 def test_chunks_and_decoding_of_rows_of_different_lengths(exported, tokens):
     checkpoint, onnx = exported

@@ -62,11 +62,14 @@ def test_every_capacity_gives_the_exported_or_the_dense_answers(tmp_path: Path, 
     build.build("ort", build.parse_arguments(arguments))
     runner, dense = (open_runner(tmp_path / "engines" / "ort" / name, threads=1) for name in ("sparse", "dense"))
     engine = runner.engine
-    assert engine.dense_slots == (slots if slots == 64 else 0)
+    uniform = isinstance(topk, int)
+    assert engine.dense_slots == (64 if slots == 64 else K if uniform else 0)
+    assert engine.selecting_slots == (65 if slots == 64 else K + 1 if uniform else 25)
     assert ("dense slots 64" in describe_selection(topk, engine.selection)) == (slots == 64)
     if slots == 64:  # what is read and held is the dense engine's
         assert engine.workspace_bytes_per_query(64) == dense.engine.workspace_bytes_per_query(64)
-        assert engine.cache_bytes_read(64) == dense.engine.cache_bytes_read(64) < engine.cache_bytes_read(4096)
+        assert engine.cache_bytes_read(64, capacity=64) == dense.engine.cache_bytes_read(64)
+        assert engine.cache_bytes_read(64, capacity=65) < dense.engine.cache_bytes_read(64)
     prompts = [tokens(20), tokens(11, seed=1)]
     expected = [Exported(export / name / "model.onnx", 2) for name in ("sparse", "dense")]
     sparse_logits, dense_logits = (graph.step([p.tolist() for p in prompts]) for graph in expected)

@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from engines import build, memory
+from engines import build, memory, triton
 from engines.artifacts import Limits, open_export
+from engines.ort import NUMPY_DTYPES
 from tests.engines import toy
 from tests.engines.commands import one_line, run_command
 
@@ -69,3 +70,7 @@ def test_memory_estimate(export: Path):
     assert (needed.weights, needed.caches) == (1000, 3 * 100 * toy.LAYERS * row * 4)
     assert needed.workspace == 30 * graph.workspace_bytes_per_query(100)
     assert needed.total == needed.weights + needed.caches + needed.workspace
+
+
+def test_every_cache_of_onnx_runtime_has_a_type_there():
+    assert NUMPY_DTYPES.keys() <= triton.TYPES.keys()

@@ -7,11 +7,14 @@ heads/size, K = k.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from dsa_export.model.cache import LayerCache
+
+NOTHING = torch.empty(0)
 
 
 @dataclass
@@ -32,6 +35,13 @@ class AttentionTrace:
     lengths: Tensor  # [B] int64, valid tokens per row (rows are padded on the right)
     scale: float  # of the main attention's scores
 
+    def for_followers(self, *, observed: bool) -> AttentionTrace:
+        """What the layers that follow need of it: the selection, and for an observer what made it."""
+        selection = replace(self, q=NOTHING, k=NOTHING)
+        if observed:
+            return selection
+        return replace(selection, index_q=NOTHING, index_weights=NOTHING, index_k=NOTHING, scored_k=NOTHING)
+
 
 Observer = Callable[[AttentionTrace], dict[str, Tensor]]
 """Called once per layer; returns named scalars, which the model averages over the layers (auxiliary losses)."""
@@ -51,5 +61,5 @@ class Call:
     caches: list[LayerCache] | None  # None: no past, nothing is kept
     observer: Observer | None = None
     selector: Selector | None = None  # None: the layer's own indexer selects
-    traces: dict[int, AttentionTrace] = field(default_factory=dict)
-    """Of the layers with an indexer, for the layers that follow their selection."""
+    handed_on: dict[int, AttentionTrace] = field(default_factory=dict)
+    """Of the layers whose selection others follow: what those need."""

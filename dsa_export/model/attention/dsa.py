@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_export.config import DSAConfig
-from dsa_export.model.attention.base import AttentionTrace, Call
+from dsa_export.model.attention.base import NOTHING, AttentionTrace, Call
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.standard_ops import dense_attention, rotary, visible_attention
@@ -22,8 +22,6 @@ from dsa_export.topk import topk_per_layer
 from plugins.index_topk import index_scores, index_topk
 from plugins.index_topk.op import check_options
 from plugins.sparse_attention import sparse_attention
-
-NOTHING = (torch.empty(0), torch.empty(0))
 
 Scored = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """index_q, index_weights, index_k and index_scale as dsa::IndexTopK takes them."""
@@ -96,6 +94,7 @@ class SparseAttention(DenseAttention):
     def __init__(self, config: DSAConfig, layer: int):
         super().__init__(config, layer)
         self.leader = leader(config, layer)
+        self.followed = self.leads and layer + 1 < config.num_hidden_layers and leader(config, layer + 1) == layer
         if self.leads:
             self.indexer = Indexer(config)
         self.topk = config.topk_per_layer[layer]
@@ -139,9 +138,10 @@ class SparseAttention(DenseAttention):
                 with torch.no_grad():
                     indices = self.select(scored, call) if call.selector is None else call.selector(trace)
                 trace = replace(trace, indices=indices)
-            call.traces[self.layer] = trace
+            if self.followed:  # set once: gradient checkpointing runs a layer twice
+                call.handed_on.setdefault(self.layer, trace.for_followers(observed=call.observer is not None))
         else:
-            trace = replace(call.traces[self.leader], layer=self.layer, q=q, k=k)
+            trace = replace(call.handed_on[self.leader], layer=self.layer, q=q, k=k)
         if self.sparse:
             assert trace.indices is not None
             core = masked_attention if self.training else sparse_attention
@@ -183,7 +183,11 @@ class SparseAttention(DenseAttention):
         """
         B, S = trace.index_k.shape[:2]
         call = Call(
-            rope=NOTHING, index_rope=NOTHING, kv_lengths=torch.full((B,), S), lengths=trace.lengths, caches=None
+            rope=(NOTHING, NOTHING),
+            index_rope=(NOTHING, NOTHING),
+            kv_lengths=torch.full((B,), S),
+            lengths=trace.lengths,
+            caches=None,
         )
         scored = self.scored(trace.index_q, trace.index_weights, trace.index_k, call)
         scores = index_scores(*scored).repeat_interleave(self.pool, dim=-1)[..., :S]
