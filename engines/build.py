@@ -184,7 +184,8 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     for variant in args.variant:
         graph = export.graphs[variant]
         check_types(graph)
-        shortened = dense_while_short(graph, args.dense_slots or 1) if variant == "sparse" and for_cpu else None
+        slots = max(args.dense_slots or 0, min(graph.topk))
+        shortened = dense_while_short(graph, slots) if variant == "sparse" and for_cpu else None
         if args.dense_slots and variant == "sparse" and shortened is None:
             raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
         with output_folder(args.out / "ort" / variant) as folder:
@@ -193,7 +194,6 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
                 write_ort_engine(folder, graph, export, limits, graph.sha256)
             else:
                 onnx.save(shortened, folder / "model.onnx")
-                slots = max(args.dense_slots or 1, min(graph.topk))
                 slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
                 selection = graph.selection | ({"dense_slots": slots} if slots > graph.max_topk else {})
                 write_ort_engine(folder, graph, export, limits, None, dense_slots=slots, selection=selection)

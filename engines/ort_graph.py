@@ -9,7 +9,7 @@ Sparse: with dense Attention while the caches are short.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -33,7 +33,7 @@ def group_query(graph: Graph) -> onnx.ModelProto | None:
     model = onnx.load(graph.path, load_external_data=False)
     made_by = {output: node for node in model.graph.node for output in node.output}
     attention = [node for node in model.graph.node if node.op_type == "Attention"]
-    if any(node.input[1] == node.input[2] for node in attention):
+    if _over_latent_rows(attention):
         return None
     (kv_lengths,) = {node.input[6] for node in attention}
     replaced: dict[str, list[NodeProto]] = {kv_lengths: [made_by[kv_lengths], *_shared_inputs(kv_lengths)]}
@@ -41,9 +41,7 @@ def group_query(graph: Graph) -> onnx.ModelProto | None:
         update_k, update_v = (made_by[cache] for cache in node.input[1:3])
         replaced |= {update_k.output[0]: [], update_v.output[0]: []}
         replaced[node.output[0]] = _layer(f"group_query/{number}/", node, update_k, update_v, graph)
-    nodes = [new for node in model.graph.node for new in replaced.get(node.output[0], [node])]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    _replace(model, replaced)
     shapes = {FLAT: [0, 0, -1], BY_HEAD: [0, 0, graph.model.query_heads, graph.model.head_dim]}
     constants = [helper.make_tensor(name, TensorProto.INT64, [len(shape)], shape) for name, shape in shapes.items()]
     model.graph.initializer.extend([*constants, helper.make_tensor(ONE, TensorProto.INT64, [], [1])])
@@ -66,7 +64,7 @@ def _layer(
     q, k, v = (prefix + name for name in "qkv")
     inputs = [q, k, v, update_k.input[0], update_v.input[0], LAST_SLOTS, LONGEST]
     outputs = [prefix + "rows", update_k.output[0], update_v.output[0]]
-    (scale,) = (helper.get_attribute_value(a) for a in attention.attribute if a.name == "scale")
+    scale = _attribute(attention, "scale")
     attributes = {"num_heads": graph.model.query_heads, "kv_num_heads": graph.model.kv_heads, "scale": scale}
     return [
         *_flatten_heads(attention.input[0], q),
@@ -107,7 +105,7 @@ def dense_while_short(graph: Graph, slots: int) -> onnx.ModelProto | None:
     nodes, initializers = list(model.graph.node), list(model.graph.initializer)
     selections = [node for node in nodes if node.op_type == "IndexTopK"]
     attention = [node for node in nodes if node.op_type == "SparseAttention"]
-    if not selections or any(node.input[1] == node.input[2] for node in attention):
+    if not selections or _over_latent_rows(attention):
         return None
     users: dict[str, list[NodeProto]] = defaultdict(list)
     for node in nodes:
@@ -142,9 +140,9 @@ def dense_while_short(graph: Graph, slots: int) -> onnx.ModelProto | None:
     for k, condition in conditions.items():
         limits.append(helper.make_tensor(f"{condition}/limit", TensorProto.INT64, [1], [max(k, slots)]))
         shared.append(helper.make_node("LessOrEqual", [SLOTS, limits[-1].name], [condition]))
-    del model.graph.initializer[:], model.graph.node[:]
+    del model.graph.initializer[:]
     model.graph.initializer.extend([*(t for t in initializers if t.name not in embedded), *limits])
-    model.graph.node.extend([*shared, *(new for node in nodes for new in replaced.get(node.output[0], [node]))])
+    _replace(model, replaced, first=shared)
     return model
 
 
@@ -205,6 +203,18 @@ def _needed_only_by(selection: NodeProto, nodes: list[NodeProto], users: dict[st
             inside.insert(0, node)
             wanted.update(node.input)
     return inside
+
+
+def _over_latent_rows(attention: Sequence[NodeProto]) -> bool:
+    """Whether keys and values are the same rows."""
+    return any(node.input[1] == node.input[2] for node in attention)
+
+
+def _replace(model: onnx.ModelProto, replaced: Mapping[str, list[NodeProto]], first: Sequence[NodeProto] = ()) -> None:
+    """Puts other nodes in the place of those whose first output is a key of `replaced`, and `first` before all."""
+    nodes = [*first, *(new for node in model.graph.node for new in replaced.get(node.output[0], [node]))]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _attribute(node: NodeProto, name: str) -> Any:

@@ -400,10 +400,9 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     pool = chosen["index_pool"]
     args.k_step = args.k_step or max(pool, budget // 8 // pool * pool)
     args.k_floor = args.k_floor or args.k_step
-    if args.auto:
-        if args.k_step % pool:
-            raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
-        check_k("k-floor", args.k_floor)
+    if args.k_step % pool:
+        raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
+    check_k("k-floor", args.k_floor)
     if args.write_topk:
         check_output(args.write_topk, "checkpoint")
 
