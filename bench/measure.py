@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -104,6 +105,7 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
 
 
 def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # a runtime's session among the parent's garbage would wait here for threads that a fork does not copy
     try:
         sender.send(("value", function(*args)))
     except KeyboardInterrupt:
