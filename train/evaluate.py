@@ -39,7 +39,7 @@ from train import options, plots, precision
 from train.allocation import allocate, write_topk
 from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
-from train.ladder import RUNGS
+from train.ladder import BLOCK, RUNGS
 from train.losses import IndexerObserver
 from train.study import Choice, Record, Study
 from train.tasks import TASKS, fit
@@ -435,8 +435,9 @@ def text_table(record: Record) -> Table:
     check, dense = record["full_selection"], record["dense"]
     table = Table(
         title=f"{record['length']:,} tokens, {record['windows']} windows, {record['tokens']:,} predictions",
-        caption=f"Everything selected equals dense: logits within {check['max_abs_error']:.1e} (allowed "
-        f"{check['tolerance']:.1e}). Recall: share of the attention mass; normalised: 0 a window, 1 the best possible. "
+        caption=f"±: standard error, from blocks of {BLOCK} tokens. Everything selected equals dense: logits within "
+        f"{check['max_abs_error']:.1e} (allowed {check['tolerance']:.1e}). Recall: share of the attention "
+        "mass; normalised: 0 a window, 1 the best possible. "
         f"Decoding in torch: {record['tokens_per_s_dense']:.1f} tokens/s dense, "
         f"{record['tokens_per_s_sparse']:.1f} sparse.",
         caption_justify="left",
@@ -454,7 +455,7 @@ def text_table(record: Record) -> Table:
             rung,
             k,
             f"{row['loss']:.4f}",
-            f"{row['increase']:+.2%}" if row is not dense else "",
+            _increase(row) if row is not dense else "",
             f"{row['perplexity']:.3f}",
             f"{row['kl']:.4f}" if row is not dense else "",
             f"{row['top1']:.1%}" if row is not dense else "",
@@ -462,6 +463,11 @@ def text_table(record: Record) -> Table:
             f"{mass['normalised']:.3f}" if mass and rung == "trained" else "",
         )
     return table
+
+
+def _increase(row: Record) -> str:
+    error = row["increase_error"]
+    return f"{row['increase']:+.2%}" + (f" ± {error:.2%}" if error is not None else "")
 
 
 def task_table(records: Sequence[Record]) -> Table:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from math import sqrt
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -34,21 +36,32 @@ from train.selection import ROWS
 RUNGS = ("best", "trained", "random", "window")
 HEAD_ROWS = 256
 """Rows whose logits are held at a time."""
+BLOCK = 64
+"""Tokens whose losses are added before their spread is taken: what one selection misses, neighbours miss together (on
+Qwen2.5-0.5B single tokens, taken as independent, give a standard error that is 20 to 30 % smaller)."""
 
 
 @dataclass
 class Score:
-    """Sums over labelled tokens: cross-entropy, KL(dense ‖ this) in nats, tokens that both predict alike."""
+    """Sums over labelled tokens: cross-entropy, KL(dense ‖ this) in nats, tokens that both predict alike; and by how
+    much the cross-entropy of each block of BLOCK tokens is above that of dense."""
 
     loss: float = 0.0
     kl: float = 0.0
     agree: int = 0
     tokens: int = 0
+    increases: list[float] = field(default_factory=list)
 
     def __iadd__(self, other: Score) -> Score:
-        self.loss, self.kl = self.loss + other.loss, self.kl + other.kl
-        self.agree, self.tokens = self.agree + other.agree, self.tokens + other.tokens
+        for term in fields(self):
+            setattr(self, term.name, getattr(self, term.name) + getattr(other, term.name))
         return self
+
+    @property
+    def increase_error(self) -> float | None:
+        """Standard error of the summed increase, in nats; None of a single block."""
+        blocks = len(self.increases)
+        return stdev(self.increases) * sqrt(blocks) if blocks > 1 else None
 
 
 @torch.no_grad()
@@ -120,13 +133,16 @@ def score(heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: 
         target = labels[chunk + 1]
         dense = _log_probabilities(heads["dense"], hidden["dense"][chunk])
         probabilities, predicted = dense.exp(), dense.argmax(-1)
+        dense_losses = -dense.gather(1, target[:, None]).double()
         for name, states in hidden.items():
             other = dense if name == "dense" else _log_probabilities(heads.get(name, heads["dense"]), states[chunk])
+            losses = -other.gather(1, target[:, None]).double()
             scores[name] += Score(
-                loss=-float(other.gather(1, target[:, None]).sum()),
+                loss=float(losses.sum()),
                 kl=float((probabilities * (dense - other)).sum()),
                 agree=int((predicted == other.argmax(-1)).sum()),
                 tokens=len(chunk),
+                increases=[float(block.sum()) for block in (losses - dense_losses).split(BLOCK)],
             )
     return scores
 

@@ -203,11 +203,12 @@ class Study:
 
 
 def _means(one: Score, dense: Score) -> Record:
-    loss = one.loss / one.tokens
+    loss, error = one.loss / one.tokens, one.increase_error
     return {
         "loss": loss,
         "perplexity": exp(loss),
         "increase": one.loss / dense.loss - 1,
+        "increase_error": None if error is None else error / dense.loss,
         "kl": one.kl / one.tokens,
         "top1": one.agree / one.tokens,
     }

@@ -16,7 +16,7 @@ from train import evaluate as command
 from train import plots, tasks
 from train.allocation import allocate
 from train.data import IGNORED, Windows
-from train.ladder import best_selection, hidden_states, random_indexers, score, window_selection
+from train.ladder import BLOCK, Score, best_selection, hidden_states, random_indexers, score, window_selection
 from train.losses import IndexerObserver
 from train.selection import SelectionMeter
 from train.study import Choice, Study
@@ -105,6 +105,22 @@ def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor)
     assert scores["window"].kl == pytest.approx(float(kl), rel=1e-4)
     assert scores["window"].agree == int((dense.argmax(-1) == window.argmax(-1)).sum())
     assert scores["dense"].kl == 0 and scores["dense"].agree == 28
+    assert sum(scores["window"].increases) == pytest.approx(scores["window"].loss - scores["dense"].loss, rel=1e-4)
+    assert scores["window"].increase_error is None  # one block tells no spread
+
+
+def test_the_standard_error_of_an_increase_is_that_of_its_blocks(model) -> None:
+    """Of blocks drawn with a known spread; their sum is spread by sqrt(blocks) times it."""
+    hidden = torch.randn(2, 40 * BLOCK + 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(hidden.shape[1], dtype=torch.long)
+    both = score({"dense": model.lm_head}, {"dense": hidden[0], "other": hidden[1]}, labels)["other"]
+    with torch.no_grad():
+        dense, other = (-model.lm_head(states[:-1]).log_softmax(-1)[:, 0] for states in hidden)
+    blocks = (other - dense).view(40, BLOCK).sum(1)
+    assert both.increase_error == pytest.approx(float(blocks.std()) * 40**0.5, rel=1e-4)
+    half = Score(tokens=1, increases=both.increases[:20])
+    half += Score(tokens=1, increases=both.increases[20:])
+    assert half.increase_error == pytest.approx(both.increase_error)
 
 
 def test_a_sparse_path_that_is_wrong_stops_the_evaluation(model, ids, monkeypatch: pytest.MonkeyPatch) -> None:
