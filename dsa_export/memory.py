@@ -26,7 +26,9 @@ class PeakMemory:
 
     def mib(self) -> float | None:
         peak = self._kib("VmHWM")
-        return None if peak is None or self.before is None else (peak - self.before) / 1024
+        if peak is None or self.before is None:
+            return None
+        return max(0.0, peak - self.before) / 1024  # a process that gave memory back before a reset() gained nothing
 
     def _kib(self, field: str) -> float | None:
         if not self.STATUS.is_file():

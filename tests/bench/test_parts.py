@@ -143,6 +143,17 @@ def test_peak_memory_sees_what_was_freed_again():
     assert 95 < measure.in_child(peak) < 130  # and nothing of it stays in this process
 
 
+def test_peak_memory_is_never_below_nothing():
+    def peak():
+        block = np.ones(100 * 2**20, np.uint8)
+        memory = PeakMemory()
+        del block
+        memory.reset()
+        return memory.mib()
+
+    assert measure.in_child(peak) == 0
+
+
 def test_a_child_that_dies_is_reported():
     with pytest.raises(UserError, match="exit code 9"):
         measure.in_child(os._exit, 9)
