@@ -110,7 +110,7 @@ def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor)
 
 
 def test_the_standard_error_of_an_increase_is_that_of_its_blocks(model) -> None:
-    """Of blocks drawn with a known spread; their sum is spread by sqrt(blocks) times it."""
+    """The sum of independent blocks is spread by sqrt(blocks) times one; scores add up to the same."""
     hidden = torch.randn(2, 40 * BLOCK + 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(hidden.shape[1], dtype=torch.long)
     both = score({"dense": model.lm_head}, {"dense": hidden[0], "other": hidden[1]}, labels)["other"]
