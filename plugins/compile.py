@@ -6,6 +6,7 @@ Needs triton, no GPU. What is up to date is kept, so a second run takes a second
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path
     """A variant's images in `out`, and the record that exists if they are up to date."""
     import triton
 
-    recipe = (triton.__version__, variant.kernel.cache_key, variant.signature(), variant.constants, variant.options)
+    # Not triton's own key of a kernel: version 3.6 gives another one in every process.
+    source = Path(inspect.getfile(variant.kernel.fn)).read_text()
+    recipe = (triton.__version__, source, variant.signature(), variant.constants, variant.options)
     stem = f"{variant.name}.sm_{arch}.{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
     record = out / f"{stem}.txt"  # written last: "shared bytes"
     shared = int(record.read_text()) if record.exists() else 0

@@ -1,31 +1,34 @@
-"""dsa::IndexTopK on a GPU: score, histogram, filter, finish. One source for the interpreter, torch and the plugin.
+"""dsa::IndexTopK on a GPU: score, guess, filter, finish. One source for the interpreter, torch and the plugin.
 
 Shapes: B batch, S query tokens, Hi indexer heads, Di indexer head size, m = pool, C index keys (G in op.py),
 K = k / m; see op.py. With m > 1 a "token" of this file is a group of m tokens, one index key: positions become groups
 at the beginning (`visible_groups`), and the selected groups tokens at the end.
-A row is one query token of one sequence. Rows are worked through in tiles, so that the scores of a tile stay in the
-L2 cache; the workspace holds, for the R rows of a tile:
+A row is one query token of one sequence. Rows are worked through in tiles, which bounds the workspace; it holds, for
+the R rows of a tile, in 32-bit integers:
 
-    keys      [R, C']          the scores as 32-bit keys of the same order (C' = C rounded up to ROW_ALIGNMENT)
-    counts    [R, P, BINS]     histogram of the keys' highest 11 bits, one per split of the row
-    list      [R, LIST]        ascending indices of the tokens at or above the threshold's bin
-    state     [R, 4]           threshold bin, number of tokens above it, number of tokens at or above it
+    keys       [R, C']         the scores as integers of the same order (C' = C rounded up to ROW_ALIGNMENT)
+    listed     [R, P, LIST]    per split of the row: tokens above the threshold
+    counts     [R, P, 2]       how many tokens are above it and equal to it
+    threshold  [R]
 
 Four launches a tile, none of which waits for another program, and no atomic: the result does not depend on timing.
 
     score      keys of all visible tokens: tensor cores, one read of the index keys
-    histogram  counts of each split
-    filter     finds the bin that holds the K-th largest key; lists the tokens at or above it, in index order
-    finish     resolves the remaining 21 bits among the listed tokens, writes the K indices, ascending, and -1
+    guess      a threshold, from a sample of the row's keys
+    filter     lists the tokens above it, in index order
+    finish     finds the K-th largest of the listed keys, exactly, and writes the K indices and -1
 
-Rows with at most K visible tokens skip the first three and get 0, 1, 2, ...
+The threshold is a key of such rank in the sample that between K and LIST tokens should lie above it. Where it misses
+(less than once in 10^3 rows of 1M tokens, far more rarely in shorter ones), `finish` reads the whole row instead, some
+30 times: exact, and slow. Masses of equal scores (zeros, after ReLU) do not miss: the threshold is then their key, and
+what is lacking beside the tokens above it are the first of them.
 
-FORCED: sinks, a window, or pool > 1 (whose incomplete last group is always selected). The histogram, the first to read
-the keys, gives what is always selected the largest key there is, and the ordinary selection does the rest.
+Rows with at most K visible tokens skip the first three and get 0, 1, 2, ...; rows of at most LIST skip two.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -43,15 +46,18 @@ DECODE_COLUMNS = 16  # (head, query) pairs that a program scores at a time, S <=
 PREFILL_COLUMNS = 128
 DECODE_QUERIES = 8
 SELECT_BLOCK = tl.constexpr(4096)  # keys that the selection reads at a time
-BINS = tl.constexpr(2048)
-ZERO_BIN = tl.constexpr(1024)  # the highest 11 bits of the key of 0.0; holds nothing else, see `score_kernel`
+SELECT_WIDTH = tl.constexpr(1024)  # of those, side by side: four for each thread of the eight warps
+SCAN_BLOCK = tl.constexpr(2048)
+SAMPLE = tl.constexpr(8192)
+CLUSTER = tl.constexpr(4)  # sampled keys that stand together: half of the 32 bytes that a read takes at least
 E4M3_SCALE = tl.constexpr(2.0**120)
-MAX_SPLITS = 32
-SPLITS_READ = tl.constexpr(8)
+ALWAYS = tl.constexpr(2**31 - 1)  # the key of what is always selected
+NOTHING = tl.constexpr(-(2**31))  # below every key
+MAX_SPLITS = tl.constexpr(8)
 SCORE_PROGRAMS = 512  # enough to fill the largest GPU while every program still pipelines several blocks
-SELECT_PROGRAMS = 264
+SELECT_PROGRAMS = 1056
 MAX_BLOCKS = 16
-DEFAULT_WORKSPACE = 32 * 2**20  # scores beyond the L2 cache (40-50 MB on A100 and H100) would travel to memory and back
+SCORE_BYTES = 128 * 2**20  # of a tile: few tiles weigh more than scores that stay in the L2 cache
 
 HEADS_PADDED = (4, 8, 16)
 HEAD_SIZES = (64, 128)
@@ -68,8 +74,8 @@ class Plan:
     query_tile: int  # query tokens per tile
     block_s: int  # query tokens per scoring program
     blocks: int  # blocks of block_c tokens per scoring program
-    splits: int  # selection programs per row
-    listed: int  # entries of a row's list
+    splits: int  # filter programs per row; 0: not needed
+    listed: int  # LIST
     workspace: int  # bytes
 
 
@@ -77,19 +83,37 @@ def padded_heads(heads: int) -> int:
     return next(padded for padded in HEADS_PADDED if heads <= padded)
 
 
-def row_entries(C: int, k: int) -> tuple[int, int]:
-    """Entries of a row's keys and of its list."""
-    return triton.cdiv(C, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value, max(2 * SELECT_BLOCK.value, 4 * k)
+def list_entries(k: int) -> int:
+    """LIST, a power of two: 4 K or more."""
+    return 8192 if k <= 2048 else 16384
+
+
+def row_entries(C: int) -> int:
+    """C'."""
+    return triton.cdiv(C, ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
+
+
+def split_bytes(rows: int, C: int, k: int) -> int:
+    """The lists of a tile of `rows` rows, and of any smaller one."""
+    splits = min(rows * MAX_SPLITS.value, SELECT_PROGRAMS) if list_entries(k) < C else 0
+    return 4 * splits * (list_entries(k) + 2)
 
 
 def workspace_bytes(rows: int, C: int, k: int) -> int:
-    """Workspace of a tile of `rows` rows. SELECT_PROGRAMS: rows * splits is at most that, or splits is 1."""
-    return 4 * (rows * (sum(row_entries(C, k)) + BINS.value + 4) + SELECT_PROGRAMS * BINS.value)
+    """Workspace of a tile of `rows` rows."""
+    return 4 * rows * (row_entries(C) + 1) + split_bytes(rows, C, k)
 
 
-def largest_workspace(B: int, S: int, C: int, k: int, budget: int = DEFAULT_WORKSPACE) -> int:
-    """What any call of at most this shape needs."""
-    return min(workspace_bytes(B * S, C, k), max(budget, workspace_bytes(1, C, k)))
+def tile_rows(C: int, budget: int) -> int:
+    """Rows whose scores fit into `budget` bytes."""
+    return min(max(budget // (4 * max(row_entries(C), 1)), 1), SELECT_PROGRAMS)
+
+
+def largest_workspace(B: int, S: int, C: int, k: int) -> int:
+    """What any call of at most this shape needs; with fewer tokens a tile may have more rows."""
+    rows = B * S
+    scores = min(4 * rows * row_entries(C), max(SCORE_BYTES, 4 * row_entries(C)))
+    return scores + 4 * min(rows, SELECT_PROGRAMS) + split_bytes(min(rows, SELECT_PROGRAMS), C, k)
 
 
 def _even_tile(count: int, most: int, step: int = 1) -> int:
@@ -105,20 +129,19 @@ def block_c(Di: int) -> int:
     return 128 * 64 // max(Di, 64)
 
 
-def plan(B: int, S: int, C: int, Hi: int, Di: int, k: int, budget: int = DEFAULT_WORKSPACE) -> Plan:
-    """Cuts the rows into tiles whose workspace fits into `budget` bytes, or into tiles of one row."""
+def plan(B: int, S: int, C: int, Hi: int, Di: int, k: int, budget: int = SCORE_BYTES) -> Plan:
+    """Cuts the rows into tiles that need at most `budget` bytes for their rows, or into tiles of one row."""
     columns = DECODE_COLUMNS if S <= DECODE_QUERIES else PREFILL_COLUMNS
     block_s = columns // padded_heads(Hi)
-    capacity, listed = row_entries(C, k)
-    fixed = workspace_bytes(0, C, k)
-    rows = max(1, (budget - fixed) // (workspace_bytes(1, C, k) - fixed))
+    rows = tile_rows(C, budget)
     query_tile = _even_tile(S, rows, step=block_s)
     batch_tile = _even_tile(B, rows // query_tile)
-    work = batch_tile * triton.cdiv(query_tile, block_s) * (capacity // block_c(Di))
+    work = batch_tile * triton.cdiv(query_tile, block_s) * (row_entries(C) // block_c(Di))
     blocks = min(max(work // SCORE_PROGRAMS, 1), MAX_BLOCKS)
     rows = batch_tile * query_tile
-    splits = min(max(SELECT_PROGRAMS // rows, 1), MAX_SPLITS, triton.cdiv(C, SELECT_BLOCK.value))
-    return Plan(batch_tile, query_tile, block_s, blocks, splits, listed, workspace_bytes(rows, C, k))
+    splits = min(max(SELECT_PROGRAMS // rows, 1), MAX_SPLITS.value, triton.cdiv(C, SELECT_BLOCK.value))
+    splits = splits if list_entries(k) < C else 0
+    return Plan(batch_tile, query_tile, block_s, blocks, splits, list_entries(k), workspace_bytes(rows, C, k))
 
 
 @triton.jit
@@ -129,13 +152,9 @@ def visible_tokens(kv_lengths, batch, query, S, capacity):
 
 
 @triton.jit
-def visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED: tl.constexpr):
+def visible_groups(kv_lengths, batch, query, S, C, POOL):
     """Groups of which a query of the sequence sees a token."""
-    if FORCED:
-        groups = tl.cdiv(visible_tokens(kv_lengths, batch, query, S, C * POOL), POOL)
-    else:
-        groups = visible_tokens(kv_lengths, batch, query, S, C)
-    return groups
+    return tl.cdiv(visible_tokens(kv_lengths, batch, query, S, C * POOL), POOL)
 
 
 @triton.jit
@@ -146,7 +165,16 @@ def decode_e4m3(bits):
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
 
 
-@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "HI", "K", "BLOCKS"])
+@triton.jit
+def flip(bits):
+    """fp32 as an integer <-> its key: an integer of the same order."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+TILE = ["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL"]
+
+
+@triton.jit(do_not_specialize=[*TILE, "HI", "SINKS", "WINDOW", "BLOCKS"])
 def score_kernel(
     index_q,  # [B, S, HI, DI]
     index_weights,  # [B, S, HI]
@@ -162,6 +190,8 @@ def score_kernel(
     HI,
     K,
     POOL,
+    SINKS,  # groups
+    WINDOW,  # tokens
     BLOCKS,
     HI_PADDED: tl.constexpr,
     DI: tl.constexpr,
@@ -173,7 +203,7 @@ def score_kernel(
 ):
     """Program (range of BLOCKS * BLOCK_C tokens, BLOCK_S query tokens, sequence): the keys of their scores.
 
-    Of groups (POOL > 1) only complete ones are scored.
+    What is always selected (sinks, window, an incomplete group) gets the largest key there is.
     """
     query_blocks = tl.cdiv(query_tile, BLOCK_S)
     batch_local = tl.program_id(1) // query_blocks
@@ -182,11 +212,12 @@ def score_kernel(
     query = first_query + query_local
 
     last_query = tl.minimum(query + BLOCK_S, tl.minimum(first_query + query_tile, S)) - 1
-    visible = visible_tokens(kv_lengths, batch, last_query, S, C * POOL)
+    seen = visible_tokens(kv_lengths, batch, last_query, S, C * POOL)
     start = tl.program_id(0) * BLOCKS * BLOCK_C
-    stop = tl.minimum(start + BLOCKS * BLOCK_C, visible // POOL)
-    if (visible <= K * POOL) | (start >= stop):
+    stop = tl.minimum(start + BLOCKS * BLOCK_C, tl.cdiv(seen, POOL))
+    if (seen <= K * POOL) | (start >= stop):
         return
+    complete = seen // POOL  # an incomplete group has no key yet
 
     # Columns: head-major pairs (head, query), so that the sum over heads adds registers instead of lanes.
     columns = tl.arange(0, HI_PADDED * BLOCK_S)
@@ -206,11 +237,14 @@ def score_kernel(
     local_rows = (batch_local * query_tile + query_local + outputs).to(tl.int64)
     keys_S = keys + local_rows * row_keys
     row_exists = query + outputs <= last_query
+    # The first group that is in the window or incomplete: complete ones hold no later token.
+    recent_S = visible_tokens(kv_lengths, batch, query + outputs - WINDOW, S, C * POOL) // POOL
     index_k += batch * C * DI
 
     for block in range(start, stop, BLOCK_C):
         tokens = block + tl.arange(0, BLOCK_C)
-        k_CD = tl.load(index_k + tokens[:, None] * DI + dims[None, :], mask=(tokens < stop)[:, None], other=0)
+        has_key = tokens < tl.minimum(stop, complete)
+        k_CD = tl.load(index_k + tokens[:, None] * DI + dims[None, :], mask=has_key[:, None], other=0)
         if FP8:
             k_CD = decode_e4m3(k_CD).to(index_q.dtype.element_ty)
         if WIDEN:
@@ -220,23 +254,76 @@ def score_kernel(
         weighted = activations * weights_N[None, :]
         scores = tl.sum(tl.reshape(weighted, (BLOCK_C, HI_PADDED, BLOCK_S)), axis=1)
         if FP8:
-            scale_C = tl.load(index_scale + batch * C + tokens, mask=tokens < stop, other=0.0)
+            scale_C = tl.load(index_scale + batch * C + tokens, mask=has_key, other=0.0)
             scores *= scale_C[:, None]
-        # Numbers below the smallest normal one, and -0.0, count as 0.0: ZERO_BIN then holds equal keys only.
+        # Numbers below the smallest normal one, and -0.0, count as 0.0.
         scores = tl.where(tl.abs(scores) < 1.17549435e-38, 0.0, scores)
-        bits = scores.to(tl.int32, bitcast=True)
-        # Unsigned order of the key = order of the number: flip the sign bit, of negative numbers all bits.
-        key = bits ^ ((bits >> 31) | -2147483648)
+        key = flip(scores.to(tl.int32, bitcast=True))
+        always = (tokens < SINKS)[:, None] | (tokens[:, None] >= recent_S[None, :])
+        key = tl.where(always, ALWAYS, tl.minimum(tl.maximum(key, NOTHING + 1), ALWAYS - 1))  # NaN ranks below
         tl.store(keys_S[None, :] + tokens[:, None], key, mask=row_exists[None, :])
 
 
-@triton.jit(
-    do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL", "SINKS", "WINDOW", "P"]
-)
-def histogram_kernel(
+@triton.jit
+def tile_places(COUNT: tl.constexpr, WIDTH: tl.constexpr, one):
+    """0 … COUNT - 1 as [WIDTH, COUNT / WIDTH]; a thread has whole rows, see `ranks`.
+
+    one: 1, which the compiler does not know. If it saw neighbours it would load several at once, and then move the
+    address of every scattered store through shared memory, to the layout that stores want.
+    """
+    return tl.arange(0, WIDTH)[:, None] * (COUNT // WIDTH) + tl.arange(0, COUNT // WIDTH)[None, :] * one
+
+
+@triton.jit
+def ranks(keep):
+    """How many are kept before each entry of a 2-D tile, row by row: a scan over the rows instead of all entries."""
+    flags = keep.to(tl.int32)
+    rows = tl.sum(flags, 1)
+    return (tl.cumsum(rows, 0) - rows)[:, None] + tl.cumsum(flags, 1) - flags
+
+
+@triton.jit
+def largest_with_count(key, at_low, least, most):
+    """A number with `least` to `most` keys at or above it; the `least`-th largest key if there is none.
+
+    at_low: how many keys there are, at least `least`; other places hold NOTHING. Searched by interpolation, as if the
+    logarithm of the count fell linearly with the score (it does where scores are distributed exponentially), every
+    third step by bisection.
+    """
+    low = tl.min(tl.where(key == NOTHING, ALWAYS, key))
+    is_number = key < ALWAYS - 1
+    high = tl.max(tl.where(is_number, key, low))
+    at_high = tl.sum((key >= ALWAYS - 1).to(tl.int32))  # keys above `high`
+    if at_high >= least:
+        low = ALWAYS - 1
+        high = ALWAYS
+        at_low = at_high
+        at_high = 0
+    goal = tl.log((least + most) * 0.5)
+    step = 0
+    while low < high:
+        step += 1
+        at_low_log = tl.log(at_low.to(tl.float32))
+        share = (at_low_log - goal) / (at_low_log - tl.log(tl.maximum(at_high.to(tl.float32), 0.5)))
+        bottom = flip(low).to(tl.float32, bitcast=True)
+        guess = bottom + (flip(high).to(tl.float32, bitcast=True) - bottom) * share
+        half = (low | high) - ((low ^ high) >> 1)  # (low + high + 1) / 2 without overflow
+        middle = tl.where((step % 3 > 0) & (guess == guess), flip(guess.to(tl.int32, bitcast=True)), half)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high)
+        count = tl.sum((key >= middle).to(tl.int32))
+        enough = count >= least
+        low = tl.where(enough, middle, low)
+        at_low = tl.where(enough, count, at_low)
+        high = tl.where(enough, tl.where(count <= most, middle, high), middle - 1)
+        at_high = tl.where(enough, at_high, count)
+    return low
+
+
+@triton.jit(do_not_specialize=[*TILE, "TARGET", "LIST"])
+def guess_kernel(
     kv_lengths,  # [B] int64
-    keys,  # [R, C'] int32; FORCED: written where a key is always selected
-    counts,  # [R, P, BINS] int32, written
+    keys,  # [R, C'] int32
+    threshold,  # [R] int32, written
     first_batch,
     first_query,
     query_tile,
@@ -244,48 +331,36 @@ def histogram_kernel(
     C,
     K,
     POOL,
-    SINKS,  # groups
-    WINDOW,  # tokens
-    P,
-    FORCED: tl.constexpr,
+    TARGET,  # tokens that shall lie above the threshold
+    LIST,
 ):
-    """Program (split, row of the tile): how many of the split's keys have each value of the highest 11 bits."""
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    """Program (row of the tile): a threshold from one cluster of keys from each of equal parts of the row."""
+    row = tl.program_id(0).to(tl.int64)
     batch = first_batch + row // query_tile
     query = first_query + row % query_tile
-    visible = visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED)
-    if visible <= K:
+    visible = visible_groups(kv_lengths, batch, query, S, C, POOL)
+    if visible <= LIST:
         return
-    share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
-    start = split * share
-    stop = tl.minimum(start + share, visible)
-    readable = tl.cdiv(stop, ROW_ALIGNMENT) * ROW_ALIGNMENT  # a mask of whole vectors: 16-byte loads
+    CLUSTERS: tl.constexpr = SAMPLE // CLUSTER
+    part = tl.arange(0, CLUSTERS)
+    size = visible // CLUSTERS
+    place = part * size + part * (visible % CLUSTERS) // CLUSTERS
+    place += ((part * 40503) & 0xFFFF) * size >> 16  # looks random (2^16 / golden ratio): text may have a period
+    place = tl.minimum(place // CLUSTER, visible // CLUSTER - 1) * CLUSTER
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-    if FORCED:  # the first group that is in the window or incomplete: complete ones hold no later token
-        recent = visible_tokens(kv_lengths, batch, query - WINDOW, S, C * POOL) // POOL
-    bins = tl.zeros((BINS,), tl.int32)
-    for block in range(start, stop, SELECT_BLOCK):
-        tokens = block + tl.arange(0, SELECT_BLOCK)
-        here = tokens < stop
-        key = tl.load(keys + tokens, mask=tokens < readable, other=0)
-        if FORCED:
-            always = (tokens < SINKS) | (tokens >= recent)
-            is_largest = key == -1  # a NaN; it shall rank below
-            key = tl.where(always, -1, tl.where(is_largest, -2, key))
-            tl.store(keys + tokens, key, mask=here & (always | is_largest))
-        bins += tl.histogram((key >> 21) & (BINS - 1), BINS, mask=here)
-    tl.store(counts + (row * P + split) * BINS + tl.arange(0, BINS), bins)
+    sample = tl.load(keys + place[:, None] + tl.arange(0, CLUSTER)[None, :])
+    rank = tl.maximum(SAMPLE * TARGET // visible, 1)
+    at_low = tl.full((), SAMPLE, tl.int32)
+    tl.store(threshold + row, largest_with_count(sample, at_low, rank, rank + rank // 4))
 
 
-@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL", "P", "LIST"])
+@triton.jit(do_not_specialize=[*TILE, "LIST", "P"])
 def filter_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
-    counts,  # [R, P, BINS] int32
-    listed,  # [R, LIST] int32, written
-    state,  # [R, 4] int32, written
+    listed,  # [R, P, LIST] int32, written
+    counts,  # [R, P, 2] int32, written
+    threshold,  # [R] int32
     first_batch,
     first_query,
     query_tile,
@@ -293,76 +368,89 @@ def filter_kernel(
     C,
     K,
     POOL,
-    P,
     LIST,
-    FORCED: tl.constexpr,
+    P,
 ):
-    """Program (split, row of the tile): appends the split's tokens at or above the threshold's bin to the row's list.
-
-    Every program sums the row's histograms for itself, and knows from those of the splits before it where to write.
-    """
+    """Program (split, row of the tile): lists the split's tokens above the threshold, and counts those equal to it."""
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     batch = first_batch + row // query_tile
     query = first_query + row % query_tile
-    visible = visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED)
-    if visible <= K:
+    visible = visible_groups(kv_lengths, batch, query, S, C, POOL)
+    if visible <= LIST:
         return
     share = tl.cdiv(tl.cdiv(visible, P), SELECT_BLOCK) * SELECT_BLOCK
     start = split * share
     stop = tl.minimum(start + share, visible)
-    readable = tl.cdiv(stop, ROW_ALIGNMENT) * ROW_ALIGNMENT  # a mask of whole vectors: 16-byte loads
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    listed += row * LIST
-
-    bin_ids = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
-    for first in range(0, P, SPLITS_READ):  # several rows in flight: one at a time, this loop would be all latency
-        others = first + tl.arange(0, SPLITS_READ)
-        cells = (row * P + others)[:, None] * BINS + bin_ids[None, :]
-        bins = tl.load(counts + cells, mask=(others < P)[:, None], other=0)
-        total += tl.sum(bins, 0)
-        before += tl.sum(tl.where((others < split)[:, None], bins, 0), 0)
-    at_or_above = visible - tl.cumsum(total, 0) + total
-    threshold = tl.sum((at_or_above >= K).to(tl.int32), 0) - 1
-    above = tl.sum(tl.where(bin_ids > threshold, total, 0), 0)
-    tied = tl.sum(tl.where(bin_ids == threshold, total, 0), 0)
-    above_before = tl.sum(tl.where(bin_ids > threshold, before, 0), 0)
-    tied_before = tl.sum(tl.where(bin_ids == threshold, before, 0), 0)
-    # Exact zeros come in masses (ReLU) and need no further sorting: the first ones win.
-    tie_limit = tl.where(threshold == ZERO_BIN, tl.minimum(tied, K - above), tied)
-    if split == 0:
-        tl.store(state + row * 4, threshold)
-        tl.store(state + row * 4 + 1, above)
-        tl.store(state + row * 4 + 2, above + tie_limit)
-
+    listed += (row * P + split) * LIST
+    lowest = tl.load(threshold + row)
+    above = 0
+    equal = 0
+    places = tile_places(SELECT_BLOCK, SELECT_WIDTH, tl.minimum(C, 1))
     for block in range(start, stop, SELECT_BLOCK):
-        tokens = block + tl.arange(0, SELECT_BLOCK)
-        here = tokens < stop
-        key = tl.load(keys + tokens, mask=tokens < readable, other=0)
-        digit = (key >> 21) & (BINS - 1)
-        is_above = here & (digit > threshold)
-        is_tied = here & (digit == threshold)
-        # Two counters in one scan: a block has 4,096 tokens, so 16 bits each are enough.
-        both = is_above.to(tl.int32) + (is_tied.to(tl.int32) << 16)
-        ranks = tl.cumsum(both, 0) - both
-        above_rank = above_before + (ranks & 0xFFFF)
-        tied_rank = tied_before + (ranks >> 16)
-        slots = above_rank + tl.minimum(tied_rank, tie_limit)
-        keep = (is_above | (is_tied & (tied_rank < tie_limit))) & (slots < LIST)
-        tl.store(listed + slots, tokens, mask=keep)
-        sums = tl.sum(both, 0)
-        above_before += sums & 0xFFFF
-        tied_before += sums >> 16
+        tokens = block + places
+        key = tl.load(keys + tokens, mask=tokens < stop, other=NOTHING)
+        is_above = key > lowest
+        is_equal = key == lowest
+        slots = above + ranks(is_above)
+        tl.store(listed + slots, tokens, mask=is_above & (slots < LIST))
+        counted = tl.sum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16))  # of 4,096: 16 bits each are enough
+        above += counted & 0xFFFF
+        equal += counted >> 16
+    tl.store(counts + (row * P + split) * 2, above)
+    tl.store(counts + (row * P + split) * 2 + 1, equal)
 
 
-@triton.jit(do_not_specialize=["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL", "LIST"])
+@triton.jit
+def write_tokens(indices, slots, groups, keep, POOL, tokens_seen):
+    for place in range(POOL):
+        token = groups * POOL + place
+        tl.store(indices + slots * POOL + place, tl.where(token < tokens_seen, token, -1), mask=keep)
+
+
+@triton.jit
+def write_in_order(indices, keys, visible, lowest, written, K, POOL, tokens_seen, EQUAL: tl.constexpr):
+    """Writes the first groups whose key is above `lowest` (EQUAL: equal to it) behind `written` others, up to K."""
+    block = 0
+    while (written < K) & (block < visible):
+        groups = block + tl.arange(0, SCAN_BLOCK)
+        key = tl.load(keys + groups, mask=groups < visible, other=NOTHING)
+        keep = (groups < visible) & (key == lowest if EQUAL else key > lowest)
+        slots = written + tl.cumsum(keep.to(tl.int32), 0) - 1
+        write_tokens(indices, slots, groups, keep & (slots < K), POOL, tokens_seen)
+        written += tl.sum(keep.to(tl.int32))
+        block += SCAN_BLOCK
+    return written
+
+
+@triton.jit
+def write_largest_of_row(indices, keys, visible, K, POOL, tokens_seen):
+    """The slow way: no list, some 30 passes over the keys."""
+    low = tl.full((), -(2**31), tl.int64)
+    high = tl.full((), 2**31 - 1, tl.int64)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        count = 0
+        for block in range(0, visible, SCAN_BLOCK):
+            groups = block + tl.arange(0, SCAN_BLOCK)
+            key = tl.load(keys + groups, mask=groups < visible, other=NOTHING)
+            count += tl.sum(((groups < visible) & (key >= middle.to(tl.int32))).to(tl.int32))
+        low = tl.where(count >= K, middle, low)
+        high = tl.where(count >= K, high, middle - 1)
+    lowest = low.to(tl.int32)
+    written = tl.full((), 0, tl.int32)
+    above = write_in_order(indices, keys, visible, lowest, written, K, POOL, tokens_seen, EQUAL=False)
+    write_in_order(indices, keys, visible, lowest, above, K, POOL, tokens_seen, EQUAL=True)
+
+
+@triton.jit(do_not_specialize=[*TILE, "P"])
 def finish_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
-    listed,  # [R, LIST] int32
-    state,  # [R, 4] int32
+    listed,  # [R, P, LIST] int32
+    counts,  # [R, P, 2] int32
+    threshold,  # [R] int32
     indices,  # [B, S, K * POOL] int32, written
     first_batch,
     first_query,
@@ -371,96 +459,54 @@ def finish_kernel(
     C,
     K,
     POOL,
-    LIST,
-    FORCED: tl.constexpr,
+    P,
+    LIST: tl.constexpr,
 ):
-    """Program (row of the tile): the K tokens of highest key among the listed ones, ascending; -1 beyond.
-
-    If more tokens share the threshold's bin than the list holds, it reads the whole row instead.
-    """
+    """Program (row of the tile): the K tokens of highest key, -1 beyond."""
     row = tl.program_id(0).to(tl.int64)
     batch = first_batch + row // query_tile
     query = first_query + row % query_tile
-    visible = visible_groups(kv_lengths, batch, query, S, C, POOL, FORCED)
-    selected = K
-    tokens_seen = visible
-    if FORCED:
-        selected = K * POOL
-        tokens_seen = visible_tokens(kv_lengths, batch, query, S, C * POOL)
-    indices += (batch * S + query) * selected
+    tokens_seen = visible_tokens(kv_lengths, batch, query, S, C * POOL)
+    visible = tl.cdiv(tokens_seen, POOL)
+    indices += (batch * S + query) * K * POOL
     if visible <= K:
-        for block in range(0, selected, SELECT_BLOCK):
+        for block in range(0, K * POOL, SELECT_BLOCK):
             slots = block + tl.arange(0, SELECT_BLOCK)
-            tl.store(indices + slots, tl.where(slots < tokens_seen, slots, -1), mask=slots < selected)
+            tl.store(indices + slots, tl.where(slots < tokens_seen, slots, -1), mask=slots < K * POOL)
         return
 
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    listed += row * LIST
-    high = tl.load(state + row * 4)
-    above = tl.load(state + row * 4 + 1)
-    candidates = tl.load(state + row * 4 + 2)
-    count = tl.where(candidates <= LIST, candidates, visible)
-    from_list = tl.where(candidates <= LIST, candidates, 0)
-    bin_ids = tl.arange(0, BINS)
+    listed += row * P * LIST
+    counts += row * P * 2
+    slots = tile_places(LIST, LIST // 8, tl.minimum(C, 1))
+    above = visible
+    equal = 0
+    groups = slots
+    if visible > LIST:
+        splits = tl.arange(0, MAX_SPLITS)
+        counts_P = tl.load(counts + splits * 2, mask=splits < P, other=0)
+        equal = tl.sum(tl.load(counts + splits * 2 + 1, mask=splits < P, other=0))
+        above = 0
+        place = slots  # of the lists' entries, one list behind the other
+        for split in tl.static_range(MAX_SPLITS):
+            count = tl.sum(tl.where(splits == split, counts_P, 0))
+            above += count
+            place += tl.where(slots >= above, LIST - count, 0)
+        groups = tl.load(listed + place, mask=slots < tl.where(above <= LIST, above, 0), other=0)
 
-    middle = 0
-    low = 0
-    if candidates > K:
-        bins = tl.zeros((BINS,), tl.int32)
-        for block in range(0, count, SELECT_BLOCK):
-            slots = block + tl.arange(0, SELECT_BLOCK)
-            here = slots < count
-            tokens = tl.load(listed + slots, mask=slots < from_list, other=0)
-            tokens = tl.where(slots < from_list, tokens, slots)
-            key = tl.load(keys + tokens, mask=here, other=0)
-            here = here & (((key >> 21) & (BINS - 1)) == high)
-            bins += tl.histogram((key >> 10) & (BINS - 1), BINS, mask=here)
-        at_or_above = above + tl.sum(bins, 0) - tl.cumsum(bins, 0) + bins
-        middle = tl.sum((at_or_above >= K).to(tl.int32), 0) - 1
-        above += tl.sum(tl.where(bin_ids > middle, bins, 0), 0)
-
-        bins = tl.zeros((BINS,), tl.int32)
-        for block in range(0, count, SELECT_BLOCK):
-            slots = block + tl.arange(0, SELECT_BLOCK)
-            here = slots < count
-            tokens = tl.load(listed + slots, mask=slots < from_list, other=0)
-            tokens = tl.where(slots < from_list, tokens, slots)
-            key = tl.load(keys + tokens, mask=here, other=0)
-            here = here & (((key >> 10) & (BINS * BINS - 1)) == ((high << 11) | middle))
-            bins += tl.histogram(key & 1023, BINS, mask=here)
-        at_or_above = above + tl.sum(bins, 0) - tl.cumsum(bins, 0) + bins
-        low = tl.sum((at_or_above >= K).to(tl.int32), 0) - 1
-        above += tl.sum(tl.where(bin_ids > low, bins, 0), 0)
-
-    # Signed comparison after the sign bit is flipped back: the order of the unsigned keys.
-    lowest_kept = ((high << 21) | (middle << 10) | low) ^ -2147483648
-    resolved = candidates > K
-    tie_limit = tl.where(resolved, K - above, K)
-    kept_before = 0
-    tied_before = 0
-    for block in range(0, count, SELECT_BLOCK):
-        slots = block + tl.arange(0, SELECT_BLOCK)
-        here = slots < count
-        tokens = tl.load(listed + slots, mask=slots < from_list, other=0)
-        tokens = tl.where(slots < from_list, tokens, slots)
-        key = tl.load(keys + tokens, mask=here, other=0) ^ -2147483648
-        is_above = here & (key > lowest_kept)
-        is_tied = here & (key == lowest_kept)
-        both = is_above.to(tl.int32) + (is_tied.to(tl.int32) << 16)
-        ranks = tl.cumsum(both, 0) - both
-        tied_rank = tied_before + (ranks >> 16)
-        slots = kept_before + (ranks & 0xFFFF) + tl.minimum(tied_rank, tie_limit)
-        keep = is_above | (is_tied & (tied_rank < tie_limit))
-        keep = keep & (slots < K)
-        if FORCED:
-            for place in range(POOL):
-                token = tokens * POOL + place
-                tl.store(indices + slots * POOL + place, tl.where(token < tokens_seen, token, -1), mask=keep)
-        else:
-            tl.store(indices + slots, tokens, mask=keep)
-        sums = tl.sum(both, 0)
-        kept_before += sums & 0xFFFF
-        tied_before += sums >> 16
+    if (above >= K) & (above <= LIST):
+        key = tl.load(keys + groups, mask=slots < above, other=NOTHING)
+        lowest = largest_with_count(key, above, K, K)
+        is_equal = key == lowest
+        room = K - tl.sum((key > lowest).to(tl.int32))
+        keep = (key > lowest) | (is_equal & (ranks(is_equal) < room))
+        write_tokens(indices, ranks(keep), groups, keep, POOL, tokens_seen)
+    elif (above < K) & (above + equal >= K):  # the threshold is the K-th largest key
+        write_tokens(indices, slots, groups, slots < above, POOL, tokens_seen)
+        lowest = tl.load(threshold + row)
+        write_in_order(indices, keys, visible, lowest, above, K, POOL, tokens_seen, EQUAL=True)
+    else:
+        write_largest_of_row(indices, keys, visible, K, POOL, tokens_seen)
 
 
 def index_topk(
@@ -473,7 +519,7 @@ def index_topk(
     window: int = 0,
     pool: int = 1,
     index_scale: Tensor | None = None,
-    budget: int = DEFAULT_WORKSPACE,
+    budget: int = SCORE_BYTES,
 ) -> Tensor:
     """Launches the kernels; arguments and result as `plugins.index_topk.op.index_topk`, already validated."""
     B, S, Hi, Di = index_q.shape
@@ -484,47 +530,62 @@ def index_topk(
     K = k // pool
     cut = plan(B, S, C, Hi, Di, K, budget)
     rows = cut.batch_tile * cut.query_tile
-    capacity, _ = row_entries(C, K)
+    capacity = row_entries(C)
     memory = torch.empty(cut.workspace // 4, dtype=torch.int32, device=index_q.device)
-    sizes = [rows * capacity, rows * cut.listed, rows * 4, rows * cut.splits * BINS.value]
-    keys, listed, state, counts = memory[: sum(sizes)].split(sizes)
+    per_split = rows * cut.splits
+    sizes = [rows * capacity, per_split * cut.listed, per_split * 2, rows]
+    keys, listed, counts, threshold = memory[: sum(sizes)].split(sizes)
     dtype = "fp32" if index_q.dtype == torch.float32 else "16 bits"
     precision = "ieee" if dtype == "fp32" else "tf32"
     fp8 = index_scale is not None
     stored_k = index_k.view(torch.uint8) if fp8 else index_k
-    select = {"FORCED": bool(sinks or window or pool > 1), **SELECT_OPTIONS}
     for batch in range(0, B, cut.batch_tile):
         for query in range(0, S, cut.query_tile):
             tile = min(cut.query_tile, S - query)
-            tile_rows = min(cut.batch_tile, B - batch) * tile
+            rows_here = min(cut.batch_tile, B - batch) * tile
             where = (batch, query, tile, S, C)
             if K < C:
                 ranges = triton.cdiv(capacity, cut.blocks * block_c(Di))
                 query_blocks = triton.cdiv(tile, cut.block_s) * min(cut.batch_tile, B - batch)
                 score_kernel[(ranges, query_blocks)](
-                    index_q, index_weights, stored_k, kv_lengths, index_scale, keys, *where, Hi, K, pool, cut.blocks,
+                    index_q, index_weights, stored_k, kv_lengths, index_scale, keys, *where, Hi, K, pool,
+                    triton.cdiv(sinks, pool), window, cut.blocks,
                     HI_PADDED=padded_heads(Hi), DI=Di, BLOCK_S=cut.block_s, BLOCK_C=block_c(Di),
                     PRECISION=precision, FP8=fp8, WIDEN=triton.knobs.runtime.interpret,
                     **score_options(dtype, S <= DECODE_QUERIES),
                 )  # fmt: skip
-                forced = (pool, triton.cdiv(sinks, pool), window)
-                histogram_kernel[(cut.splits, tile_rows)](
-                    kv_lengths, keys, counts, *where, K, *forced, cut.splits, **select
+            if cut.splits:
+                guess_kernel[(rows_here,)](
+                    kv_lengths, keys, threshold, *where, K, pool, target(K), cut.listed, **GUESS_OPTIONS
                 )
-                filter_kernel[(cut.splits, tile_rows)](
-                    kv_lengths, keys, counts, listed, state, *where, K, pool, cut.splits, cut.listed, **select
-                )
-            finish_kernel[(tile_rows,)](kv_lengths, keys, listed, state, indices, *where, K, pool, cut.listed, **select)
+                filter_kernel[(cut.splits, rows_here)](
+                    kv_lengths, keys, listed, counts, threshold, *where, K, pool, cut.listed, cut.splits,
+                    **FILTER_OPTIONS,
+                )  # fmt: skip
+            finish_kernel[(rows_here,)](
+                kv_lengths, keys, listed, counts, threshold, indices, *where, K, pool, cut.splits,
+                LIST=cut.listed, **finish_options(cut.listed),
+            )  # fmt: skip
     return indices
 
 
-SELECT_OPTIONS = {"num_warps": 16, "num_stages": 1, **COMMON_OPTIONS}
+def target(k: int) -> int:
+    """Tokens that shall lie above the threshold: as many times k as LIST is times that."""
+    return math.isqrt(k * list_entries(k))
+
+
+GUESS_OPTIONS = {"num_warps": 8, "num_stages": 1, **COMMON_OPTIONS}
+FILTER_OPTIONS = {"num_warps": 8, "num_stages": 1, **COMMON_OPTIONS}
+
+
+def finish_options(listed: int) -> dict[str, Any]:
+    return {"num_warps": listed // 1024, "num_stages": 1, **COMMON_OPTIONS}
 
 
 def score_options(dtype: str, decode: bool) -> dict[str, Any]:
     if dtype == "fp32":
         return {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
-    stages = {"num_warps": 4, "num_stages": 4} if decode else {"num_warps": 8, "num_stages": 3}
+    stages = {"num_warps": 4, "num_stages": 4} if decode else {"num_warps": 4, "num_stages": 3}
     return {**stages, **COMMON_OPTIONS}
 
 
@@ -546,11 +607,12 @@ def variants() -> Iterator[Variant]:
             },
             options=score_options(dtype, decode),
         )  # fmt: skip
-    pointers = {"kv_lengths": "*i64"} | dict.fromkeys(("keys", "counts", "listed", "state", "indices"), "*i32")
-    kernels = {"histogram": histogram_kernel, "filter": filter_kernel, "finish": finish_kernel}
-    for (name, kernel), forced in product(kernels.items(), (False, True)):
-        suffix = "_forced" if forced else ""
-        yield Variant(f"index_topk_{name}{suffix}", kernel, pointers, {"FORCED": forced}, SELECT_OPTIONS)
+    pointers = {"kv_lengths": "*i64"} | dict.fromkeys(("keys", "listed", "counts", "threshold", "indices"), "*i32")
+    yield Variant("index_topk_guess", guess_kernel, pointers, {}, GUESS_OPTIONS)
+    yield Variant("index_topk_filter", filter_kernel, pointers, {}, FILTER_OPTIONS)
+    for listed in (list_entries(1), list_entries(MAX_K)):
+        options = finish_options(listed)
+        yield Variant(f"index_topk_finish_{listed}", finish_kernel, pointers, {"LIST": listed}, options)
 
 
 def constants() -> dict[str, int]:
@@ -561,12 +623,11 @@ def constants() -> dict[str, int]:
         "PREFILL_COLUMNS": PREFILL_COLUMNS,
         "DECODE_QUERIES": DECODE_QUERIES,
         "SELECT_BLOCK": SELECT_BLOCK.value,
-        "BINS": BINS.value,
-        "MAX_SPLITS": MAX_SPLITS,
+        "MAX_SPLITS": MAX_SPLITS.value,
         "SCORE_PROGRAMS": SCORE_PROGRAMS,
         "SELECT_PROGRAMS": SELECT_PROGRAMS,
         "MAX_BLOCKS": MAX_BLOCKS,
-        "DEFAULT_WORKSPACE": DEFAULT_WORKSPACE,
+        "SCORE_BYTES": SCORE_BYTES,
         "MAX_HEADS": MAX_HEADS,
         "MAX_K": MAX_K,
         "MAX_CAPACITY": MAX_CAPACITY,

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -79,11 +80,22 @@ struct Plan
     int64_t batchTile, queryTile, blockS, blockC, blocks, splits, capacity, listed;
 };
 
-int64_t workspaceBytes(int64_t rows, int64_t C, int64_t k)
+int64_t listEntries(int64_t k)
 {
-    int64_t const capacity = ceilDiv(C, size::ROW_ALIGNMENT) * size::ROW_ALIGNMENT;
-    int64_t const listed = std::max<int64_t>(2 * size::SELECT_BLOCK, 4 * k);
-    return 4 * (rows * (capacity + listed + size::BINS + 4) + size::SELECT_PROGRAMS * size::BINS);
+    return k <= 2048 ? 8192 : 16384;
+}
+
+int64_t paddedCapacity(int64_t C)
+{
+    return ceilDiv(C, size::ROW_ALIGNMENT) * size::ROW_ALIGNMENT;
+}
+
+// The lists of a tile, or of any smaller one.
+int64_t splitBytes(int64_t rows, int64_t C, int64_t k)
+{
+    int64_t const entries = listEntries(k);
+    int64_t const splits = std::min<int64_t>(rows * size::MAX_SPLITS, size::SELECT_PROGRAMS);
+    return entries < C ? 4 * splits * (entries + 2) : 0;
 }
 
 int64_t evenTile(int64_t count, int64_t most, int64_t step)
@@ -100,11 +112,10 @@ Plan planOf(Shape const& shape, int64_t k)
     int64_t const columns = shape.S <= size::DECODE_QUERIES ? size::DECODE_COLUMNS : size::PREFILL_COLUMNS;
     plan.blockS = columns / paddedHeads(shape.Hi);
     plan.blockC = 128 * 64 / shape.Di;
-    plan.capacity = ceilDiv(shape.C, size::ROW_ALIGNMENT) * size::ROW_ALIGNMENT;
-    plan.listed = std::max<int64_t>(2 * size::SELECT_BLOCK, 4 * k);
-    int64_t const fixed = workspaceBytes(0, shape.C, k);
-    int64_t const fitting = (size::DEFAULT_WORKSPACE - fixed) / (workspaceBytes(1, shape.C, k) - fixed);
-    int64_t const most = std::max<int64_t>(1, fitting);
+    plan.capacity = paddedCapacity(shape.C);
+    plan.listed = listEntries(k);
+    int64_t const fitting = size::SCORE_BYTES / (4 * std::max<int64_t>(plan.capacity, 1));
+    int64_t const most = std::min<int64_t>(std::max<int64_t>(fitting, 1), size::SELECT_PROGRAMS);
     plan.queryTile = evenTile(shape.S, most, plan.blockS);
     plan.batchTile = evenTile(shape.B, most / plan.queryTile, 1);
     int64_t const rows = plan.batchTile * plan.queryTile;
@@ -112,6 +123,7 @@ Plan planOf(Shape const& shape, int64_t k)
     plan.blocks = std::min<int64_t>(std::max<int64_t>(work / size::SCORE_PROGRAMS, 1), size::MAX_BLOCKS);
     plan.splits = std::min({std::max<int64_t>(size::SELECT_PROGRAMS / rows, 1), int64_t{size::MAX_SPLITS},
         ceilDiv(shape.C, size::SELECT_BLOCK)});
+    plan.splits = shape.C > plan.listed ? plan.splits : 0;
     return plan;
 }
 
@@ -238,8 +250,10 @@ public:
         return guarded<std::size_t>(kName, 0, [&] {
             require(isCount(nbInputs), kCount);
             Shape const most = largest(in, nbInputs);
-            int64_t const bound = std::max<int64_t>(size::DEFAULT_WORKSPACE, workspaceBytes(1, most.C, groups()));
-            return static_cast<std::size_t>(std::min(workspaceBytes(most.B * most.S, most.C, groups()), bound));
+            int64_t const rows = most.B * most.S, row = 4 * paddedCapacity(most.C);
+            int64_t const scores = std::min(rows * row, std::max<int64_t>(size::SCORE_BYTES, row));
+            int64_t const lists = splitBytes(std::min<int64_t>(rows, size::SELECT_PROGRAMS), most.C, groups());
+            return static_cast<std::size_t>(scores + 4 * std::min<int64_t>(rows, size::SELECT_PROGRAMS) + lists);
         });
     }
 
@@ -260,12 +274,11 @@ public:
             std::string const score = std::string("index_topk_score_") + kernelType(in[kQ].type) + "_"
                 + std::to_string(shape.Di) + "_" + std::to_string(paddedHeads(shape.Hi));
             std::string const fp8 = scaled ? "_fp8" : "";
-            std::string const forced = mSinks > 0 || mWindow > 0 || mPool > 1 ? "_forced" : "";
             mDecode = Kernel(score + "_decode" + fp8);
             mPrefill = Kernel(score + "_prefill" + fp8);
-            mHistogram = Kernel("index_topk_histogram" + forced);
-            mFilter = Kernel("index_topk_filter" + forced);
-            mFinish = Kernel("index_topk_finish" + forced);
+            mGuess = Kernel("index_topk_guess");
+            mFilter = Kernel("index_topk_filter");
+            mFinish = Kernel("index_topk_finish_" + std::to_string(listEntries(groups())));
             return 0;
         });
     }
@@ -337,8 +350,8 @@ private:
         int64_t const rows = plan.batchTile * plan.queryTile;
         int32_t* keys = workspace;
         int32_t* listed = keys + rows * plan.capacity;
-        int32_t* state = listed + rows * plan.listed;
-        int32_t* counts = state + rows * 4;
+        int32_t* counts = listed + rows * plan.splits * plan.listed;
+        int32_t* threshold = counts + rows * plan.splits * 2;
 
         // Kernel arguments are 32 bits wide; shapeOf and the plan keep them there.
         int32_t const S = static_cast<int32_t>(shape.S), C = static_cast<int32_t>(shape.C);
@@ -346,6 +359,7 @@ private:
         int32_t const sinks = static_cast<int32_t>(ceilDiv(mSinks, mPool)), window = static_cast<int32_t>(mWindow);
         int32_t const heads = static_cast<int32_t>(shape.Hi), blocks = static_cast<int32_t>(plan.blocks);
         int32_t const splits = static_cast<int32_t>(plan.splits), list = static_cast<int32_t>(plan.listed);
+        int32_t const target = static_cast<int32_t>(std::sqrt(static_cast<double>(groups() * plan.listed)));
         unsigned const ranges = static_cast<unsigned>(ceilDiv(plan.capacity, plan.blocks * plan.blockC));
         Kernel const& score = shape.S <= size::DECODE_QUERIES ? mDecode : mPrefill;
         for (int64_t firstBatch = 0; firstBatch < shape.B; firstBatch += plan.batchTile)
@@ -361,18 +375,21 @@ private:
                     unsigned const queryBlocks = static_cast<unsigned>(ceilDiv(tile, plan.blockS) * batches);
                     score.launch(ranges, queryBlocks,
                         {&inputs[kQ], &inputs[kWeights], &inputs[kKeys], &inputs[kLengths], &scale, &keys, &batch, &query,
-                            &tile, &S, &C, &heads, &K, &pool, &blocks},
+                            &tile, &S, &C, &heads, &K, &pool, &sinks, &window, &blocks},
                         stream);
-                    mHistogram.launch(plan.splits, tileRows,
-                        {&inputs[kLengths], &keys, &counts, &batch, &query, &tile, &S, &C, &K, &pool, &sinks, &window, &splits},
+                }
+                if (plan.splits > 0)
+                {
+                    mGuess.launch(tileRows, 1,
+                        {&inputs[kLengths], &keys, &threshold, &batch, &query, &tile, &S, &C, &K, &pool, &target, &list},
                         stream);
                     mFilter.launch(plan.splits, tileRows,
-                        {&inputs[kLengths], &keys, &counts, &listed, &state, &batch, &query, &tile, &S, &C, &K, &pool, &splits,
-                            &list},
+                        {&inputs[kLengths], &keys, &listed, &counts, &threshold, &batch, &query, &tile, &S, &C, &K, &pool,
+                            &list, &splits},
                         stream);
                 }
                 mFinish.launch(tileRows, 1,
-                    {&inputs[kLengths], &keys, &listed, &state, &indices, &batch, &query, &tile, &S, &C, &K, &pool, &list},
+                    {&inputs[kLengths], &keys, &listed, &counts, &threshold, &indices, &batch, &query, &tile, &S, &C, &K, &pool, &splits},
                     stream);
             }
         }
@@ -384,7 +401,7 @@ private:
     std::string mTimingCacheId;
     std::array<PluginField, 4> mSaved{};
     PluginFieldCollection mFields{};
-    Kernel mDecode, mPrefill, mHistogram, mFilter, mFinish;
+    Kernel mDecode, mPrefill, mGuess, mFilter, mFinish;
 };
 
 } // namespace

@@ -27,7 +27,8 @@ from plugins.variant import AOT_DTYPES, COMMON_OPTIONS, Variant
 
 GROUP_PADDED = tl.constexpr(16)
 MAX_SPLITS = tl.constexpr(32)
-ATTEND_PROGRAMS = 512  # four on each multiprocessor of the largest GPU: enough loads in flight to fill the memory bus
+BLOCK_K = tl.constexpr(32)  # rows gathered at a time
+ATTEND_PROGRAMS = 1056  # eight on each multiprocessor of the largest GPU: enough loads in flight to fill the memory bus
 
 MAX_GROUP = GROUP_PADDED.value
 HEAD_SIZES = (64, 128)
@@ -36,21 +37,15 @@ MAX_CAPACITY = 2**20
 MAX_TOKENS = 2**17  # of one call, B * S
 
 
-def plan(B: int, S: int, Hkv: int, D: int, k: int) -> tuple[int, int]:
+def plan(B: int, S: int, Hkv: int, k: int) -> tuple[int, int]:
     """(entries per split, splits): splits K where tokens and heads alone would leave multiprocessors idle."""
     wanted = min(max(ATTEND_PROGRAMS // (B * S * Hkv), 1), MAX_SPLITS.value)
-    block = block_k(D)
-    share = triton.cdiv(triton.cdiv(k, wanted), block) * block
+    share = triton.cdiv(triton.cdiv(k, wanted), BLOCK_K.value) * BLOCK_K.value
     return share, triton.cdiv(k, share)
 
 
-def block_k(D: int) -> int:
-    """Rows gathered at a time. With three stages of K and V that is 48 KB of shared memory for either head size."""
-    return 64 * 64 // D
-
-
 def workspace_bytes(B: int, S: int, Hq: int, Hkv: int, D: int, k: int) -> int:
-    _, splits = plan(B, S, Hkv, D, k)
+    _, splits = plan(B, S, Hkv, k)
     return 4 * B * S * Hq * splits * (D + 2) if splits > 1 else 0
 
 
@@ -79,7 +74,6 @@ def attend_kernel(
     SHARE,
     P,
     D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -178,7 +172,7 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     output = torch.empty_like(q)
     if output.numel() == 0:
         return output
-    share, splits = plan(B, S, Hkv, D, K)
+    share, splits = plan(B, S, Hkv, K)
     parts = B * S * Hq * splits if splits > 1 else 0
     sums = torch.empty(parts * D, dtype=torch.float32, device=q.device)
     statistics = torch.empty(2 * parts, dtype=torch.float32, device=q.device)
@@ -187,8 +181,8 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     attend_kernel[(B * S * Hkv * splits,)](
         q, k_cache, v_cache, indices, output, sums, statistics,
         scale, B * S, S, C, Hkv, Hq // Hkv, K, share, splits,
-        D=D, BLOCK_K=block_k(D), PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
-        **attend_options(dtype),
+        D=D, PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
+        **attend_options(dtype, D),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(B * S * Hq,)](sums, statistics, output, B * S, S, Hq, splits, D=D, **COMBINE_OPTIONS)
@@ -198,9 +192,8 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
 COMBINE_OPTIONS = {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
 
 
-def attend_options(dtype: str) -> dict[str, Any]:
-    # The loop loads indices, then the rows they name: Triton shares the stages between the two, five give K and V two.
-    return {"num_warps": 4, "num_stages": 1 if dtype == "fp32" else 5, **COMMON_OPTIONS}
+def attend_options(dtype: str, D: int) -> dict[str, Any]:
+    return {"num_warps": D // 64, "num_stages": 1 if dtype == "fp32" else 3, **COMMON_OPTIONS}
 
 
 def variants() -> Iterator[Variant]:
@@ -214,8 +207,8 @@ def variants() -> Iterator[Variant]:
                 "q": tensor, "k_cache": tensor, "v_cache": tensor, "indices": "*i32", "output": tensor,
                 "sums": "*fp32", "statistics": "*fp32", "scale": "fp32",
             },
-            constants={"D": D, "BLOCK_K": block_k(D), "PRECISION": "tf32", "WIDEN": False},
-            options=attend_options(dtype),
+            constants={"D": D, "PRECISION": "tf32", "WIDEN": False},
+            options=attend_options(dtype, D),
         )  # fmt: skip
         yield Variant(
             name=f"sparse_attention_combine_{dtype}_{D}",
@@ -231,7 +224,7 @@ def constants() -> dict[str, int]:
     return {
         "MAX_SPLITS": MAX_SPLITS.value,
         "ATTEND_PROGRAMS": ATTEND_PROGRAMS,
-        "BLOCK_K_TIMES_D": block_k(64) * 64,
+        "BLOCK_K": BLOCK_K.value,
         "MAX_GROUP": MAX_GROUP,
         "MAX_K": MAX_K,
         "MAX_CAPACITY": MAX_CAPACITY,

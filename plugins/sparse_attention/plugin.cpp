@@ -215,7 +215,7 @@ private:
         int64_t const tokens64 = shape.B * shape.S;
         int64_t const wanted = std::min<int64_t>(
             std::max<int64_t>(size::ATTEND_PROGRAMS / (tokens64 * shape.Hkv), 1), size::MAX_SPLITS);
-        int64_t const block = size::BLOCK_K_TIMES_D / shape.D;
+        int64_t const block = size::BLOCK_K;
         int64_t const share64 = ceilDiv(ceilDiv(shape.K, wanted), block) * block;
         int64_t const splits64 = ceilDiv(shape.K, share64);
 

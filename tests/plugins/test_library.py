@@ -248,7 +248,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, kernels: list[str]) -
     return launches
 
 
-TOPK_KERNELS = ["score_kernel", "histogram_kernel", "filter_kernel", "finish_kernel"]
+TOPK_KERNELS = ["score_kernel", "guess_kernel", "filter_kernel", "finish_kernel"]
 
 
 def as_recorded(text: str) -> list[list[Any]]:
@@ -290,6 +290,7 @@ def test_topk_launches_are_those_of_torch(
     "B, S, C, k, sinks, window, pool",
     [
         (2, 1, 9000, 2048, 4, 100, 1),
+        (1, 1, 17000, 4096, 0, 0, 1),
         (1, 100, 20000, 512, 5, 0, 4),  # several tiles
         (3, 9, 300, 1200, 0, 7, 4),  # as many groups as are selected: nothing to score
     ],
@@ -332,15 +333,16 @@ def test_attention_launches_are_those_of_torch(
 def test_workspace_pointers_stay_inside_the_workspace(
     host: Path, library: Path, fake_driver: dict, tmp_path: Path
 ) -> None:
-    """keys, listed, state and counts follow each other and end within what getWorkspaceSize asked for."""
+    """keys, listed, counts and threshold follow each other and end within what getWorkspaceSize asked for."""
     B, S, C, k = 4, 1, 9000, 64
     case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
     lines = run_host(host, "run", library, case, 1, 1, 0, **fake_driver).splitlines()
-    keys, counts, listed, state = (int(a[1:]) for a in lines[2].split()[6:10])
+    keys, listed, counts, threshold = (int(a[1:]) for a in lines[2].split()[6:10])
     cut = topk_kernel.plan(B, S, C, 8, 64, k)
-    capacity, entries = topk_kernel.row_entries(C, k)
-    assert [listed - keys, state - listed, counts - state] == [4 * B * capacity, 4 * B * entries, 16 * B]
-    assert counts + 4 * B * cut.splits * topk_kernel.BINS.value - keys <= topk_kernel.largest_workspace(B, S, C, k)
+    splits = B * cut.splits
+    sizes = [4 * B * topk_kernel.row_entries(C), 4 * splits * cut.listed, 8 * splits]
+    assert [listed - keys, counts - listed, threshold - counts] == sizes
+    assert threshold + 4 * B - keys <= topk_kernel.largest_workspace(B, S, C, k)
 
 
 def test_old_gpu_is_refused(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
@@ -350,7 +352,7 @@ def test_old_gpu_is_refused(host: Path, library: Path, fake_driver: dict, tmp_pa
 
 
 def test_contexts_on_several_threads(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
-    case = topk_case(tmp_path, 2, 1, 5000, 8, 64, 64, torch.float16)
+    case = topk_case(tmp_path, 2, 1, 9000, 8, 64, 64, torch.float16)
     launches = as_recorded(run_host(host, "run", library, case, 4, 5, 0, **fake_driver))
     assert len(launches) == 4 * 5 * 4
 

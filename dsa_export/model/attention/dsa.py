@@ -185,7 +185,7 @@ class SparseAttention(DenseAttention):
         call = Call(
             rope=(NOTHING, NOTHING),
             index_rope=(NOTHING, NOTHING),
-            kv_lengths=torch.full((B,), S),
+            kv_lengths=torch.full((B,), S, device=trace.index_k.device),
             lengths=trace.lengths,
             caches=None,
         )
