@@ -19,7 +19,7 @@ from engines.session import Runner, Session, open_runner
 
 PREFILL_RUNS = 5
 """At most so many timed prefill calls: each is as long as many decoding steps."""
-PEAK_MIB = "most resident memory that the engine added to its process while running: weights, caches, workspace"
+PEAK_MIB = "most memory that the engine added to its process (torch on a GPU: there): weights, caches, workspace"
 
 Record = dict[str, Any]
 

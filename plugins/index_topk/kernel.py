@@ -19,9 +19,9 @@ Four launches a tile, none of which waits for another program, and no atomic: th
     finish     finds the K-th largest of the listed keys, exactly, and writes the K indices and -1
 
 The threshold is a key of such rank in the sample that between K and LIST tokens should lie above it. Where it misses
-(less than once in 10^3 rows of 1M tokens, far more rarely in shorter ones), `finish` reads the whole row instead, some
-30 times: exact, and slow. Masses of equal scores (zeros, after ReLU) do not miss: the threshold is then their key, and
-what is lacking beside the tokens above it are the first of them.
+(about once in 10^3 rows of 1M tokens with independent scores, far more rarely in shorter ones), `finish` reads the
+whole row instead, some 30 times: exact, and slow. Masses of equal scores (zeros, after ReLU) do not miss: the threshold
+is then their key, and what is lacking beside the tokens above it are the first of them.
 
 Rows with at most K visible tokens skip the first three and get 0, 1, 2, ...; rows of at most LIST skip two.
 """
@@ -46,7 +46,7 @@ DECODE_COLUMNS = 16  # (head, query) pairs that a program scores at a time, S <=
 PREFILL_COLUMNS = 128
 DECODE_QUERIES = 8
 SELECT_BLOCK = tl.constexpr(4096)  # keys that the selection reads at a time
-SELECT_WIDTH = tl.constexpr(1024)  # of those, side by side: four for each thread of the eight warps
+SELECT_WIDTH = tl.constexpr(1024)  # rows of such a tile, see `tile_places`
 SCAN_BLOCK = tl.constexpr(2048)
 SAMPLE = tl.constexpr(8192)
 CLUSTER = tl.constexpr(4)  # sampled keys that stand together: half of the 32 bytes that a read takes at least

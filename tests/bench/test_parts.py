@@ -143,6 +143,28 @@ def test_peak_memory_sees_what_was_freed_again():
     assert 95 < measure.in_child(peak) < 130  # and nothing of it stays in this process
 
 
+def test_peak_memory_on_a_gpu_is_what_torch_took_there(monkeypatch):
+    class Gpu:
+        peak = allocated = 3 * 2**20
+
+        def memory_allocated(self):
+            return self.allocated
+
+        def max_memory_allocated(self):
+            return self.peak
+
+        def reset_peak_memory_stats(self):
+            self.peak = self.allocated
+
+    gpu = Gpu()
+    monkeypatch.setattr("dsa_export.memory._gpu", lambda: gpu)
+    watched = PeakMemory()
+    gpu.peak = 9 * 2**20
+    assert watched.mib() == 6
+    watched.reset()
+    assert watched.mib() == 0
+
+
 def test_peak_memory_is_never_below_nothing():
     def peak():
         block = np.ones(100 * 2**20, np.uint8)
