@@ -110,6 +110,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--prefill-chunk", type=positive, default=128, metavar="N", help="tokens per call (default: %(default)s)")
     add(
+        "--compile", action="store_true",
+        help="torch: decode through torch.compile, which takes minutes at the first call on a machine; fewer, larger "
+        "kernels",
+    )  # fmt: skip
+    add(
         "--dense-slots", type=positive, metavar="N",
         help="ort on CPUs: attend to everything while the caches have at most N slots per row, which is faster up to "
         "some thousand; with N above k that is more than the k best tokens, and an answer may change with the size of "
@@ -402,7 +407,7 @@ def build_torch(export: Export, limits: Limits, args: argparse.Namespace) -> Non
         graph = export.graphs[variant]
         with output_folder(args.out / "torch" / variant) as folder:
             files = link_checkpoint(export, folder, link_or_copy)
-            write_engine_manifest(folder, "torch", graph, export, limits, dict.fromkeys(files))
+            write_engine_manifest(folder, "torch", graph, export, limits, dict.fromkeys(files), compiled=args.compile)
             run_one_step(folder)
         report(args.out / "torch" / variant)
 

@@ -1,7 +1,8 @@
 """torch: the project's own model from the checkpoint. On a GPU decoding is one CUDA graph with the project's kernels.
 
 The engine folder holds what the export was made from: config, weights (hard links) and tokenizer. The step is the one
-that was exported (`StepGraph`), so both backends compute the same function.
+that was exported (`StepGraph`), so both backends compute the same function. Built with --compile, decoding goes through
+torch.compile, which fuses the small operators around attention.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class TorchRunner:
 
     def __init__(self, engine: Engine, *, threads: int | None = None):
         self.engine = engine
+        self.compiles = bool(engine.manifest.get("compiled"))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if threads and self.device.type == "cpu":
             torch.set_num_threads(threads)
@@ -63,6 +65,8 @@ class TorchRunner:
         )
         try:
             self.step = StepGraph(model.requires_grad_(False).to(self.device)).eval()
+            # Sizes that change once become dynamic: a second and last compilation.
+            self.decode_step = torch.compile(self.step, fullgraph=True) if self.compiles else self.step
         except torch.OutOfMemoryError:
             raise UserError(f"the GPU has no memory for the weights of {engine.folder}") from None
 
@@ -111,7 +115,8 @@ class TorchRunner:
             raise UserError(f"the GPU's memory is full: {str(error).splitlines()[0]}") from None
 
     def _call(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
-        logits, *_ = self.step(*inputs, caches.tensors)  # outside an export the caches are updated in place
+        step = self.decode_step if inputs[0].shape[1] == 1 else self.step
+        logits, *_ = step(*inputs, caches.tensors)  # outside an export the caches are updated in place
         return logits
 
     def _replay(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
+from torch import Tensor
 
 DOMAIN = "dsa"
 PLUGIN_VERSION = "1"
@@ -10,6 +13,11 @@ ONNX_OPSET = 24
 
 # NVIDIA's ONNX parser prefers a registered plugin to the function body only if the node names version and namespace.
 PLUGIN_ATTRIBUTES = {"plugin_version": PLUGIN_VERSION, "plugin_namespace": DOMAIN}
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> str:
+    """For messages: names and shapes."""
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
 
 
 def function_proto(body: str) -> onnx.FunctionProto:

@@ -466,7 +466,7 @@ def text_table(record: Record) -> Table:
 
 
 def _increase(row: Record) -> str:
-    error = row["increase_error"]
+    error = row.get("increase_error")  # older versions measured none
     return f"{row['increase']:+.2%}" + (f" ± {error:.2%}" if error is not None else "")
 
 

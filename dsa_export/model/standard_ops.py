@@ -50,9 +50,11 @@ def write_cache(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
     """
     if torch.onnx.is_in_onnx_export():
         return _onnx("TensorScatter", (cache, update, write_indices), {"axis": -2, "mode": "linear"}, like=cache)
-    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
-    slots = write_indices[:, None] + torch.arange(update.shape[2], device=cache.device)
-    cache.transpose(1, 2)[rows, slots] = update.transpose(1, 2).to(cache.dtype)
+    B, H, S, _ = update.shape
+    rows = torch.arange(B, device=cache.device)[:, None, None]
+    heads = torch.arange(H, device=cache.device)[:, None]
+    slots = write_indices[:, None, None] + torch.arange(S, device=cache.device)
+    cache[rows, heads, slots] = update.to(cache.dtype)  # through a transposed view, torch.compile would copy the cache
     return cache
 
 

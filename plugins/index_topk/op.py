@@ -29,7 +29,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from plugins.registry import PLUGIN_ATTRIBUTES
+from plugins.registry import PLUGIN_ATTRIBUTES, shapes
 
 SCORE_BYTES = 256 * 2**20
 """Upper bound of the scores that the torch form holds at a time; longer inputs are cut into tiles of query tokens."""
@@ -313,14 +313,13 @@ def check(
     index_q: Tensor, index_weights: Tensor, index_k: Tensor, kv_lengths: Tensor, index_scale: Tensor | None = None
 ) -> None:
     """Raises ValueError unless the arguments fit the table at the top of this file."""
-    tensors = {"index_weights": index_weights, "index_k": index_k, "kv_lengths": kv_lengths}
-    found = f"index_q {tuple(index_q.shape)}" + "".join(f", {name} {tuple(t.shape)}" for name, t in tensors.items())
+    tensors = {"index_q": index_q, "index_weights": index_weights, "index_k": index_k, "kv_lengths": kv_lengths}
     if (index_q.ndim, index_weights.ndim, index_k.ndim, kv_lengths.ndim) != (4, 3, 3, 1):
         need = "index_q [B, S, Hi, Di], index_weights [B, S, Hi], index_k [B, G, Di], kv_lengths [B]"
-        raise ValueError(f"need {need}; got {found}")
+        raise ValueError(f"need {need}; got {shapes(tensors)}")
     B, S, Hi, Di = index_q.shape
     if index_weights.shape != (B, S, Hi) or index_k.shape[::2] != (B, Di) or len(kv_lengths) != B:
-        raise ValueError(f"B, S, Hi, Di differ between the arguments: {found}")
+        raise ValueError(f"B, S, Hi, Di differ between the arguments: {shapes(tensors)}")
     types = (index_q.dtype, index_weights.dtype, index_k.dtype)
     if torch.uint8 in types or torch.int8 in types:
         fitting = types == (torch.int8, torch.float32, torch.uint8)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins.registry import PLUGIN_ATTRIBUTES
+from plugins.registry import PLUGIN_ATTRIBUTES, shapes
 
 GATHER_BYTES = 128 * 2**20
 """Upper bound of the gathered K and V rows that the torch form holds at a time (tiles of query tokens)."""
@@ -156,13 +156,14 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
 
 def check(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor) -> None:
     """Raises ValueError unless the arguments fit the table at the top of this file."""
-    tensors = {"k_cache": k_cache, "v_cache": v_cache, "indices": indices}
-    found = f"q {tuple(q.shape)}" + "".join(f", {name} {tuple(t.shape)}" for name, t in tensors.items())
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "indices": indices}
     if (q.ndim, k_cache.ndim, v_cache.ndim, indices.ndim) != (4, 4, 4, 3):
-        raise ValueError(f"need q [B, Hq, S, D], k_cache and v_cache [B, Hkv, C, D], indices [B, S, K]; got {found}")
+        raise ValueError(
+            f"need q [B, Hq, S, D], k_cache and v_cache [B, Hkv, C, D], indices [B, S, K]; got {shapes(tensors)}"
+        )
     B, _, S, D = q.shape
     if k_cache.shape != v_cache.shape or k_cache.shape[::3] != (B, D) or indices.shape[:2] != (B, S):
-        raise ValueError(f"B, S, Hkv, C, D differ between the arguments: {found}")
+        raise ValueError(f"B, S, Hkv, C, D differ between the arguments: {shapes(tensors)}")
     if not q.is_floating_point() or not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(
             "q, k_cache and v_cache must have one floating-point dtype, got "

@@ -63,6 +63,21 @@ def test_torch_computes_what_onnx_runtime_does(pair: tuple[Runner, Runner]):
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
+def test_compiled_decoding_computes_the_same(real_export: Path, built: Path, tmp_path: Path):
+    """Two rows, two capacities: what torch.compile makes of the second fits every other one."""
+    options = ["--onnx", str(real_export), "--out", str(tmp_path), "--variant", "sparse", "--compile"]
+    build.build("torch", build.parse_arguments(options))
+    runners = [open_runner(folder / "torch" / "sparse") for folder in (built, tmp_path)]
+    assert [runner.compiles for runner in runners] == [False, True]
+    sessions = [Session(runner, 2, capacity=64) for runner in runners]
+    for session in sessions:
+        session.prefill(prompts([62, 9]))
+    for token in range(5, 9):
+        expected, found = (session.decode([token] * 2) for session in sessions)
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert sessions[1].capacity > 64
+
+
 def test_rows_are_views_of_the_same_memory(pair: tuple[Runner, Runner]):
     for runner in pair:
         caches, prompt = runner.allocate(3, 64), prompts([20])[0]

@@ -75,6 +75,29 @@ def test_the_warm_up_under_accelerate_launch(tiny: Path, records: Path, warm: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_layers_that_follow_another_ones_indexer(tiny: Path, records: Path, tmp_path: Path, parallel: str) -> None:
+    """The follower's loss reaches its leader's indexer, whose shards another layer gathered."""
+    arguments = [
+        "--model",
+        str(tiny),
+        "--data",
+        str(records),
+        "--steps",
+        "3",
+        "--index-share",
+        "2",
+        *SETTINGS,
+        *INDEXER,
+    ]
+    warmup.main([*arguments, "--out", str(tmp_path / "one")])
+    result = launch(
+        [*TORCHRUN, "-m", "train.warmup"], [*arguments, "--out", str(tmp_path / "two"), "--parallel", parallel]
+    )
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 def stop_during(step: int) -> str:
     """Python that lets every process be interrupted in the middle of a step."""
     return f"""
