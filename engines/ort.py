@@ -5,6 +5,7 @@ Input and output of each cache are one buffer: TensorScatter then writes the new
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,20 @@ class OrtRunner:
         try:
             self.session.run_with_iobinding(caches.binding)
         except RUN_ERRORS as error:  # such as no memory for the workspace
-            raise UserError(f"ONNX Runtime failed in {self.engine.folder}: {error}") from None
+            raise run_failure(self.engine, error) from None
         return caches.logits[:, 0]
+
+
+def run_failure(engine: Engine, error: Exception) -> UserError:
+    """What to tell of an error inside a call."""
+    text = str(error)
+    if "Failed to allocate memory" in text or "bad_alloc" in text:
+        size = re.search(r"requested buffer of size (\d+)", text)
+        wanted = f" of {int(size[1]) / 2**20:,.0f} MiB" if size else ""
+        return UserError(
+            f"no memory for the workspace{wanted} of a call of {engine.folder}: fewer or shorter rows need less"
+        )
+    return UserError(f"ONNX Runtime failed in {engine.folder}: {text}")
 
 
 def check_types(variant: Variant) -> None:

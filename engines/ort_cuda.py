@@ -15,7 +15,7 @@ from torch import Tensor
 from dsa_export.cli import UserError
 from engines.artifacts import Engine
 from engines.device import DeviceCaches, DeviceRunner
-from engines.ort import RUN_ERRORS, check_types, load
+from engines.ort import RUN_ERRORS, check_types, load, run_failure
 from engines.ort_graph import OPERATOR
 
 PROVIDER = "CUDAExecutionProvider"
@@ -55,7 +55,7 @@ class OrtCudaRunner(DeviceRunner):
         try:
             self.session.run_with_iobinding(binding)
         except RUN_ERRORS as error:
-            raise UserError(f"ONNX Runtime failed in {self.engine.folder}: {error}") from None
+            raise run_failure(self.engine, error) from None
         return outputs["logits"][:, 0].cpu().numpy()
 
 
