@@ -52,5 +52,10 @@ def _texts(prompt_file: Path | None) -> Iterator[str]:
         except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError) as error:
             raise UserError(f"{prompt_file} cannot be read as text: {error}") from None
         return
+    yield from modules()
+
+
+def modules() -> Iterator[str]:
+    """The modules of the standard library, by name."""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         yield path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,111 @@
+"""What a running server gives several clients at once: tokens per second of all, and how long an answer takes.
+
+    python -m engines.serve --engine out/engines/ort/sparse --port 8000
+    python -m bench.serving --url http://127.0.0.1:8000 [--clients 1 2 4 8] [--prompt-characters 2000] [--max-tokens 64]
+
+Every client sends its requests one after the other, each with a text of its own (the standard library), greedy.
+One JSON line per number of clients goes to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.table import Table
+
+from bench.prompts import modules
+from dsa_export.cli import UserError, console, positive, run
+from engines.build import cpu_name
+
+TIMEOUT = 600  # seconds of one answer
+
+
+def texts(count: int, characters: int) -> list[str]:
+    """Beginnings of different modules of the standard library."""
+    found = [text[:characters] for text in modules() if len(text) >= characters][:count]
+    if len(found) < count:
+        raise UserError(
+            f"{len(found)} modules have {characters} characters, {count} are needed: fewer clients or requests, or "
+            "shorter prompts"
+        )
+    return found
+
+
+def answer(client: httpx.Client, prompt: str, max_tokens: int) -> tuple[int, int, float]:
+    """Prompt tokens, new tokens and seconds of one completion. Raises UserError unless the server gives one."""
+    start = time.perf_counter()
+    try:
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        response = client.post("/v1/completions", json=body)
+    except httpx.HTTPError as error:
+        raise UserError(f"no answer from {client.base_url}: {error}; is `python -m engines.serve` running?") from None
+    seconds = time.perf_counter() - start
+    if response.status_code != httpx.codes.OK:
+        raise UserError(f"{client.base_url} answers {response.status_code}: {response.text[:300]}")
+    usage = response.json()["usage"]
+    return usage["prompt_tokens"], usage["completion_tokens"], seconds
+
+
+def measure(
+    client: httpx.Client, clients: int, requests: int, prompts: Sequence[str], max_tokens: int
+) -> dict[str, Any]:
+    """`clients` at once, `requests` of each."""
+
+    def one(number: int) -> list[tuple[int, int, float]]:
+        own = prompts[number * requests : (number + 1) * requests]
+        return [answer(client, prompt, max_tokens) for prompt in own]
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [one_answer for answers in pool.map(one, range(clients)) for one_answer in answers]
+    wall = time.perf_counter() - start
+    return {
+        "clients": clients,
+        "requests": len(answers),
+        "prompt_tokens": sum(prompt for prompt, _, _ in answers),
+        "new_tokens": sum(new for _, new, _ in answers),
+        "seconds": wall,
+        "tokens_per_s": sum(new for _, new, _ in answers) / wall,
+        "answer_s": statistics.median(seconds for _, _, seconds in answers),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.serving", description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="the server")
+    add("--clients", type=positive, nargs="+", default=[1, 2, 4], metavar="N", help="clients at once")
+    add("--requests", type=positive, default=2, metavar="N", help="of each client")
+    add("--prompt-characters", type=positive, default=2000, metavar="N", help="length of the prompts")
+    add("--max-tokens", type=positive, default=64, metavar="N", help="new tokens of each answer")
+    add("--out", type=Path, default=Path("out/bench/serving.jsonl"), help="JSON lines")
+    args = parser.parse_args(argv)
+    prompts = texts(max(args.clients) * args.requests, args.prompt_characters)
+    table = Table("clients", "requests", "prompt tokens", "new tokens", "tokens/s of all", "seconds of an answer")
+    records = []
+    with httpx.Client(base_url=args.url, timeout=TIMEOUT) as client:
+        answer(client, prompts[0], 1)
+        for clients in args.clients:
+            record = measure(client, clients, args.requests, prompts, args.max_tokens)
+            records.append(record | {"url": args.url, "machine": cpu_name()})
+            counts = [f"{record[name]:,}" for name in ("clients", "requests", "prompt_tokens", "new_tokens")]
+            table.add_row(*counts, f"{record['tokens_per_s']:.1f}", f"{record['answer_s']:.2f}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    console.print(table)
+    console.print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
