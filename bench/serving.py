@@ -23,6 +23,7 @@ from rich.table import Table
 
 from bench.prompts import modules
 from dsa_export.cli import UserError, console, positive, run
+from dsa_export.files import check_output_file, write_atomically
 from engines.build import cpu_name
 
 TIMEOUT = 600  # seconds of one answer
@@ -39,6 +40,17 @@ def texts(count: int, characters: int) -> list[str]:
     return found
 
 
+def connect(url: str) -> httpx.Client:
+    """A client of a server. Raises UserError if `url` is no address of one."""
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL()
+    if address.scheme not in ("http", "https") or not address.host:
+        raise UserError(f"--url {url!r} is no address of a server: write it like http://127.0.0.1:8000")
+    return httpx.Client(base_url=address, timeout=TIMEOUT)
+
+
 def answer(client: httpx.Client, prompt: str, max_tokens: int) -> tuple[int, int, float]:
     """Prompt tokens, new tokens and seconds of one completion. Raises UserError unless the server gives one."""
     start = time.perf_counter()
@@ -49,9 +61,16 @@ def answer(client: httpx.Client, prompt: str, max_tokens: int) -> tuple[int, int
         raise UserError(f"no answer from {client.base_url}: {error}; is `python -m engines.serve` running?") from None
     seconds = time.perf_counter() - start
     if response.status_code != httpx.codes.OK:
-        raise UserError(f"{client.base_url} answers {response.status_code}: {response.text[:300]}")
-    usage = response.json()["usage"]
-    return usage["prompt_tokens"], usage["completion_tokens"], seconds
+        said = f"{response.status_code} {response.reason_phrase}: {response.text[:300]}"
+        raise UserError(f"{client.base_url} answers {said}; is --url what `python -m engines.serve` printed?")
+    try:
+        usage = response.json()["usage"]
+        return int(usage["prompt_tokens"]), int(usage["completion_tokens"]), seconds
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{client.base_url} answers without a count of tokens: {response.text[:300]!r}; is --url what "
+            "`python -m engines.serve` printed?"
+        ) from None
 
 
 def measure(
@@ -91,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--max-tokens", type=positive, default=64, metavar="N", help="new tokens of each answer")
     add("--out", type=Path, default=Path("out/bench/serving.jsonl"), help="JSON lines")
     args = parser.parse_args(argv)
+    check_output_file(args.out)
     prompts = texts(max(args.clients) * args.requests, args.prompt_characters)
     table = Table("clients", "requests", "prompt tokens", "new tokens", "tokens/s of all", "seconds of an answer")
     records = []
-    with httpx.Client(base_url=args.url, timeout=TIMEOUT) as client:
+    with connect(args.url) as client:
         answer(client, prompts[0], 1)
         for clients in args.clients:
             record = measure(client, clients, args.requests, prompts, args.max_tokens)
@@ -102,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             counts = [f"{record[name]:,}" for name in ("clients", "requests", "prompt_tokens", "new_tokens")]
             table.add_row(*counts, f"{record['tokens_per_s']:.1f}", f"{record['answer_s']:.2f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(args.out, "".join(json.dumps(record) + "\n" for record in records))
     console.print(table)
     console.print(f"wrote {args.out}")
 

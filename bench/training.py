@@ -30,7 +30,7 @@ from torch import Tensor
 from bench.measure import machine, timed
 from dsa_export.cli import UserError, console, progress_bar, run
 from dsa_export.config import DSAConfig
-from dsa_export.files import write_atomically
+from dsa_export.files import check_output_file, write_atomically
 from dsa_export.memory import PeakMemory
 from dsa_export.model import DSAForCausalLM, load_model
 from dsa_export.model.attention.base import Call
@@ -165,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.length, args.runs, args.layers or 1, *args.kl_lengths) < 1:
         raise UserError("--length, --runs, --layers and --kl-lengths must be at least 1")
+    check_output_file(args.out)
     ways = ("original", "ours")
     kl = {T: in_fresh_process(kl_peak, T) for T in args.kl_lengths}
     peaks = {way: in_fresh_process(step_peak, way, args.model, args.layers, args.length) for way in ways}

@@ -44,18 +44,30 @@ def check_output(out: Path, kind: str | None = None) -> None:
     """
     if out.name in ("", ".."):
         raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
-    nearest = next(path for path in (out, *out.parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{nearest} is a file: choose another output folder")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"{nearest} cannot be written to: choose another output folder")
-    if nearest != out or not any(out.iterdir()):
+    _check_writable(out)
+    if not out.exists() or not any(out.iterdir()):
         return
     found = manifest_kind(out)
     if found is None:
         raise UserError(f"{out} exists and was not written by this toolchain: choose another --out, or remove it")
     if kind not in (None, found):
         raise UserError(f"{out} holds {found!r}, which {kind!r} would replace: choose another --out, or remove it")
+
+
+def check_output_file(path: Path) -> None:
+    """Raises UserError if no file `path` can be written. To be called before the work that this would waste."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file as the output")
+    _check_writable(path.parent)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UserError if nothing can be written into a folder, or the folder cannot be made."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file: choose another output folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{nearest} cannot be written to: choose another output folder")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class PeakMemory:
 
     def mib(self) -> float | None:
         if gpu := _gpu():
-            return float(gpu.max_memory_allocated() - self.before_on_gpu) / 2**20
+            return max(0.0, gpu.max_memory_allocated() - self.before_on_gpu) / 2**20
         peak = self._kib("VmHWM")
         if peak is None or self.before is None:
             return None

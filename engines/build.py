@@ -58,7 +58,7 @@ DEFAULT_MAX_BATCH = 8
 # TensorRT-RTX 1.7.1 (an internal check of its compiler; tried with fp32 and fp16 models of two layers).
 ONE_KV_HEAD = "; models with a single KV head are known to need --max-batch 1"
 CHECK_TOKENS = 4
-"""Tokens that the check after an ONNX Runtime build pre-fills."""
+"""Tokens that the check after a build (ort, torch) runs."""
 
 
 def main() -> None:
@@ -111,8 +111,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prefill-chunk", type=positive, default=128, metavar="N", help="tokens per call (default: %(default)s)")
     add(
         "--compile", action="store_true",
-        help="torch: decode through torch.compile, which takes minutes at the first call on a machine; fewer, larger "
-        "kernels",
+        help="torch: decode through torch.compile, for fewer, larger kernels; needs a C++ compiler, and takes minutes: "
+        "in the build, and at the first calls of other sizes or on another machine",
     )  # fmt: skip
     add(
         "--dense-slots", type=positive, metavar="N",
@@ -146,6 +146,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.variant = list(dict.fromkeys(args.variant))
     if args.dense_slots and not ("ort" in args.backend and "sparse" in args.variant):
         parser.error("--dense-slots is for the sparse engine of --backend ort")
+    if args.compile and "torch" not in args.backend:
+        parser.error("--compile is for --backend torch")
     args.timing_cache = args.timing_cache or args.out / "tensorrt" / "timing.cache"
     for capability in args.compute_capability:
         if not re.fullmatch(r"\d+\.\d", capability):
@@ -218,19 +220,23 @@ def write_ort_engine(
     link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
     files = {"model.onnx": graph_sha256, graph.weights: graph.weights_sha256}
     write_engine_manifest(folder, "ort", graph, export, limits, files, cpu=cpu_name(), **facts)
-    run_one_step(folder)
+    check_engine(folder)
 
 
-def run_one_step(folder: Path) -> None:
-    """Loads a fresh engine folder and runs it, with caches of every kind. Raises UserError if a logit is not finite."""
+def check_engine(folder: Path) -> None:
+    """Loads a fresh engine folder and runs calls of every kind. Raises UserError if a logit is not finite."""
     from engines.session import Session, open_runner
 
     runner = open_runner(folder, verify=False)
     engine = runner.engine
-    for capacity in sorted({engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)}):
-        logits = Session(runner, capacity=capacity).prefill([np.arange(min(CHECK_TOKENS, engine.model.vocab_size))])
-        if not np.isfinite(logits).all():
-            raise UserError(f"{folder}: the engine's logits are not finite; check the checkpoint that was exported")
+    tokens = np.arange(min(CHECK_TOKENS, engine.model.vocab_size))
+    capacities = sorted({engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)})
+    logits = [Session(runner, capacity=capacity).prefill([tokens]) for capacity in capacities]
+    session = Session(runner)  # as large as an answer's at first: torch.compile keeps what it makes of this size
+    session.prefill([tokens[:-1]])
+    logits.append(session.decode(tokens[-1:]))
+    if not np.isfinite(logits).all():
+        raise UserError(f"{folder}: the engine's logits are not finite; check the checkpoint that was exported")
 
 
 # TensorRT-RTX
@@ -408,7 +414,7 @@ def build_torch(export: Export, limits: Limits, args: argparse.Namespace) -> Non
         with output_folder(args.out / "torch" / variant) as folder:
             files = link_checkpoint(export, folder, link_or_copy)
             write_engine_manifest(folder, "torch", graph, export, limits, dict.fromkeys(files), compiled=args.compile)
-            run_one_step(folder)
+            check_engine(folder)
         report(args.out / "torch" / variant)
 
 

@@ -65,8 +65,8 @@ class TorchRunner:
         )
         try:
             self.step = StepGraph(model.requires_grad_(False).to(self.device)).eval()
-            # Sizes that change once become dynamic: a second and last compilation.
-            self.decode_step = torch.compile(self.step, fullgraph=True) if self.compiles else self.step
+            # One compilation for all sizes, and one for a single row.
+            self.decode_step = torch.compile(self.step, fullgraph=True, dynamic=True) if self.compiles else self.step
         except torch.OutOfMemoryError:
             raise UserError(f"the GPU has no memory for the weights of {engine.folder}") from None
 
@@ -113,6 +113,11 @@ class TorchRunner:
             return logits[:, 0].cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise UserError(f"the GPU's memory is full: {str(error).splitlines()[0]}") from None
+        except torch._dynamo.exc.TorchDynamoException as error:  # whatever torch.compile cannot do, at the first calls
+            raise UserError(
+                f"torch.compile failed for {self.engine.folder}: {str(error).splitlines()[0]}; it needs a C++ compiler "
+                "(g++ on the PATH, or CXX): mend that, or build the engine without --compile"
+            ) from None
 
     def _call(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
         step = self.decode_step if inputs[0].shape[1] == 1 else self.step

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -37,3 +41,60 @@ def test_no_server_and_too_long_prompts(tmp_path: Path, capsys: pytest.CaptureFi
         code, _, error = run_command(serving.main, [*options, "--out", str(tmp_path / "none")], capsys)
         assert code == 1 and message in one_line(error)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("url", ["http://[::", "127.0.0.1:8000", "localhost:8000", "ftp://127.0.0.1", "http://", ""])
+def test_what_is_no_address(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run_command(serving.main, ["--url", url, "--out", str(tmp_path / "none")], capsys)
+    assert code == 1 and f"--url {url!r} is no address of a server" in one_line(error)
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[str]:
+    """The address of a server that gives this answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "status, body, message",
+    [
+        (200, b"<html>\n<p>hello", "answers without a count of tokens: '<html>"),
+        (200, b"\xff\x00", "answers without a count of tokens"),
+        (200, b'{"choices": []}', "answers without a count of tokens: '{\"choices\": []}'"),
+        (200, b'{"usage": null}', "answers without a count of tokens"),
+        (200, b'{"usage": {"prompt_tokens": 1, "completion_tokens": "many"}}', "answers without a count of tokens"),
+        (200, b"[1]", "answers without a count of tokens"),
+        (404, b"no such\npage", "answers 404 Not Found: no such page; is --url"),
+        (503, b"", "answers 503 Service Unavailable"),
+    ],
+)
+def test_answers_of_other_servers(
+    status: int, body: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with answering(status, body) as url:
+        code, _, error = run_command(serving.main, ["--url", url, "--out", str(tmp_path / "none")], capsys)
+    assert code == 1 and f"{url} {message}" in one_line(error).replace(f"{url}/", url)
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is measured: there is no server."""
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "below", "is a file")):
+        code, _, error = run_command(serving.main, ["--out", str(out)], capsys)
+        assert code == 1 and message in one_line(error)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import training
+from dsa_export.cli import UserError
 from train.losses import peak_bytes
 
 
@@ -37,6 +38,11 @@ def test_both_ways_run_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFi
     assert (original["way"], ours["way"]) == ("original", "ours") and original["seconds"] > 0 < ours["seconds"]
     assert ratio["time"] == pytest.approx(original["seconds"] / ours["seconds"])
     assert "original / ours" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        training.main(["--out", str(tmp_path)])
 
 
 def test_the_two_ways_differ_in_attention_and_loss_only() -> None:

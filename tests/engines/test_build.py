@@ -168,6 +168,7 @@ def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys
 
 
 WITHOUT_EFFECT = [[*more, "--dense-slots", "64"] for more in (["--backend", "tensorrt-rtx"], ["--variant", "dense"])]
+WITHOUT_EFFECT += [["--compile"], ["--backend", "ort", "--compile"]]
 WRONG = [["--backend", "abacus"], ["--max-batch", "0"], ["--compute-capability", "8"], ["--dense-slots", "0"]]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +69,7 @@ def test_torch_computes_what_onnx_runtime_does(pair: tuple[Runner, Runner]):
 def test_compiled_decoding_computes_the_same(real_export: Path, built: Path, tmp_path: Path):
     """Two rows, two capacities: what torch.compile makes of the second fits every other one."""
     options = ["--onnx", str(real_export), "--out", str(tmp_path), "--variant", "sparse", "--compile"]
-    build.build("torch", build.parse_arguments(options))
+    build.build("torch", build.parse_arguments([*options, "--backend", "torch"]))
     runners = [open_runner(folder / "torch" / "sparse") for folder in (built, tmp_path)]
     assert [runner.compiles for runner in runners] == [False, True]
     sessions = [Session(runner, 2, capacity=64) for runner in runners]
@@ -76,6 +79,16 @@ def test_compiled_decoding_computes_the_same(real_export: Path, built: Path, tmp
         expected, found = (session.decode([token] * 2) for session in sessions)
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     assert sessions[1].capacity > 64
+
+
+def test_a_compiled_engine_without_a_compiler_is_not_built(real_export: Path, tmp_path: Path):
+    options = ["--onnx", str(real_export), "--out", str(tmp_path / "engines"), "--variant", "sparse", "--compile"]
+    command = [sys.executable, "-m", "engines.build", "--backend", "torch", *options]
+    environment = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 1 and "torch.compile failed for" in one_line(done.stderr)
+    assert "/nowhere/g++" in done.stderr and "or build the engine without --compile" in done.stderr
+    assert not any((tmp_path / "engines" / "torch").iterdir())
 
 
 def test_rows_are_views_of_the_same_memory(pair: tuple[Runner, Runner]):
@@ -103,16 +116,8 @@ def test_the_weights_cost_no_space(checkpoint: Path, built: Path):
 def test_the_command_runs_it(built: Path, capsys: pytest.CaptureFixture[str]):
     answers = []
     for backend in ("ort", "torch"):
-        options = [
-            "--engine",
-            str(built / backend / "sparse"),
-            "--prompt",
-            "def main",
-            "--raw",
-            "--max-new-tokens",
-            "12",
-        ]
-        code, output, _ = run_command(generate.main, options, capsys)
+        options = ["--engine", str(built / backend / "sparse"), "--prompt", "def main", "--raw"]
+        code, output, _ = run_command(generate.main, [*options, "--max-new-tokens", "12"], capsys)
         assert code == 0
         answers.append(output)
     assert answers[0] == answers[1]

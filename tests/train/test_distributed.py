@@ -20,15 +20,8 @@ SETTINGS = ["--device", "cpu", "--min-tokens", "1", "--held-out", "2", "--batch-
             "--packing", "cut", "--length", "100", "--kl-queries", "20",
             "--schedule", "constant", "--warmup-steps", "0", "--lr", "1e-2"]  # fmt: skip
 INDEXER = ["--topk", "8", "--index-heads", "2", "--index-dim", "16"]
-TORCHRUN = [
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--rdzv-backend",
-    "c10d",
-    "--rdzv-endpoint",
-    "localhost:0",
-]
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0"]  # fmt: skip
 # --cpu would start a single process: accelerate spreads over CPUs by MPI only.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
@@ -78,22 +71,11 @@ def test_the_warm_up_under_accelerate_launch(tiny: Path, records: Path, warm: Pa
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_layers_that_follow_another_ones_indexer(tiny: Path, records: Path, tmp_path: Path, parallel: str) -> None:
     """The follower's loss reaches its leader's indexer, whose shards another layer gathered."""
-    arguments = [
-        "--model",
-        str(tiny),
-        "--data",
-        str(records),
-        "--steps",
-        "3",
-        "--index-share",
-        "2",
-        *SETTINGS,
-        *INDEXER,
-    ]
-    warmup.main([*arguments, "--out", str(tmp_path / "one")])
-    result = launch(
-        [*TORCHRUN, "-m", "train.warmup"], [*arguments, "--out", str(tmp_path / "two"), "--parallel", parallel]
-    )
+    settings = ["--model", str(tiny), "--data", str(records), "--steps", "3", "--index-share", "2"]
+    settings += [*SETTINGS, *INDEXER]
+    warmup.main([*settings, "--out", str(tmp_path / "one")])
+    options = ["--out", str(tmp_path / "two"), "--parallel", parallel]
+    result = launch([*TORCHRUN, "-m", "train.warmup"], [*settings, *options])
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
 

@@ -105,15 +105,11 @@ def _step_peak_mib(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    cuda = device.startswith("cuda")
     memory = PeakMemory()
     step(1)  # loads what the libraries keep
     memory.reset()
-    if cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
     step(max(1, twin.preset.batch_size // processes))
-    return (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else memory.mib()
+    return memory.mib()
 
 
 # ---------------------------------------------------------------- selection
