@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from plugins.variant import Variant
 
@@ -44,13 +47,20 @@ def all_variants() -> list[Variant]:
     return [*index_topk.variants(), *sparse_attention.variants()]
 
 
+@cache
+def sources(function: Callable[..., object]) -> str:
+    """What decides a kernel's code. Not triton's own key of it: version 3.6 gives another one in every process."""
+    from plugins.dependent import begin
+
+    return "".join(Path(inspect.getfile(part)).read_text() for part in (function, begin.fn))
+
+
 def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path]:
     """A variant's images in `out`, and the record that exists if they are up to date."""
     import triton
 
-    # Not triton's own key of a kernel: version 3.6 gives another one in every process.
-    source = Path(inspect.getfile(variant.kernel.fn)).read_text()
-    recipe = (triton.__version__, source, variant.signature(), variant.constants, variant.options)
+    constants = variant.constants_on(arch)
+    recipe = (triton.__version__, sources(variant.kernel.fn), variant.signature(), constants, variant.options)
     stem = f"{variant.name}.sm_{arch}.{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
     record = out / f"{stem}.txt"  # written last: "shared bytes"
     shared = int(record.read_text()) if record.exists() else 0
@@ -59,23 +69,28 @@ def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path
     return [Image(variant.name, entry, arch, k == "ptx", out / f"{stem}.{k}", warps, shared) for k in kinds], record
 
 
-def compile_variant(name: str, arch: int, out: Path) -> list[Image]:
-    """Compiles one variant for one architecture into `out`, unless it is there already."""
+def compile_kernel(variant: Variant, arch: int) -> Any:
+    """One variant for one architecture, as triton.compile returns it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    variant = next(v for v in all_variants() if v.name == name)
-    images, record = images_of(variant, arch, out)
-    if record.exists():
-        return images
     signature = variant.signature()
     # Tensors are aligned to 16 bytes: checked by the callers, and what makes 16-byte loads possible.
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    source = ASTSource(variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+    source = ASTSource(variant.kernel, signature=signature, constexprs=variant.constants_on(arch), attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+
+
+def compile_variant(name: str, arch: int, out: Path) -> list[Image]:
+    """Compiles one variant for one architecture into `out`, unless it is there already."""
+    variant = next(v for v in all_variants() if v.name == name)
+    images, record = images_of(variant, arch, out)
+    if record.exists():
+        return images
+    compiled = compile_kernel(variant, arch)
     if compiled.metadata.global_scratch_size:
         raise RuntimeError(f"{name} for sm_{arch} wants global scratch memory, which the plugin does not provide")
     for image in images:

@@ -21,7 +21,11 @@ class Variant:
 
     def signature(self) -> dict[str, str]:
         """Argument name -> triton type, in the order of the kernel's arguments."""
+        constants = self.constants_on(0)
         return {
-            name: "constexpr" if name in self.constants else self.pointers.get(name, "i32")
-            for name in self.kernel.arg_names
+            name: "constexpr" if name in constants else self.pointers.get(name, "i32") for name in self.kernel.arg_names
         }
+
+    def constants_on(self, arch: int) -> dict[str, Any]:
+        """The compile-time arguments; arch: 90 for sm_90."""
+        return {**self.constants, "ARCH": arch}

@@ -8,10 +8,10 @@ the R rows of a tile, in 32-bit integers:
 
     keys       [R, C']         the scores as integers of the same order (C' = C rounded up to ROW_ALIGNMENT)
     listed     [R, P, LIST]    per split of the row: tokens above the threshold
-    counts     [R, P, 2]       how many tokens are above it and equal to it
+    counts     [R, P]          how many these are
     threshold  [R]
 
-Four launches a tile, none of which waits for another program, and no atomic: the result does not depend on timing.
+Four launches a tile, none of which waits for a program of its own, and no atomic: the result does not depend on timing.
 
     score      keys of all visible tokens: tensor cores, one read of the index keys
     guess      a threshold, from a sample of the row's keys
@@ -21,7 +21,7 @@ Four launches a tile, none of which waits for another program, and no atomic: th
 The threshold is a key of such rank in the sample that between K and LIST tokens should lie above it. Where it misses
 (about once in 10^3 rows of 1M tokens with independent scores, far more rarely in shorter ones), `finish` reads the
 whole row instead, some 30 times: exact, and slow. Masses of equal scores (zeros, after ReLU) do not miss: the threshold
-is then their key, and what is lacking beside the tokens above it are the first of them.
+is then their key, and what is lacking beside the tokens above it are the first of them, found in one pass.
 
 Rows with at most K visible tokens skip the first three and get 0, 1, 2, ...; rows of at most LIST skip two.
 """
@@ -39,21 +39,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plugins.dependent import begin, launch_options, let_next_start
 from plugins.variant import AOT_DTYPES, COMMON_OPTIONS, Variant
 
 ROW_ALIGNMENT = tl.constexpr(128)  # C' is a multiple of it
-DECODE_COLUMNS = 16  # (head, query) pairs that a program scores at a time, S <= DECODE_QUERIES
+DECODE_COLUMNS = 8  # (head, query) pairs that a program scores at a time for S = 1, at least: what a tensor core takes
 PREFILL_COLUMNS = 128
-DECODE_QUERIES = 8
 SELECT_BLOCK = tl.constexpr(4096)  # keys that the selection reads at a time
 SELECT_WIDTH = tl.constexpr(1024)  # rows of such a tile, see `tile_places`
 SCAN_BLOCK = tl.constexpr(2048)
 SAMPLE = tl.constexpr(8192)
 CLUSTER = tl.constexpr(4)  # sampled keys that stand together: half of the 32 bytes that a read takes at least
 E4M3_SCALE = tl.constexpr(2.0**120)
+SMALLEST = tl.constexpr(2.0**-126)  # normal number of fp32
 ALWAYS = tl.constexpr(2**31 - 1)  # the key of what is always selected
 NOTHING = tl.constexpr(-(2**31))  # below every key
 MAX_SPLITS = tl.constexpr(8)
+SHORT_LIST = 8192
+LONG_LIST = 16384
 SCORE_PROGRAMS = 512  # enough to fill the largest GPU while every program still pipelines several blocks
 SELECT_PROGRAMS = 1056
 MAX_BLOCKS = 16
@@ -85,7 +88,7 @@ def padded_heads(heads: int) -> int:
 
 def list_entries(k: int) -> int:
     """LIST, a power of two: 4 K or more."""
-    return 8192 if k <= 2048 else 16384
+    return SHORT_LIST if 4 * k <= SHORT_LIST else LONG_LIST
 
 
 def row_entries(C: int) -> int:
@@ -96,7 +99,7 @@ def row_entries(C: int) -> int:
 def split_bytes(rows: int, C: int, k: int) -> int:
     """The lists of a tile of `rows` rows, and of any smaller one."""
     splits = min(rows * MAX_SPLITS.value, SELECT_PROGRAMS) if list_entries(k) < C else 0
-    return 4 * splits * (list_entries(k) + 2)
+    return 4 * splits * (list_entries(k) + 1)
 
 
 def workspace_bytes(rows: int, C: int, k: int) -> int:
@@ -129,10 +132,14 @@ def block_c(Di: int) -> int:
     return 128 * 64 // max(Di, 64)
 
 
+def scored_queries(heads: int, decode: bool) -> int:
+    """BLOCK_S for this padded number of heads."""
+    return max(DECODE_COLUMNS // heads, 1) if decode else PREFILL_COLUMNS // heads
+
+
 def plan(B: int, S: int, C: int, Hi: int, Di: int, k: int, budget: int = SCORE_BYTES) -> Plan:
     """Cuts the rows into tiles that need at most `budget` bytes for their rows, or into tiles of one row."""
-    columns = DECODE_COLUMNS if S <= DECODE_QUERIES else PREFILL_COLUMNS
-    block_s = columns // padded_heads(Hi)
+    block_s = scored_queries(padded_heads(Hi), decode=S == 1)
     rows = tile_rows(C, budget)
     query_tile = _even_tile(S, rows, step=block_s)
     batch_tile = _even_tile(B, rows // query_tile)
@@ -158,11 +165,29 @@ def visible_groups(kv_lengths, batch, query, S, C, POOL):
 
 
 @triton.jit
-def decode_e4m3(bits):
-    """e4m3 from its bits, exact in fp32; hardware converts from sm_89 on. The exponents' biases are 7 and 127."""
-    bits = bits.to(tl.int32)
-    number = (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * E4M3_SCALE
-    return tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
+def decode_e4m3(bits, TYPE: tl.constexpr, ARCH: tl.constexpr):
+    """e4m3 from its bits, exactly. Before sm_89 by integer operations; the exponents' biases are 7 and 127."""
+    if ARCH >= 89:
+        return bits.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(TYPE)
+    else:  # Triton compiles what stands behind a branch that returns
+        bits = bits.to(tl.int32)
+        number = (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * E4M3_SCALE
+        return tl.where((bits & 0x7F) == 0x7F, float("nan"), number).to(TYPE)
+
+
+@triton.jit
+def scale_to_fp16(rows):
+    """bf16 rows as fp16 numbers up to 2^15, and the powers of two [N] fp32 that they are to be multiplied with.
+
+    e4m3 becomes fp16 in a quarter of the instructions that bf16 takes. Only numbers 2^31 times smaller than the row's
+    largest lose bits, far less than the dot product in fp32 rounds.
+    """
+    rows = rows.to(tl.float32)
+    largest = tl.max(tl.abs(rows), 1)
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15), 254)
+    up, down = (268 - exponent) << 23, (exponent - 14) << 23
+    scaled = (rows * up.to(tl.float32, bitcast=True)[:, None]).to(tl.float16)
+    return scaled, down.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -171,10 +196,10 @@ def flip(bits):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-TILE = ["first_batch", "first_query", "query_tile", "S", "C", "K", "POOL"]
+TILE = ["first_batch", "first_query", "query_tile", "S", "C", "POOL"]
 
 
-@triton.jit(do_not_specialize=[*TILE, "HI", "SINKS", "WINDOW", "BLOCKS"])
+@triton.jit(do_not_specialize=[*TILE, "K", "HI", "SINKS", "WINDOW", "BLOCKS"])
 def score_kernel(
     index_q,  # [B, S, HI, DI]
     index_weights,  # [B, S, HI]
@@ -200,11 +225,13 @@ def score_kernel(
     PRECISION: tl.constexpr,
     FP8: tl.constexpr,
     WIDEN: tl.constexpr,
+    ARCH: tl.constexpr,
 ):
     """Program (range of BLOCKS * BLOCK_C tokens, BLOCK_S query tokens, sequence): the keys of their scores.
 
     What is always selected (sinks, window, an incomplete group) gets the largest key there is.
     """
+    begin(ARCH)
     query_blocks = tl.cdiv(query_tile, BLOCK_S)
     batch_local = tl.program_id(1) // query_blocks
     query_local = tl.program_id(1) % query_blocks * BLOCK_S
@@ -228,6 +255,10 @@ def score_kernel(
     dims = tl.arange(0, DI)
     q_ND = tl.load(index_q + rows[:, None] * DI + dims[None, :], mask=real[:, None], other=0.0)
     weights_N = tl.load(index_weights + rows, mask=real, other=0.0).to(tl.float32)
+    if FP8 and index_q.dtype.element_ty == tl.bfloat16:
+        q_ND, scale_N = scale_to_fp16(q_ND)
+        weights_N *= scale_N
+    key_type: tl.constexpr = q_ND.dtype
     if WIDEN:  # the interpreter multiplies the bit patterns of bf16
         q_ND = q_ND.to(tl.float32)
     q_DN = tl.trans(q_ND)
@@ -246,7 +277,7 @@ def score_kernel(
         has_key = tokens < tl.minimum(stop, complete)
         k_CD = tl.load(index_k + tokens[:, None] * DI + dims[None, :], mask=has_key[:, None], other=0)
         if FP8:
-            k_CD = decode_e4m3(k_CD).to(index_q.dtype.element_ty)
+            k_CD = decode_e4m3(k_CD, key_type, ARCH)
         if WIDEN:
             k_CD = k_CD.to(tl.float32)
         dots = tl.dot(k_CD, q_DN, input_precision=PRECISION)
@@ -257,7 +288,7 @@ def score_kernel(
             scale_C = tl.load(index_scale + batch * C + tokens, mask=has_key, other=0.0)
             scores *= scale_C[:, None]
         # Numbers below the smallest normal one, and -0.0, count as 0.0.
-        scores = tl.where(tl.abs(scores) < 1.17549435e-38, 0.0, scores)
+        scores = tl.where(tl.abs(scores) < SMALLEST, 0.0, scores)
         key = flip(scores.to(tl.int32, bitcast=True))
         always = (tokens < SINKS)[:, None] | (tokens[:, None] >= recent_S[None, :])
         key = tl.where(always, ALWAYS, tl.minimum(tl.maximum(key, NOTHING + 1), ALWAYS - 1))  # NaN ranks below
@@ -283,12 +314,18 @@ def ranks(keep):
 
 
 @triton.jit
-def largest_with_count(key, at_low, least, most):
-    """A number with `least` to `most` keys at or above it; the `least`-th largest key if there is none.
+def key_at(bottom, width, share):
+    """The key of the score at a share of a range of scores."""
+    return flip((bottom + width * share).to(tl.int32, bitcast=True))
 
-    at_low: how many keys there are, at least `least`; other places hold NOTHING. Searched by interpolation, as if the
-    logarithm of the count fell linearly with the score (it does where scores are distributed exponentially), every
-    third step by bisection.
+
+@triton.jit
+def largest_with_count(key, at_low, least, most):
+    """(A number with `least` to `most` keys at or above it, how many); the `least`-th largest key if there is none.
+
+    at_low: how many keys there are, at least `least`; other places hold NOTHING. Each step counts the keys above two
+    numbers between which the wanted one should lie. They are interpolated, as if the logarithm of the count fell
+    linearly with the score (it does where scores are distributed exponentially); every fourth step bisects.
     """
     low = tl.min(tl.where(key == NOTHING, ALWAYS, key))
     is_number = key < ALWAYS - 1
@@ -299,24 +336,34 @@ def largest_with_count(key, at_low, least, most):
         high = ALWAYS
         at_low = at_high
         at_high = 0
-    goal = tl.log((least + most) * 0.5)
+    goal = (least + most) * 0.5
     step = 0
     while low < high:
         step += 1
-        at_low_log = tl.log(at_low.to(tl.float32))
-        share = (at_low_log - goal) / (at_low_log - tl.log(tl.maximum(at_high.to(tl.float32), 0.5)))
+        most_f, fewest_f = at_low.to(tl.float32), at_high.to(tl.float32)
+        margin = 0.03 * (most_f - fewest_f) + 0.175 * tl.sqrt(most_f - fewest_f)
+        more = tl.maximum(tl.minimum(goal + margin, most_f - 0.5), fewest_f + 0.5)
+        fewer = tl.maximum(tl.minimum(goal - margin, most_f - 0.5), fewest_f + 0.5)
         bottom = flip(low).to(tl.float32, bitcast=True)
-        guess = bottom + (flip(high).to(tl.float32, bitcast=True) - bottom) * share
+        width = flip(high).to(tl.float32, bitcast=True) - bottom
+        most_log = tl.log(most_f)
+        unit = 1.0 / (most_log - tl.log(tl.maximum(fewest_f, 0.5)))
+        first = key_at(bottom, width, (most_log - tl.log(more)) * unit)
+        second = key_at(bottom, width, (most_log - tl.log(fewer)) * unit)
         half = (low | high) - ((low ^ high) >> 1)  # (low + high + 1) / 2 without overflow
-        middle = tl.where((step % 3 > 0) & (guess == guess), flip(guess.to(tl.int32, bitcast=True)), half)
-        middle = tl.minimum(tl.maximum(middle, low + 1), high)
-        count = tl.sum((key >= middle).to(tl.int32))
-        enough = count >= least
-        low = tl.where(enough, middle, low)
-        at_low = tl.where(enough, count, at_low)
-        high = tl.where(enough, tl.where(count <= most, middle, high), middle - 1)
-        at_high = tl.where(enough, at_high, count)
-    return low
+        first = tl.where((step % 4 > 0) & (width == width), first, half)
+        first, second = tl.minimum(first, second), tl.maximum(first, second)
+        first = tl.minimum(tl.maximum(first, low + 1), high)
+        second = tl.minimum(tl.maximum(second, first), high)
+        counts = tl.sum((key >= first).to(tl.int32) + ((key >= second).to(tl.int32) << 16))  # 16 bits each are enough
+        at_first, at_second = counts & 0xFFFF, counts >> 16
+        reached_first, reached_second = at_first >= least, at_second >= least
+        high = tl.where(reached_second, high, tl.where(reached_first, second, first) - 1)
+        at_high = tl.where(reached_second, at_high, tl.where(reached_first, at_second, at_first))
+        low = tl.where(reached_second, second, tl.where(reached_first, first, low))
+        at_low = tl.where(reached_second, at_second, tl.where(reached_first, at_first, at_low))
+        high = tl.where(at_low <= most, low, high)
+    return low, at_low
 
 
 @triton.jit(do_not_specialize=[*TILE, "TARGET", "LIST"])
@@ -329,12 +376,14 @@ def guess_kernel(
     query_tile,
     S,
     C,
-    K,
     POOL,
     TARGET,  # tokens that shall lie above the threshold
     LIST,
+    ARCH: tl.constexpr,
 ):
     """Program (row of the tile): a threshold from one cluster of keys from each of equal parts of the row."""
+    begin(ARCH)
+    let_next_start(ARCH)
     row = tl.program_id(0).to(tl.int64)
     batch = first_batch + row // query_tile
     query = first_query + row % query_tile
@@ -350,8 +399,8 @@ def guess_kernel(
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
     sample = tl.load(keys + place[:, None] + tl.arange(0, CLUSTER)[None, :])
     rank = tl.maximum(SAMPLE * TARGET // visible, 1)
-    at_low = tl.full((), SAMPLE, tl.int32)
-    tl.store(threshold + row, largest_with_count(sample, at_low, rank, rank + rank // 4))
+    lowest, _ = largest_with_count(sample, tl.full((), SAMPLE, tl.int32), rank, rank + rank // 4)
+    tl.store(threshold + row, lowest)
 
 
 @triton.jit(do_not_specialize=[*TILE, "LIST", "P"])
@@ -359,19 +408,21 @@ def filter_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
     listed,  # [R, P, LIST] int32, written
-    counts,  # [R, P, 2] int32, written
+    counts,  # [R, P] int32, written
     threshold,  # [R] int32
     first_batch,
     first_query,
     query_tile,
     S,
     C,
-    K,
     POOL,
     LIST,
     P,
+    ARCH: tl.constexpr,
 ):
-    """Program (split, row of the tile): lists the split's tokens above the threshold, and counts those equal to it."""
+    """Program (split, row of the tile): lists the split's tokens above the threshold."""
+    begin(ARCH)
+    let_next_start(ARCH)
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     batch = first_batch + row // query_tile
@@ -386,20 +437,18 @@ def filter_kernel(
     listed += (row * P + split) * LIST
     lowest = tl.load(threshold + row)
     above = 0
-    equal = 0
     places = tile_places(SELECT_BLOCK, SELECT_WIDTH, tl.minimum(C, 1))
+    tokens = start + places
+    key = tl.load(keys + tokens, mask=tokens < stop, other=NOTHING)
     for block in range(start, stop, SELECT_BLOCK):
         tokens = block + places
-        key = tl.load(keys + tokens, mask=tokens < stop, other=NOTHING)
         is_above = key > lowest
-        is_equal = key == lowest
+        following = tokens + SELECT_BLOCK  # on their way while these are listed
+        key = tl.load(keys + following, mask=following < stop, other=NOTHING)
         slots = above + ranks(is_above)
         tl.store(listed + slots, tokens, mask=is_above & (slots < LIST))
-        counted = tl.sum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16))  # of 4,096: 16 bits each are enough
-        above += counted & 0xFFFF
-        equal += counted >> 16
-    tl.store(counts + (row * P + split) * 2, above)
-    tl.store(counts + (row * P + split) * 2 + 1, equal)
+        above += tl.sum(is_above.to(tl.int32))
+    tl.store(counts + row * P + split, above)
 
 
 @triton.jit
@@ -444,12 +493,12 @@ def write_largest_of_row(indices, keys, visible, K, POOL, tokens_seen):
     write_in_order(indices, keys, visible, lowest, above, K, POOL, tokens_seen, EQUAL=True)
 
 
-@triton.jit(do_not_specialize=[*TILE, "P"])
+@triton.jit(do_not_specialize=[*TILE, "K", "P"])
 def finish_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
     listed,  # [R, P, LIST] int32
-    counts,  # [R, P, 2] int32
+    counts,  # [R, P] int32
     threshold,  # [R] int32
     indices,  # [B, S, K * POOL] int32, written
     first_batch,
@@ -461,8 +510,10 @@ def finish_kernel(
     POOL,
     P,
     LIST: tl.constexpr,
+    ARCH: tl.constexpr,
 ):
     """Program (row of the tile): the K tokens of highest key, -1 beyond."""
+    begin(ARCH)
     row = tl.program_id(0).to(tl.int64)
     batch = first_batch + row // query_tile
     query = first_query + row % query_tile
@@ -477,35 +528,34 @@ def finish_kernel(
 
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
     listed += row * P * LIST
-    counts += row * P * 2
     slots = tile_places(LIST, LIST // 8, tl.minimum(C, 1))
     above = visible
-    equal = 0
     groups = slots
     if visible > LIST:
-        splits = tl.arange(0, MAX_SPLITS)
-        counts_P = tl.load(counts + splits * 2, mask=splits < P, other=0)
-        equal = tl.sum(tl.load(counts + splits * 2 + 1, mask=splits < P, other=0))
         above = 0
         place = slots  # of the lists' entries, one list behind the other
         for split in tl.static_range(MAX_SPLITS):
-            count = tl.sum(tl.where(splits == split, counts_P, 0))
+            count = tl.load(counts + row * P + split, mask=split < P, other=0)
             above += count
             place += tl.where(slots >= above, LIST - count, 0)
         groups = tl.load(listed + place, mask=slots < tl.where(above <= LIST, above, 0), other=0)
 
+    written = 0
     if (above >= K) & (above <= LIST):
         key = tl.load(keys + groups, mask=slots < above, other=NOTHING)
-        lowest = largest_with_count(key, above, K, K)
-        is_equal = key == lowest
-        room = K - tl.sum((key > lowest).to(tl.int32))
-        keep = (key > lowest) | (is_equal & (ranks(is_equal) < room))
+        lowest, reached = largest_with_count(key, above, K, K)
+        keep = key >= lowest
+        if reached > K:  # several tie for the last place
+            is_equal = key == lowest
+            room = K - tl.sum((key > lowest).to(tl.int32))
+            keep = (key > lowest) | (is_equal & (ranks(is_equal) < room))
         write_tokens(indices, ranks(keep), groups, keep, POOL, tokens_seen)
-    elif (above < K) & (above + equal >= K):  # the threshold is the K-th largest key
+        written = K
+    elif above < K:  # the threshold is the K-th largest key, or was a miss
         write_tokens(indices, slots, groups, slots < above, POOL, tokens_seen)
         lowest = tl.load(threshold + row)
-        write_in_order(indices, keys, visible, lowest, above, K, POOL, tokens_seen, EQUAL=True)
-    else:
+        written = write_in_order(indices, keys, visible, lowest, above, K, POOL, tokens_seen, EQUAL=True)
+    if written < K:
         write_largest_of_row(indices, keys, visible, K, POOL, tokens_seen)
 
 
@@ -533,12 +583,13 @@ def index_topk(
     capacity = row_entries(C)
     memory = torch.empty(cut.workspace // 4, dtype=torch.int32, device=index_q.device)
     per_split = rows * cut.splits
-    sizes = [rows * capacity, per_split * cut.listed, per_split * 2, rows]
+    sizes = [rows * capacity, per_split * cut.listed, per_split, rows]
     keys, listed, counts, threshold = memory[: sum(sizes)].split(sizes)
     dtype = "fp32" if index_q.dtype == torch.float32 else "16 bits"
     precision = "ieee" if dtype == "fp32" else "tf32"
     fp8 = index_scale is not None
     stored_k = index_k.view(torch.uint8) if fp8 else index_k
+    on_device = launch_options(index_q.device)
     for batch in range(0, B, cut.batch_tile):
         for query in range(0, S, cut.query_tile):
             tile = min(cut.query_tile, S - query)
@@ -552,19 +603,19 @@ def index_topk(
                     triton.cdiv(sinks, pool), window, cut.blocks,
                     HI_PADDED=padded_heads(Hi), DI=Di, BLOCK_S=cut.block_s, BLOCK_C=block_c(Di),
                     PRECISION=precision, FP8=fp8, WIDEN=triton.knobs.runtime.interpret,
-                    **score_options(dtype, S <= DECODE_QUERIES),
+                    **score_options(dtype, decode=S == 1), **on_device,
                 )  # fmt: skip
             if cut.splits:
                 guess_kernel[(rows_here,)](
-                    kv_lengths, keys, threshold, *where, K, pool, target(K), cut.listed, **GUESS_OPTIONS
+                    kv_lengths, keys, threshold, *where, pool, target(K), cut.listed, **GUESS_OPTIONS, **on_device
                 )
                 filter_kernel[(cut.splits, rows_here)](
-                    kv_lengths, keys, listed, counts, threshold, *where, K, pool, cut.listed, cut.splits,
-                    **FILTER_OPTIONS,
+                    kv_lengths, keys, listed, counts, threshold, *where, pool, cut.listed, cut.splits,
+                    **FILTER_OPTIONS, **on_device,
                 )  # fmt: skip
             finish_kernel[(rows_here,)](
                 kv_lengths, keys, listed, counts, threshold, indices, *where, K, pool, cut.splits,
-                LIST=cut.listed, **finish_options(cut.listed),
+                LIST=cut.listed, **finish_options(cut.listed), **on_device,
             )  # fmt: skip
     return indices
 
@@ -592,7 +643,6 @@ def score_options(dtype: str, decode: bool) -> dict[str, Any]:
 def variants() -> Iterator[Variant]:
     """What the plugin library holds."""
     for dtype, Di, heads, decode, fp8 in product(AOT_DTYPES, HEAD_SIZES, HEADS_PADDED, (True, False), (False, True)):
-        columns = DECODE_COLUMNS if decode else PREFILL_COLUMNS
         tensor = f"*{dtype}"
         yield Variant(
             name=f"index_topk_score_{dtype}_{Di}_{heads}_{'decode' if decode else 'prefill'}{'_fp8' if fp8 else ''}",
@@ -602,7 +652,7 @@ def variants() -> Iterator[Variant]:
                 "index_scale": "*fp32", "keys": "*i32",
             },
             constants={
-                "HI_PADDED": heads, "DI": Di, "BLOCK_S": columns // heads, "BLOCK_C": block_c(Di),
+                "HI_PADDED": heads, "DI": Di, "BLOCK_S": scored_queries(heads, decode), "BLOCK_C": block_c(Di),
                 "PRECISION": "tf32", "FP8": fp8, "WIDEN": False,
             },
             options=score_options(dtype, decode),
@@ -610,7 +660,7 @@ def variants() -> Iterator[Variant]:
     pointers = {"kv_lengths": "*i64"} | dict.fromkeys(("keys", "listed", "counts", "threshold", "indices"), "*i32")
     yield Variant("index_topk_guess", guess_kernel, pointers, {}, GUESS_OPTIONS)
     yield Variant("index_topk_filter", filter_kernel, pointers, {}, FILTER_OPTIONS)
-    for listed in (list_entries(1), list_entries(MAX_K)):
+    for listed in (SHORT_LIST, LONG_LIST):
         options = finish_options(listed)
         yield Variant(f"index_topk_finish_{listed}", finish_kernel, pointers, {"LIST": listed}, options)
 
@@ -621,9 +671,10 @@ def constants() -> dict[str, int]:
         "ROW_ALIGNMENT": ROW_ALIGNMENT.value,
         "DECODE_COLUMNS": DECODE_COLUMNS,
         "PREFILL_COLUMNS": PREFILL_COLUMNS,
-        "DECODE_QUERIES": DECODE_QUERIES,
         "SELECT_BLOCK": SELECT_BLOCK.value,
         "MAX_SPLITS": MAX_SPLITS.value,
+        "SHORT_LIST": SHORT_LIST,
+        "LONG_LIST": LONG_LIST,
         "SCORE_PROGRAMS": SCORE_PROGRAMS,
         "SELECT_PROGRAMS": SELECT_PROGRAMS,
         "MAX_BLOCKS": MAX_BLOCKS,

@@ -82,7 +82,7 @@ struct Plan
 
 int64_t listEntries(int64_t k)
 {
-    return k <= 2048 ? 8192 : 16384;
+    return 4 * k <= size::SHORT_LIST ? size::SHORT_LIST : size::LONG_LIST;
 }
 
 int64_t paddedCapacity(int64_t C)
@@ -95,7 +95,7 @@ int64_t splitBytes(int64_t rows, int64_t C, int64_t k)
 {
     int64_t const entries = listEntries(k);
     int64_t const splits = std::min<int64_t>(rows * size::MAX_SPLITS, size::SELECT_PROGRAMS);
-    return entries < C ? 4 * splits * (entries + 2) : 0;
+    return entries < C ? 4 * splits * (entries + 1) : 0;
 }
 
 int64_t evenTile(int64_t count, int64_t most, int64_t step)
@@ -109,8 +109,8 @@ int64_t evenTile(int64_t count, int64_t most, int64_t step)
 Plan planOf(Shape const& shape, int64_t k)
 {
     Plan plan{};
-    int64_t const columns = shape.S <= size::DECODE_QUERIES ? size::DECODE_COLUMNS : size::PREFILL_COLUMNS;
-    plan.blockS = columns / paddedHeads(shape.Hi);
+    int64_t const columns = shape.S == 1 ? size::DECODE_COLUMNS : size::PREFILL_COLUMNS;
+    plan.blockS = std::max<int64_t>(columns / paddedHeads(shape.Hi), 1);
     plan.blockC = 128 * 64 / shape.Di;
     plan.capacity = paddedCapacity(shape.C);
     plan.listed = listEntries(k);
@@ -351,7 +351,7 @@ private:
         int32_t* keys = workspace;
         int32_t* listed = keys + rows * plan.capacity;
         int32_t* counts = listed + rows * plan.splits * plan.listed;
-        int32_t* threshold = counts + rows * plan.splits * 2;
+        int32_t* threshold = counts + rows * plan.splits;
 
         // Kernel arguments are 32 bits wide; shapeOf and the plan keep them there.
         int32_t const S = static_cast<int32_t>(shape.S), C = static_cast<int32_t>(shape.C);
@@ -361,7 +361,7 @@ private:
         int32_t const splits = static_cast<int32_t>(plan.splits), list = static_cast<int32_t>(plan.listed);
         int32_t const target = static_cast<int32_t>(std::sqrt(static_cast<double>(groups() * plan.listed)));
         unsigned const ranges = static_cast<unsigned>(ceilDiv(plan.capacity, plan.blocks * plan.blockC));
-        Kernel const& score = shape.S <= size::DECODE_QUERIES ? mDecode : mPrefill;
+        Kernel const& score = shape.S == 1 ? mDecode : mPrefill;
         for (int64_t firstBatch = 0; firstBatch < shape.B; firstBatch += plan.batchTile)
         {
             for (int64_t firstQuery = 0; firstQuery < shape.S; firstQuery += plan.queryTile)
@@ -381,11 +381,11 @@ private:
                 if (plan.splits > 0)
                 {
                     mGuess.launch(tileRows, 1,
-                        {&inputs[kLengths], &keys, &threshold, &batch, &query, &tile, &S, &C, &K, &pool, &target, &list},
+                        {&inputs[kLengths], &keys, &threshold, &batch, &query, &tile, &S, &C, &pool, &target, &list},
                         stream);
                     mFilter.launch(plan.splits, tileRows,
-                        {&inputs[kLengths], &keys, &listed, &counts, &threshold, &batch, &query, &tile, &S, &C, &K, &pool,
-                            &list, &splits},
+                        {&inputs[kLengths], &keys, &listed, &counts, &threshold, &batch, &query, &tile, &S, &C, &pool, &list,
+                            &splits},
                         stream);
                 }
                 mFinish.launch(tileRows, 1,

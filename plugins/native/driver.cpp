@@ -21,6 +21,25 @@ constexpr int kMaxDynamicShared = 8; // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZ
 constexpr int kComputeMajor = 75;    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 constexpr int kComputeMinor = 76;    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 
+// CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: see plugins/dependent.py, whose kernels know it from here on.
+constexpr int kProgrammatic = 6;
+constexpr int kProgrammaticFrom = 90;
+
+struct LaunchAttribute // CUlaunchAttribute
+{
+    int id;
+    int padding;
+    alignas(8) int value[16];
+};
+
+struct LaunchConfig // CUlaunchConfig
+{
+    unsigned grid[3], block[3], shared;
+    CUstream_st* stream;
+    LaunchAttribute* attributes;
+    unsigned count;
+};
+
 struct Driver
 {
     CUresult (*getErrorString)(CUresult, char const**);
@@ -30,8 +49,7 @@ struct Driver
     CUresult (*libraryGetKernel)(CUhandle*, CUhandle, char const*);
     CUresult (*kernelSetAttribute)(int, int, CUhandle, CUdevice);
     CUresult (*kernelGetFunction)(CUhandle*, CUhandle);
-    CUresult (*launchKernel)(CUhandle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream_st*,
-        void**, void**);
+    CUresult (*launchKernel)(LaunchConfig const*, CUhandle, void**, void**);
 
     Driver()
     {
@@ -47,7 +65,7 @@ struct Driver
         find(library, "cuLibraryGetKernel", libraryGetKernel);
         find(library, "cuKernelSetAttribute", kernelSetAttribute);
         find(library, "cuKernelGetFunction", kernelGetFunction);
-        find(library, "cuLaunchKernel", launchKernel);
+        find(library, "cuLaunchKernelEx", launchKernel);
     }
 
     void check(CUresult result, std::string const& what) const
@@ -166,10 +184,13 @@ void Kernel::launch(
     }
     parameters[count++] = &nothing;
     parameters[count++] = &nothing;
+    LaunchAttribute programmatic{kProgrammatic, 0, {1}};
+    unsigned const threads = static_cast<unsigned>(mImage->warps) * 32;
+    bool const waits = !mImage->isPtx && mImage->arch >= kProgrammaticFrom;
+    LaunchConfig const config{{gridX, gridY, 1}, {threads, 1, 1}, static_cast<unsigned>(mImage->shared), stream,
+        &programmatic, waits ? 1U : 0U};
     Driver const& cuda = driver();
-    cuda.check(cuda.launchKernel(mFunction, gridX, gridY, 1, static_cast<unsigned>(mImage->warps) * 32, 1, 1,
-                   static_cast<unsigned>(mImage->shared), stream, parameters, nullptr),
-        std::string("launching ") + mImage->name);
+    cuda.check(cuda.launchKernel(&config, mFunction, parameters, nullptr), std::string("launching ") + mImage->name);
 }
 
 } // namespace dsa

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plugins.dependent import begin, launch_options, let_next_start
 from plugins.variant import AOT_DTYPES, COMMON_OPTIONS, Variant
 
 GROUP_PADDED = tl.constexpr(16)
@@ -76,8 +77,11 @@ def attend_kernel(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    ARCH: tl.constexpr,
 ):
     """Program (split, KV head, token), the split fastest: the group's attention over SHARE of the token's K entries."""
+    begin(ARCH)
+    let_next_start(ARCH)
     split = tl.program_id(0) % P
     kv_head = tl.program_id(0) // P % HKV
     token = (tl.program_id(0) // (P * HKV)).to(tl.int64)
@@ -145,8 +149,10 @@ def combine_kernel(
     HQ,
     P,
     D: tl.constexpr,
+    ARCH: tl.constexpr,
 ):
     """Program (query head, token): adds the parts of a head's attention."""
+    begin(ARCH)
     head = tl.program_id(0) % HQ
     token = (tl.program_id(0) // HQ).to(tl.int64)
     splits = tl.arange(0, MAX_SPLITS)
@@ -178,14 +184,17 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     statistics = torch.empty(2 * parts, dtype=torch.float32, device=q.device)
     dtype = "fp32" if q.dtype == torch.float32 else "16 bits"
     precision = "ieee" if dtype == "fp32" else "tf32"
+    on_device = launch_options(q.device)
     attend_kernel[(B * S * Hkv * splits,)](
         q, k_cache, v_cache, indices, output, sums, statistics,
         scale, B * S, S, C, Hkv, Hq // Hkv, K, share, splits,
         D=D, PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
-        **attend_options(dtype, D),
+        **attend_options(dtype, D), **on_device,
     )  # fmt: skip
     if splits > 1:
-        combine_kernel[(B * S * Hq,)](sums, statistics, output, B * S, S, Hq, splits, D=D, **COMBINE_OPTIONS)
+        combine_kernel[(B * S * Hq,)](
+            sums, statistics, output, B * S, S, Hq, splits, D=D, **COMBINE_OPTIONS, **on_device
+        )
     return output
 
 

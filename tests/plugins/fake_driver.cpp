@@ -1,9 +1,11 @@
 // A CUDA driver that runs nothing: memory is the host's, and every launch is written to standard output as
 //
-//   <kernel> <grid x> <grid y> <threads> <shared bytes> <arguments...>
+//   <kernel> <grid x> <grid y> <threads> <shared bytes> <attribute> <arguments...>
 //
+// attribute: the id of the launch attribute, 0 if there is none.
 // Pointers print as p<address>, 32-bit values as integers (of a float: its bits). FAKE_DRIVER_SIGNATURES names a file with
 // "<kernel> <letters>" lines: p for a pointer, i for 32 bits. FAKE_DRIVER_ARCH is the compute capability (default 90).
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -104,17 +106,26 @@ int cuKernelSetAttribute(int, int value, void* kernel, int)
     return value > 99 * 1024 && arch() % 10 != 0 ? 1 : 0; // sm_86 and sm_89 allow 99 KB
 }
 int cuKernelGetFunction(void** function, void* kernel) { *function = kernel; return 0; }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned, unsigned threads, unsigned, unsigned, unsigned shared,
-    void*, void** parameters, void**)
+
+struct Config // CUlaunchConfig, whose attributes begin with their id
+{
+    unsigned x, y, z, threads, threadsY, threadsZ, shared;
+    void* stream;
+    int const* attributes;
+    unsigned count;
+};
+
+int cuLaunchKernelEx(Config const* config, void* function, void** parameters, void**)
 {
     std::lock_guard<std::mutex> const lock(gMutex);
     auto const* name = static_cast<std::string const*>(function);
+    auto const [x, y, threads, shared] = std::array<unsigned, 4>{config->x, config->y, config->threads, config->shared};
     std::string const letters = signature(*name);
     if (x == 0 || y == 0 || y > 65535 || letters.empty() || static_cast<int>(shared) > gShared[name])
     {
         return 1;
     }
-    std::printf("%s %u %u %u %u", name->c_str(), x, y, threads, shared);
+    std::printf("%s %u %u %u %u %d", name->c_str(), x, y, threads, shared, config->count > 0 ? *config->attributes : 0);
     std::size_t i = 0;
     for (; i < letters.size(); ++i)
     {

@@ -23,7 +23,7 @@ from tests.plugins.conftest import ROOT, compile_cpp
 triton = pytest.importorskip("triton", reason="the kernels are compiled by triton")
 
 from plugins import headers  # noqa: E402
-from plugins.compile import ARCHITECTURES, PTX_FROM, Image, all_variants, compile_all  # noqa: E402
+from plugins.compile import ARCHITECTURES, PTX_FROM, Image, all_variants, compile_all, compile_kernel  # noqa: E402
 from plugins.index_topk import kernel as topk_kernel  # noqa: E402
 from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
 
@@ -254,7 +254,7 @@ TOPK_KERNELS = ["score_kernel", "guess_kernel", "filter_kernel", "finish_kernel"
 def as_recorded(text: str) -> list[list[Any]]:
     launches = []
     for line in text.splitlines():
-        name, x, y, threads, _shared, *arguments = line.split()
+        name, x, y, threads, _shared, _attribute, *arguments = line.split()
         numbers = [int(a) for a in arguments if a[0] != "p"]
         launches.append([name, int(x), int(y), int(threads), len(arguments) - len(numbers), numbers])
     return launches
@@ -307,7 +307,7 @@ def test_topk_launches_with_options_are_those_of_torch(
     case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16, fp8, sinks=sinks, window=window, pool=pool)
     output = run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH=arch)
     assert as_recorded(output) == launches
-    scales = {line.split()[9] for line in output.splitlines() if line.startswith("score_kernel")}
+    scales = {line.split()[10] for line in output.splitlines() if line.startswith("score_kernel")}
     assert not scales or (scales == {"p0"}) == (not fp8)
 
 
@@ -337,12 +337,33 @@ def test_workspace_pointers_stay_inside_the_workspace(
     B, S, C, k = 4, 1, 9000, 64
     case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
     lines = run_host(host, "run", library, case, 1, 1, 0, **fake_driver).splitlines()
-    keys, listed, counts, threshold = (int(a[1:]) for a in lines[2].split()[6:10])
+    keys, listed, counts, threshold = (int(a[1:]) for a in lines[2].split()[7:11])
     cut = topk_kernel.plan(B, S, C, 8, 64, k)
     splits = B * cut.splits
-    sizes = [4 * B * topk_kernel.row_entries(C), 4 * splits * cut.listed, 8 * splits]
+    sizes = [4 * B * topk_kernel.row_entries(C), 4 * splits * cut.listed, 4 * splits]
     assert [listed - keys, counts - listed, threshold - counts] == sizes
     assert threshold + 4 * B - keys <= topk_kernel.largest_workspace(B, S, C, k)
+
+
+@pytest.mark.parametrize(("arch", "attribute"), [("89", "0"), ("90", "6"), ("120", "0")])
+def test_launches_are_programmatic_where_the_kernels_wait(
+    host: Path, library: Path, fake_driver: dict, tmp_path: Path, arch: str, attribute: str
+) -> None:
+    """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6; the PTX for later GPUs is that of sm_89."""
+    case = topk_case(tmp_path, 2, 1, 9000, 8, 64, 64, torch.float16)
+    lines = run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH=arch).splitlines()
+    assert [line.split()[5] for line in lines] == [attribute] * len(TOPK_KERNELS)
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+def test_kernels_wait_from_hopper_on(arch: int) -> None:
+    """The last kernel of an operator does not let the next one start early, whatever it is."""
+    for variant in all_variants():
+        if variant.name.startswith(("index_topk_guess", "index_topk_filter", "sparse_attention_combine")):
+            ptx = compile_kernel(variant, arch).asm["ptx"]
+            starts_next = "combine" not in variant.name
+            assert ptx.count("griddepcontrol.wait") == (arch >= 90), variant.name
+            assert ptx.count("griddepcontrol.launch_dependents") == (arch >= 90 and starts_next), variant.name
 
 
 def test_old_gpu_is_refused(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
