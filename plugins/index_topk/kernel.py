@@ -63,7 +63,8 @@ MAX_BLOCKS = 16
 SCORE_BYTES = 128 * 2**20  # of a tile: few tiles weigh more than scores that stay in the L2 cache
 
 HEADS_PADDED = (4, 8, 16)
-HEAD_SIZES = (64, 128)
+HEAD_SIZES = (64, 128)  # that the plugin library holds
+TORCH_HEAD_SIZES = (16, 32, *HEAD_SIZES)
 MAX_HEADS = 16
 MAX_K = 4096
 MAX_CAPACITY = 2**20

@@ -354,9 +354,9 @@ def check_cuda(index_q: Tensor, C: int, k: int) -> None:
     Hi, Di = index_q.shape[2:]
     if index_q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"index_topk on a GPU needs queries in fp32, fp16 or bf16, got {index_q.dtype}")
-    if Di not in kernel.HEAD_SIZES:
-        sizes = " or ".join(map(str, kernel.HEAD_SIZES))
-        raise ValueError(f"index_topk on a GPU needs an indexer head size of {sizes}, got {Di}")
+    if Di not in kernel.TORCH_HEAD_SIZES:
+        sizes = ", ".join(map(str, kernel.TORCH_HEAD_SIZES))
+        raise ValueError(f"index_topk on a GPU needs an indexer head size among {sizes}, got {Di}")
     if Hi > kernel.MAX_HEADS:
         raise ValueError(f"index_topk on a GPU takes at most {kernel.MAX_HEADS} indexer heads, got {Hi}")
     if k > kernel.MAX_K:

@@ -32,7 +32,8 @@ BLOCK_K = tl.constexpr(32)  # rows gathered at a time
 ATTEND_PROGRAMS = 1056  # eight on each multiprocessor of the largest GPU: enough loads in flight to fill the memory bus
 
 MAX_GROUP = GROUP_PADDED.value
-HEAD_SIZES = (64, 128)
+HEAD_SIZES = (64, 128)  # that the plugin library holds
+TORCH_HEAD_SIZES = (16, 32, *HEAD_SIZES)
 MAX_K = 4096
 MAX_CAPACITY = 2**20
 MAX_TOKENS = 2**17  # of one call, B * S
@@ -202,7 +203,7 @@ COMBINE_OPTIONS = {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
 
 
 def attend_options(dtype: str, D: int) -> dict[str, Any]:
-    return {"num_warps": D // 64, "num_stages": 1 if dtype == "fp32" else 3, **COMMON_OPTIONS}
+    return {"num_warps": max(D // 64, 1), "num_stages": 1 if dtype == "fp32" else 3, **COMMON_OPTIONS}
 
 
 def variants() -> Iterator[Variant]:

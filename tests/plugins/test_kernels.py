@@ -77,6 +77,8 @@ TOPK_SHAPES = [
     ([4500], 2, 4600, 1, 128, 4096),
     ([20000], 1, 20000, 2, 64, 300),  # a threshold from a sample
     ([20001], 1, 20001, 2, 64, 4096),
+    ([140], 3, 140, 4, 32, 16),
+    ([140], 1, 140, 2, 16, 16),
 ]
 
 
@@ -276,6 +278,8 @@ ATTENTION_SHAPES = [
     (2, 2, 50, 3, 1, 64, 3),
     (1, 9, 120, 2, 5, 64, 65),
     (1, 1, 700, 2, 8, 128, 4096),
+    (2, 2, 90, 2, 7, 32, 40),
+    (1, 1, 90, 1, 4, 16, 33),
 ]
 
 
@@ -331,7 +335,7 @@ def test_torch_operators_run_the_kernels_and_repeat_bitwise() -> None:
     for _ in range(20):
         assert torch.equal(operator_index_topk(*problem.arguments()), indices)
         assert torch.equal(operator_sparse_attention(*attention.arguments()), output)
-    with pytest.raises(ValueError, match="head size of 64 or 128"):
+    with pytest.raises(ValueError, match="head size among 16, 32, 64, 128"):
         operator_index_topk(*topk_problem([9], 1, 9, 4, 48, 2, HALF, ties=False, seed=1, device=DEVICE).arguments())
 
 
