@@ -65,8 +65,7 @@ class TorchRunner:
         )
         try:
             self.step = StepGraph(model.requires_grad_(False).to(self.device)).eval()
-            # One compilation for all sizes, and one for a single row.
-            self.decode_step = torch.compile(self.step, fullgraph=True, dynamic=True) if self.compiles else self.step
+            self.decode_step = torch.compile(self.step, fullgraph=True) if self.compiles else self.step
         except torch.OutOfMemoryError:
             raise UserError(f"the GPU has no memory for the weights of {engine.folder}") from None
 
@@ -120,7 +119,13 @@ class TorchRunner:
             ) from None
 
     def _call(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
-        step = self.decode_step if inputs[0].shape[1] == 1 else self.step
+        decodes = inputs[0].shape[1] == 1
+        if decodes and self.compiles:  # one compilation for all batches and capacities, and one for a single row
+            for tensor in inputs:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            for tensor in caches.tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, (0, 2))
+        step = self.decode_step if decodes else self.step
         logits, *_ = step(*inputs, caches.tensors)  # outside an export the caches are updated in place
         return logits
 

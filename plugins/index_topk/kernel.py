@@ -315,6 +315,12 @@ def ranks(keep):
 
 
 @triton.jit
+def rough_log(number):
+    """A logarithm up to a factor and a constant, linear between powers of two: what stands in fp32's bits."""
+    return number.to(tl.int32, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def key_at(bottom, width, share):
     """The key of the score at a share of a range of scores."""
     return flip((bottom + width * share).to(tl.int32, bitcast=True))
@@ -347,10 +353,10 @@ def largest_with_count(key, at_low, least, most):
         fewer = tl.maximum(tl.minimum(goal - margin, most_f - 0.5), fewest_f + 0.5)
         bottom = flip(low).to(tl.float32, bitcast=True)
         width = flip(high).to(tl.float32, bitcast=True) - bottom
-        most_log = tl.log(most_f)
-        unit = 1.0 / (most_log - tl.log(tl.maximum(fewest_f, 0.5)))
-        first = key_at(bottom, width, (most_log - tl.log(more)) * unit)
-        second = key_at(bottom, width, (most_log - tl.log(fewer)) * unit)
+        most_log = rough_log(most_f)
+        unit = 1.0 / (most_log - rough_log(tl.maximum(fewest_f, 0.5)))
+        first = key_at(bottom, width, (most_log - rough_log(more)) * unit)
+        second = key_at(bottom, width, (most_log - rough_log(fewer)) * unit)
         half = (low | high) - ((low ^ high) >> 1)  # (low + high + 1) / 2 without overflow
         first = tl.where((step % 4 > 0) & (width == width), first, half)
         first, second = tl.minimum(first, second), tl.maximum(first, second)

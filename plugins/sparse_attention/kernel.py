@@ -28,7 +28,8 @@ from plugins.variant import AOT_DTYPES, COMMON_OPTIONS, Variant
 
 GROUP_PADDED = tl.constexpr(16)
 MAX_SPLITS = tl.constexpr(32)
-BLOCK_K = tl.constexpr(32)  # rows gathered at a time
+# For D up to 64, see `block_k` and `attend_programs`.
+BLOCK_K = 32  # rows gathered at a time
 ATTEND_PROGRAMS = 1056  # eight on each multiprocessor of the largest GPU: enough loads in flight to fill the memory bus
 
 MAX_GROUP = GROUP_PADDED.value
@@ -39,21 +40,29 @@ MAX_CAPACITY = 2**20
 MAX_TOKENS = 2**17  # of one call, B * S
 
 
-def plan(B: int, S: int, Hkv: int, k: int) -> tuple[int, int]:
+def block_k(D: int) -> int:
+    return BLOCK_K * max(D, 64) // 64
+
+
+def attend_programs(D: int) -> int:
+    return ATTEND_PROGRAMS * 64 // max(D, 64)
+
+
+def plan(B: int, S: int, Hkv: int, D: int, k: int) -> tuple[int, int]:
     """(entries per split, splits): splits K where tokens and heads alone would leave multiprocessors idle."""
-    wanted = min(max(ATTEND_PROGRAMS // (B * S * Hkv), 1), MAX_SPLITS.value)
-    share = triton.cdiv(triton.cdiv(k, wanted), BLOCK_K.value) * BLOCK_K.value
+    wanted = min(max(attend_programs(D) // (B * S * Hkv), 1), MAX_SPLITS.value)
+    share = triton.cdiv(triton.cdiv(k, wanted), block_k(D)) * block_k(D)
     return share, triton.cdiv(k, share)
 
 
 def workspace_bytes(B: int, S: int, Hq: int, Hkv: int, D: int, k: int) -> int:
-    _, splits = plan(B, S, Hkv, k)
+    _, splits = plan(B, S, Hkv, D, k)
     return 4 * B * S * Hq * splits * (D + 2) if splits > 1 else 0
 
 
 def largest_workspace(B: int, S: int, Hq: int, Hkv: int, D: int, k: int) -> int:
     """What any call of at most this shape needs: B * S * splits never exceeds the larger of the two terms."""
-    rows = min(B * S * MAX_SPLITS.value, max(ATTEND_PROGRAMS // Hkv, 1))
+    rows = min(B * S * MAX_SPLITS.value, max(attend_programs(D) // Hkv, 1))
     return 4 * rows * Hq * (D + 2)
 
 
@@ -76,6 +85,7 @@ def attend_kernel(
     SHARE,
     P,
     D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     ARCH: tl.constexpr,
@@ -179,7 +189,7 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     output = torch.empty_like(q)
     if output.numel() == 0:
         return output
-    share, splits = plan(B, S, Hkv, K)
+    share, splits = plan(B, S, Hkv, D, K)
     parts = B * S * Hq * splits if splits > 1 else 0
     sums = torch.empty(parts * D, dtype=torch.float32, device=q.device)
     statistics = torch.empty(2 * parts, dtype=torch.float32, device=q.device)
@@ -189,7 +199,7 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
     attend_kernel[(B * S * Hkv * splits,)](
         q, k_cache, v_cache, indices, output, sums, statistics,
         scale, B * S, S, C, Hkv, Hq // Hkv, K, share, splits,
-        D=D, PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
+        D=D, BLOCK_K=block_k(D), PRECISION=precision, WIDEN=triton.knobs.runtime.interpret,
         **attend_options(dtype, D), **on_device,
     )  # fmt: skip
     if splits > 1:
@@ -203,7 +213,8 @@ COMBINE_OPTIONS = {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
 
 
 def attend_options(dtype: str, D: int) -> dict[str, Any]:
-    return {"num_warps": max(D // 64, 1), "num_stages": 1 if dtype == "fp32" else 3, **COMMON_OPTIONS}
+    warps, stages = (4, 2) if D > 64 else (1, 3)
+    return {"num_warps": warps, "num_stages": 1 if dtype == "fp32" else stages, **COMMON_OPTIONS}
 
 
 def variants() -> Iterator[Variant]:
@@ -217,7 +228,7 @@ def variants() -> Iterator[Variant]:
                 "q": tensor, "k_cache": tensor, "v_cache": tensor, "indices": "*i32", "output": tensor,
                 "sums": "*fp32", "statistics": "*fp32", "scale": "fp32",
             },
-            constants={"D": D, "PRECISION": "tf32", "WIDEN": False},
+            constants={"D": D, "BLOCK_K": block_k(D), "PRECISION": "tf32", "WIDEN": False},
             options=attend_options(dtype, D),
         )  # fmt: skip
         yield Variant(
@@ -234,7 +245,7 @@ def constants() -> dict[str, int]:
     return {
         "MAX_SPLITS": MAX_SPLITS.value,
         "ATTEND_PROGRAMS": ATTEND_PROGRAMS,
-        "BLOCK_K": BLOCK_K.value,
+        "BLOCK_K": BLOCK_K,
         "MAX_GROUP": MAX_GROUP,
         "MAX_K": MAX_K,
         "MAX_CAPACITY": MAX_CAPACITY,

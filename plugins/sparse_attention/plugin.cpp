@@ -156,7 +156,7 @@ public:
             require(nbInputs == kInputs, "4 inputs are needed");
             Shape const most = shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max);
             int64_t const rows
-                = std::min(most.B * most.S * size::MAX_SPLITS, std::max<int64_t>(size::ATTEND_PROGRAMS / most.Hkv, 1));
+                = std::min(most.B * most.S * size::MAX_SPLITS, std::max<int64_t>(programsOf(most) / most.Hkv, 1));
             return static_cast<std::size_t>(4 * rows * most.Hq * (most.D + 2));
         });
     }
@@ -209,13 +209,18 @@ public:
     }
 
 private:
+    static int64_t programsOf(Shape const& shape)
+    {
+        return size::ATTEND_PROGRAMS * 64 / shape.D;
+    }
+
     void launch(Shape const& shape, void const* const* inputs, void* output, float* workspace, cudaStream_t stream) const
     {
         // The same numbers as `plan` in kernel.py.
         int64_t const tokens64 = shape.B * shape.S;
         int64_t const wanted = std::min<int64_t>(
-            std::max<int64_t>(size::ATTEND_PROGRAMS / (tokens64 * shape.Hkv), 1), size::MAX_SPLITS);
-        int64_t const block = size::BLOCK_K;
+            std::max<int64_t>(programsOf(shape) / (tokens64 * shape.Hkv), 1), size::MAX_SPLITS);
+        int64_t const block = size::BLOCK_K * shape.D / 64;
         int64_t const share64 = ceilDiv(ceilDiv(shape.K, wanted), block) * block;
         int64_t const splits64 = ceilDiv(shape.K, share64);
 

@@ -293,7 +293,7 @@ def test_attention(shape, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 def test_attention_of_enough_tokens_to_fill_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_kernel, "ATTEND_PROGRAMS", 1)
-    assert attention_kernel.plan(2, 2, 2, 200)[1] == 1
+    assert attention_kernel.plan(2, 2, 2, 64, 200)[1] == 1
     problem = attention_problem(2, 2, 300, 2, 7, 64, 200, dtype, seed=2, device=DEVICE)
     assert_attention(attend(problem), problem)
 
