@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, run
@@ -19,7 +21,7 @@ from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.evaluate import evaluate
 from train.options import DTYPES, Recipe, argument_parser, resolve, start, train_from
-from train.trainer import Stage
+from train.trainer import Settings, Stage, adamw
 
 OUT = "ckpt"
 
@@ -42,10 +44,19 @@ def joint_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int
     return {"cross_entropy": output.loss, **output.aux_losses}
 
 
+def optimizers(
+    groups: dict[str, list[nn.Parameter]], settings: Settings, indexer_lr: float | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for each group, the indexer's at a rate of its own (None: the base's)."""
+    indexer = replace(settings, lr=indexer_lr or settings.lr)
+    return [adamw(groups["base"], settings), adamw(groups["indexer"], indexer)]
+
+
 def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
     result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help, trains_indexer=True)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
+    result.add_argument("--indexer-lr", type=float, metavar="LR", help="peak learning rate of the indexer [--lr]")
     add_selection_arguments(result)
     add_adapter_argument(result)
     return result
@@ -72,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries),
             losses=("cross_entropy", "kl", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
             evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
+            optimizers=partial(optimizers, indexer_lr=args.indexer_lr),
         )
         if args.lora_rank is not None:
             stage = through_adapters(stage, args.lora_rank)

@@ -198,8 +198,8 @@ def check(args: argparse.Namespace) -> None:
         _require(shorter < longer, f"--length must grow, got {shorter} before {longer}")
         _require(lengths[-1] % shorter == 0, f"--length {shorter} does not divide the longest, {lengths[-1]}")
     _require(len(lengths) == 1 or args.packing == "pack", "--packing cut takes one --length: pieces of a padded window")
-    for name in ("lr", "clip", "max_minutes"):
-        value = getattr(args, name)
+    for name in ("lr", "indexer_lr", "clip", "max_minutes"):
+        value = getattr(args, name, None)
         flag = f"--{name.replace('_', '-')}"
         _require(value is None or 0 < value < math.inf, f"{flag} must be positive and finite, got {value}")
 

@@ -280,6 +280,22 @@ def joint_of(warm: Path, records: Path, out: Path, *arguments: str) -> Path:
     return out
 
 
+def test_the_indexer_can_learn_at_a_rate_of_its_own(warm: Path, records: Path, tmp_path: Path) -> None:
+    """After one update the base is the same bit for bit, and the indexer has moved ten times as far."""
+    options = ["--steps", "1", "--lr", "1e-4"]
+    same = weights(joint_of(warm, records, tmp_path / "same", *options))
+    own = weights(joint_of(warm, records, tmp_path / "own", *options, "--indexer-lr", "1e-3"))
+    before = weights(warm)
+    for name, weight in before.items():
+        if ".indexer." not in name:
+            assert torch.equal(same[name], own[name]), name
+        else:
+            moved = (own[name] - weight).norm() / (same[name] - weight).norm()
+            assert 9 < moved < 11, (name, moved)
+    with pytest.raises(UserError, match="--indexer-lr must be positive and finite"):
+        joint_of(warm, records, tmp_path / "none", "--indexer-lr", "-1")
+
+
 def test_lora_changes_the_matrices_by_its_rank_and_leaves_a_plain_checkpoint(
     warm: Path, records: Path, tmp_path: Path
 ) -> None:
