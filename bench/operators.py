@@ -313,7 +313,7 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
-    from plugins.index_topk.kernel import largest_workspace as topk_workspace
+    from plugins.index_topk.plan import largest_workspace as topk_workspace
     from plugins.sparse_attention.kernel import largest_workspace as attention_workspace
 
     shape = {"case": case.name, "B": case.B, "S": case.S, "C": case.C, "k": case.k}

@@ -49,10 +49,15 @@ def all_variants() -> list[Variant]:
 
 @cache
 def sources(function: Callable[..., object]) -> str:
-    """What decides a kernel's code. Not triton's own key of it: version 3.6 gives another one in every process."""
+    """What decides a kernel's code: all kernel files of its operator, and what they share.
+
+    Not triton's own key of it: version 3.6 gives another one in every process.
+    """
     from plugins.dependent import begin
 
-    return "".join(Path(inspect.getfile(part)).read_text() for part in (function, begin.fn))
+    folder = Path(inspect.getfile(function)).parent
+    files = [path for path in sorted(folder.glob("*.py")) if path.name != "op.py"]
+    return "".join(path.read_text() for path in [*files, Path(inspect.getfile(begin.fn))])
 
 
 def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path]:

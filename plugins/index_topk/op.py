@@ -349,20 +349,20 @@ def check(
 
 def check_cuda(index_q: Tensor, C: int, k: int) -> None:
     """Raises ValueError for what the GPU kernels do not support."""
-    from plugins.index_topk import kernel
+    from plugins.index_topk import plan
 
     Hi, Di = index_q.shape[2:]
     if index_q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"index_topk on a GPU needs queries in fp32, fp16 or bf16, got {index_q.dtype}")
-    if Di not in kernel.TORCH_HEAD_SIZES:
-        sizes = ", ".join(map(str, kernel.TORCH_HEAD_SIZES))
+    if Di not in plan.TORCH_HEAD_SIZES:
+        sizes = ", ".join(map(str, plan.TORCH_HEAD_SIZES))
         raise ValueError(f"index_topk on a GPU needs an indexer head size among {sizes}, got {Di}")
-    if Hi > kernel.MAX_HEADS:
-        raise ValueError(f"index_topk on a GPU takes at most {kernel.MAX_HEADS} indexer heads, got {Hi}")
-    if k > kernel.MAX_K:
-        raise ValueError(f"index_topk on a GPU takes k up to {kernel.MAX_K}, got {k}")
-    if C > kernel.MAX_CAPACITY:
-        raise ValueError(f"index_topk on a GPU takes a capacity up to {kernel.MAX_CAPACITY}, got {C}")
+    if Hi > plan.MAX_HEADS:
+        raise ValueError(f"index_topk on a GPU takes at most {plan.MAX_HEADS} indexer heads, got {Hi}")
+    if k > plan.MAX_K:
+        raise ValueError(f"index_topk on a GPU takes k up to {plan.MAX_K}, got {k}")
+    if C > plan.MAX_CAPACITY:
+        raise ValueError(f"index_topk on a GPU takes a capacity up to {plan.MAX_CAPACITY}, got {C}")
 
 
 @torch.library.custom_op("dsa::index_topk", mutates_args=(), device_types="cpu")

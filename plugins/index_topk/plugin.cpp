@@ -1,4 +1,4 @@
-// dsa::IndexTopK as a TensorRT plugin: checks and launches; the mathematics is in kernel.py, the contract in op.py.
+// dsa::IndexTopK as a TensorRT plugin: checks and launches; the mathematics is in score.py and selection.py, the contract in op.py.
 #include "constants.h"
 #include "plugin.h"
 
@@ -14,7 +14,7 @@ namespace
 {
 
 using namespace nvinfer1;
-namespace size = index_topk; // generated from kernel.py
+namespace size = index_topk; // generated from plan.py
 
 // Positions of the inputs; the output is behind them, indices [B, S, k] int32.
 enum Input : int32_t
@@ -74,7 +74,7 @@ int64_t paddedHeads(int64_t heads)
     return heads <= 4 ? 4 : heads <= 8 ? 8 : 16;
 }
 
-// How a problem is cut; the same numbers as `plan` in kernel.py.
+// How a problem is cut; the same numbers as `plan` in plan.py.
 struct Plan
 {
     int64_t batchTile, queryTile, blockS, blockC, blocks, splits, capacity, listed;
@@ -243,7 +243,7 @@ public:
         });
     }
 
-    // Of the largest shapes of the profile; see `largest_workspace` in kernel.py.
+    // Of the largest shapes of the profile; see `largest_workspace` in plan.py.
     std::size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*,
         int32_t) const noexcept override
     {

@@ -34,6 +34,7 @@ if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU; test_interpreter.py runs these tests in Triton's interpreter", allow_module_level=True)
 
 from plugins.index_topk import kernel as topk_kernel  # noqa: E402
+from plugins.index_topk import plan as topk_plan  # noqa: E402
 from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -182,7 +183,7 @@ def test_groups_in_several_splits_and_tiles() -> None:
     problem.kv_lengths = torch.tensor([18001], device=DEVICE)
     options = {"sinks": 3, "window": 40, "pool": 2}
     indices = select(problem, **options)
-    assert topk_kernel.plan(1, 2, G, 4, 64, K).splits == 3
+    assert topk_plan.plan(1, 2, G, 4, 64, K).splits == 3
     assert torch.equal(select(problem, budget=1, **options), indices)
     assert {0, 1, 2, 3, *range(17960, 18001)} <= set(indices[0, 1].tolist())
     q, weights, keys, lengths, k = (t.cpu() if isinstance(t, Tensor) else t for t in problem.arguments())
@@ -249,8 +250,8 @@ def test_negative_zero_and_denormals_count_as_zero() -> None:
 def test_tiles_change_nothing(shape, tile_rows: int) -> None:
     problem = topk_problem(*shape, HALF, ties=True, seed=5, device=DEVICE)
     lengths, S, C, Hi, Di, k = shape
-    budget = tile_rows * 4 * topk_kernel.row_entries(C)
-    cut = topk_kernel.plan(len(lengths), S, C, Hi, Di, k, budget)
+    budget = tile_rows * 4 * topk_plan.row_entries(C)
+    cut = topk_plan.plan(len(lengths), S, C, Hi, Di, k, budget)
     assert cut.batch_tile * cut.query_tile <= tile_rows < len(lengths) * S
     assert torch.equal(select(problem), select(problem, budget=budget))
 
@@ -259,13 +260,13 @@ def test_tiles_change_nothing(shape, tile_rows: int) -> None:
 @settings(max_examples=300, deadline=None)
 def test_workspace_of_the_largest_shape_is_enough(data: st.DataObject) -> None:
     B, S, C, k = (data.draw(st.integers(1, most)) for most in (64, 1024, 2**20, 4096))
-    Hi, Di = data.draw(st.integers(1, 16)), data.draw(st.sampled_from(topk_kernel.HEAD_SIZES))
+    Hi, Di = data.draw(st.integers(1, 16)), data.draw(st.sampled_from(topk_plan.HEAD_SIZES))
     smaller = [data.draw(st.integers(1, most)) for most in (B, S, C)]
-    cut = topk_kernel.plan(*smaller, Hi, Di, k)
+    cut = topk_plan.plan(*smaller, Hi, Di, k)
     rows = cut.batch_tile * cut.query_tile
-    assert rows * cut.splits <= max(rows, topk_kernel.SELECT_PROGRAMS) and rows < 65536
+    assert rows * cut.splits <= max(rows, topk_plan.SELECT_PROGRAMS) and rows < 65536
     lists = 33 if k <= 2048 else 66
-    assert cut.workspace <= topk_kernel.largest_workspace(B, S, C, k) <= (128 + lists + 1) * 2**20
+    assert cut.workspace <= topk_plan.largest_workspace(B, S, C, k) <= (128 + lists + 1) * 2**20
     Hkv, group = data.draw(st.integers(1, 16)), data.draw(st.integers(1, 16))
     used = attention_kernel.workspace_bytes(smaller[0], smaller[1], Hkv * group, Hkv, 64, k)
     assert used <= attention_kernel.largest_workspace(B, S, Hkv * group, Hkv, 64, k)

@@ -25,6 +25,7 @@ triton = pytest.importorskip("triton", reason="the kernels are compiled by trito
 from plugins import headers  # noqa: E402
 from plugins.compile import ARCHITECTURES, PTX_FROM, Image, all_variants, compile_all, compile_kernel  # noqa: E402
 from plugins.index_topk import kernel as topk_kernel  # noqa: E402
+from plugins.index_topk import plan as topk_plan  # noqa: E402
 from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KB that a block may use
@@ -204,10 +205,10 @@ def test_workspace_is_the_documented_formula(
     host: Path, library: Path, tmp_path: Path, B: int, S: int, C: int, k: int
 ) -> None:
     case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
-    assert int(run_host(host, "workspace", library, case)) == topk_kernel.largest_workspace(B, S, C, k)
+    assert int(run_host(host, "workspace", library, case)) == topk_plan.largest_workspace(B, S, C, k)
     if k % 4 == 0:  # groups of tokens: a quarter of the rows and of what is selected
         case = topk_case(tmp_path, B, S, C // 4, 8, 64, k, torch.float16, fp8=True, pool=4)
-        assert int(run_host(host, "workspace", library, case)) == topk_kernel.largest_workspace(B, S, C // 4, k // 4)
+        assert int(run_host(host, "workspace", library, case)) == topk_plan.largest_workspace(B, S, C // 4, k // 4)
     case = attention_case(tmp_path, B, S, C, 2, 7, 64, k)
     assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 14, 2, 64, k)
 
@@ -338,11 +339,11 @@ def test_workspace_pointers_stay_inside_the_workspace(
     case = topk_case(tmp_path, B, S, C, 8, 64, k, torch.float16)
     lines = run_host(host, "run", library, case, 1, 1, 0, **fake_driver).splitlines()
     keys, listed, counts, threshold = (int(a[1:]) for a in lines[2].split()[7:11])
-    cut = topk_kernel.plan(B, S, C, 8, 64, k)
+    cut = topk_plan.plan(B, S, C, 8, 64, k)
     splits = B * cut.splits
-    sizes = [4 * B * topk_kernel.row_entries(C), 4 * splits * cut.listed, 4 * splits]
+    sizes = [4 * B * topk_plan.row_entries(C), 4 * splits * cut.listed, 4 * splits]
     assert [listed - keys, counts - listed, threshold - counts] == sizes
-    assert threshold + 4 * B - keys <= topk_kernel.largest_workspace(B, S, C, k)
+    assert threshold + 4 * B - keys <= topk_plan.largest_workspace(B, S, C, k)
 
 
 @pytest.mark.parametrize(("arch", "attribute"), [("89", "0"), ("90", "6"), ("120", "0")])
