@@ -35,6 +35,7 @@ from engines import build
 from engines.artifacts import BACKENDS
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13", "tensorrt-rtx-cu13", "numpy")
+ENGINES = Path("out/engines")
 QUICK_CONTEXTS = (512, 8192, 32768)
 QUICK_PREFILL = 2048
 QUICK_SECONDS = 3.0
@@ -82,13 +83,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is compared").add_argument
     what(
-        "--engines", type=Path, nargs="+", default=[Path("out/engines")], metavar="DIR",
+        "--engines", type=Path, nargs="+", default=[ENGINES], metavar="DIR",
         help="folders with engines of `python -m engines.build`, searched to the bottom (default: out/engines)",
     )  # fmt: skip
     what(
         "--onnx", type=Path, metavar="DIR",
         help="the export, for its tokenizer, and to build ONNX Runtime engines from where --engines holds none "
-        "(default: where the engines came from, or out/onnx)",
+        "(default: where the engines came from, out/onnx for out/engines)",
     )  # fmt: skip
     what("--backend", nargs="+", metavar="NAME", help="only these (default: all that are found)")
     what("--precision", nargs="+", metavar="NAME", help="only these: fp32 fp16 bf16 int8 int4 (default: all)")
@@ -98,9 +99,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     case("--batch", nargs="+", type=positive, default=[1], metavar="N", help="rows (default: 1)")
     case("--phase", choices=("prefill", "decode", "both"), default="both", help="(default: %(default)s)")
     case(
-        "--caches", choices=("prefill", "random"), default="prefill",
+        "--caches", choices=("prefill", "random"),
         help="computed from the text, or random values: for contexts whose prefill takes too long (no agreement, loss "
-        "or measured time to first token then)",
+        "or measured time to first token then) (default: prefill)",
     )  # fmt: skip
     case("--prompt-file", type=Path, metavar="FILE", help="text (default: the Python standard library's sources)")
     case(
@@ -132,7 +133,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     other = parser.add_argument_group("peers").add_argument
     other(
-        "--peers", nargs="+", choices=(*peers.NAMES, "none"), default=list(peers.NAMES),
+        "--peers", nargs="+", choices=(*peers.NAMES, "none"),
         help="others on the same checkpoint: stock transformers, and dense scores with a top-k mask (default: both)",
     )  # fmt: skip
     other("--genai", type=Path, nargs="+", default=[], metavar="DIR", help="models of onnxruntime-genai's builder")
@@ -142,16 +143,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.quick:
+        if args.caches == "prefill" or args.peers not in (None, ["none"]):
+            raise UserError("--quick takes random caches and no peers: leave --caches and --peers out")
         args.caches, args.peers, args.runs = "random", ["none"], min(args.runs, 5)
         args.max_seconds = args.max_seconds or QUICK_SECONDS
         args.profile = args.profile or 0
+    args.caches, args.peers = args.caches or "prefill", args.peers or list(peers.NAMES)
     return args
 
 
 def build_missing(args: argparse.Namespace) -> None:
-    """Builds ONNX Runtime engines into the first of --engines if there are none at all."""
+    """Builds ONNX Runtime engines into the first of --engines if there are none at all, and the export is known."""
     if matrix.engine_folders(args.engines):
         return
+    if args.onnx is None and args.engines != [ENGINES]:
+        where = " ".join(map(str, args.engines))
+        raise UserError(f"{where} holds no engines: run `python -m engines.build`, or name the export with --onnx")
     args.onnx = args.onnx or Path("out/onnx")
     read_manifest(args.onnx, "onnx", "python -m dsa_export.onnx")
     if args.backend and args.backend != ["ort"]:
@@ -320,6 +327,8 @@ def pass_the_gate(group: Group, prompt: np.ndarray, threads: int) -> list[str]:
 def debug_layers(groups: Sequence[Group], args: argparse.Namespace) -> None:
     """Prints the tensors of every group's two graphs that differ, the first one by name."""
     for group in groups:
+        if not group.sparse.reduces_to_dense:
+            raise UserError(f"--debug-layers needs graphs that equal each other up to k tokens: {group.name} is NSA")
         tokens = args.debug_layers or min(*group.sparse.topk, 64)
         limit = min(engine.limits.max_context for engine in group.sides.values())
         if tokens > limit:

@@ -91,9 +91,9 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
         kind, value = receiver.recv()
     except EOFError:
         process.join()
-        raise UserError(
-            f"the measuring process ended with exit code {process.exitcode} (out of memory?): try a shorter --context"
-        ) from None
+        killed = (process.exitcode or 0) < 0
+        hint = " (out of memory?): try a shorter --context" if killed else ": its error stands above"
+        raise UserError(f"the measuring process ended with exit code {process.exitcode}{hint}") from None
     except BaseException:
         process.terminate()
         raise

@@ -16,8 +16,10 @@ GREEDY_TOKENS = 8
 PROMPT_TOKENS = 64
 TOLERANCE = 1e-3
 """What logits may differ by whatever the engine: fp32's rounding over the layers of a model stays far below."""
+ULPS = {"fp32": 0.0, "fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8}
+"""The same for the type that an engine computes in, relative to the largest logit: four roundings of it."""
 OWN_ROUNDING = 2
-"""How often the dense engine's own rounding may stand between dense and sparse."""
+"""How often the rounding between dense engines may stand between dense and sparse."""
 
 
 @dataclass(frozen=True)
@@ -30,51 +32,72 @@ class Gate:
     problem: str | None
 
 
-def gate(runners: Mapping[str, Runner], prompt: np.ndarray) -> Gate:
-    """Compares dense and sparse where they must be equal: at most k tokens (of the layer with the smallest k).
+def gates(dense: Mapping[str, Runner], sparse: Runner, prompt: np.ndarray) -> dict[str, Gate]:
+    """Compares sparse with every dense side where they must be equal: at most k tokens (the smallest k of any layer).
 
-    prompt: [n] int64. Both variants get the prompt and then the tokens that dense prefers; at each of them the logits
-    must agree within rounding, and in fp32 the preferred token must be the same. (Narrower types round logits to equal
-    values: a tie may then be broken either way.) What rounding does is measured: the dense engine gets the same tokens
-    a second time, one by one, which is the same sum in another order. With packed weights, whose products round
-    activations to int8, that moves the logits of a real model by some percent. An engine that attends densely while its
-    caches are short must pass with short and with longer ones.
+    prompt: [n] int64. All get the prompt and then the tokens that the first dense side prefers; at each of them the
+    logits must agree within rounding, and in fp32 the preferred token must be the same. (Narrower types round logits to
+    equal values: a tie may then be broken either way.) What rounding does is measured, in two ways: a dense engine gets
+    the same tokens one by one, which is the same sum in another order, and dense engines with different operators are
+    compared. With packed weights, whose products round activations to int8, that moves the logits of a real model by
+    some percent. An engine that attends densely while its caches are short must pass with short and with longer ones.
     """
-    engine = runners["sparse"].engine
+    engine = sparse.engine
     capacities = {engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)}
-    gates = [_gate(runners, prompt, capacity) for capacity in sorted(capacities)]
-    return next((one for one in gates if one.problem), max(gates, key=lambda one: one.error))
+    found = [_gates(dense, sparse, prompt, capacity) for capacity in sorted(capacities)]
+
+    def worst(name: str) -> Gate:
+        outcomes = [gates[name] for gates in found]
+        return next((one for one in outcomes if one.problem), max(outcomes, key=lambda one: one.error))
+
+    return {name: worst(name) for name in dense}
 
 
-def _gate(runners: Mapping[str, Runner], prompt: np.ndarray, capacity: int) -> Gate:
-    k, precision = min(runners["sparse"].engine.topk), runners["sparse"].engine.precision
+def _gates(dense: Mapping[str, Runner], sparse: Runner, prompt: np.ndarray, capacity: int) -> dict[str, Gate]:
+    k = min(sparse.engine.topk)
     steps = min(GREEDY_TOKENS, k // 2)
     prompt = prompt[: max(1, min(PROMPT_TOKENS, k - steps))]
-    sessions = {variant: Session(runner, capacity=capacity) for variant, runner in runners.items()}
-    sessions["one by one"] = Session(runners["dense"], capacity=capacity)
-    for token in prompt[:-1]:
-        sessions["one by one"].decode([token])
-    last = {"one by one": prompt[-1:]}
-    logits = [{name: session.prefill([last.get(name, prompt)])[0] for name, session in sessions.items()}]
-    for _ in range(steps):
-        token = [int(logits[-1]["dense"].argmax())]
-        logits.append({name: session.decode(token)[0].copy() for name, session in sessions.items()})
+    first = next(iter(dense))
+    at_once = {name: Session(runner, capacity=capacity) for name, runner in dense.items()}
+    one_by_one = {name: Session(runner, capacity=capacity) for name, runner in dense.items()}
+    selecting = Session(sparse, capacity=capacity)
+    for session in one_by_one.values():
+        for token in prompt[:-1]:
+            session.decode([token])
 
-    own = max(float(np.abs(at["dense"] - at["one by one"]).max()) for at in logits)
-    tolerance = max(TOLERANCE, OWN_ROUNDING * own)
+    # [tokens, V] of every side
+    logits: dict[str, list[np.ndarray]] = {name: [s.prefill([prompt])[0].copy()] for name, s in at_once.items()}
+    again = {name: [session.decode(prompt[-1:])[0].copy()] for name, session in one_by_one.items()}
+    chosen = [selecting.prefill([prompt])[0].copy()]
+    for _ in range(steps):
+        token = [int(logits[first][-1].argmax())]
+        for name in dense:
+            logits[name].append(at_once[name].decode(token)[0].copy())
+            again[name].append(one_by_one[name].decode(token)[0].copy())
+        chosen.append(selecting.decode(token)[0].copy())
+    return {
+        name: _gate(np.array(logits[name]), np.array([*logits.values(), again[name]]), np.array(chosen), sparse, prompt)
+        for name in dense
+    }
+
+
+def _gate(dense: np.ndarray, rounded: np.ndarray, sparse: np.ndarray, runner: Runner, prompt: np.ndarray) -> Gate:
+    """Logits [tokens, V] of both sides; `rounded` [n, tokens, V] are dense's, computed in other orders."""
+    own, largest = float(np.abs(rounded - dense).max()), float(np.abs(dense).max())
+    tolerance = max(TOLERANCE, ULPS[runner.engine.dtype] * largest, OWN_ROUNDING * own)
+    tolerance = tolerance if np.isfinite(tolerance) else TOLERANCE
     worst = 0.0
-    for position, at in enumerate(logits, start=len(prompt)):
-        dense, sparse = at["dense"], at["sparse"]
-        if not (np.isfinite(dense).all() and np.isfinite(sparse).all()):
+    for position, (one, other) in enumerate(zip(dense, sparse, strict=True), start=len(prompt)):
+        if not (np.isfinite(one).all() and np.isfinite(other).all()):
             return Gate(position, float("nan"), tolerance, f"a logit is not finite after {position} tokens")
-        error = float(np.abs(dense - sparse).max())
+        error = float(np.abs(one - other).max())
         worst = max(worst, error)
         if error > tolerance:
             problem = f"logits differ by {error:.2g} after {position} tokens, at most {tolerance:.2g} is rounding"
             return Gate(position, worst, tolerance, problem)
-        if dense.argmax() != sparse.argmax() and precision == "fp32":
+        if one.argmax() != other.argmax() and runner.engine.precision == "fp32":
             return Gate(position, worst, tolerance, f"the greedy tokens differ after {position} tokens")
-    return Gate(len(prompt) + steps, worst, tolerance, None)
+    return Gate(len(prompt) + len(dense) - 1, worst, tolerance, None)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Settings:
 
 
 def gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.Gate]:
-    """parity.gate() of the sparse engine against every dense one, by the name of the dense side."""
+    """parity.gates() of the group's engines."""
     return measure.in_child(_gates, group, prompt, threads)
 
 
@@ -187,12 +187,8 @@ def open_runners(sides: Mapping[str, Engine], threads: int) -> dict[str, Runner]
 
 
 def _gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.Gate]:
-    sparse = open_runner(group.sparse.folder, threads=threads, verify=False)
-    found = {}
-    for engine in group.dense:
-        dense = open_runner(engine.folder, threads=threads, verify=False)
-        found[core_of(engine)] = parity.gate({"dense": dense, "sparse": sparse}, prompt)
-    return found
+    *dense, (_, sparse) = open_runners(group.sides, threads).items()
+    return parity.gates(dict(dense), sparse, prompt)
 
 
 def _peak_memory(engine: Engine, cases: Sequence[Case], rows: np.ndarray, threads: int) -> dict[Case, float | None]:

@@ -41,9 +41,9 @@ def texts(count: int, characters: int) -> list[str]:
 
 
 def connect(url: str) -> httpx.Client:
-    """A client of a server. Raises UserError if `url` is no address of one."""
+    """A client of a server; the address may end in /v1. Raises UserError if `url` is no address of one."""
     try:
-        address = httpx.URL(url)
+        address = httpx.URL(url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL:
         address = httpx.URL()
     if address.scheme not in ("http", "https") or not address.host:

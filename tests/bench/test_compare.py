@@ -132,6 +132,18 @@ def test_quick_builds_missing_engines_and_uses_random_caches(export: Path, tmp_p
     assert all(record["agreement"] is record["loss"] is record["ttft_s"] is None for record in records)
 
 
+def test_engines_that_are_not_there_are_not_replaced_by_others(tmp_path: Path, capsys):
+    code, _, error = run_command(compare.main, ["--engines", str(tmp_path / "typo")], capsys)
+    assert code == 1 and "typo holds no engines: run `python -m engines.build`, or name the export" in one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--caches", "prefill"], ["--peers", "transformers"]])
+def test_quick_contradicts_what_takes_long(options: list[str], capsys):
+    code, _, error = run_command(compare.main, ["--quick", *options], capsys)
+    assert code == 1 and "--quick takes random caches and no peers" in one_line(error)
+
+
 def test_a_red_gate_gives_no_figures(tmp_path: Path, capsys):
     """The sparse graph attends with another scale than the dense one; every hash is right."""
     export = toy.write_export(tmp_path / "onnx")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,12 @@ from engines.session import Session, open_runner
 from tests.engines import toy
 
 
+def gate_of(runners, sparse=None):
+    return parity.gates({"dense": runners["dense"]}, sparse or runners["sparse"], np.arange(64))["dense"]
+
+
 def test_the_gate_is_green_where_everything_is_selected(runners):
-    gate = parity.gate(runners, np.arange(64))
+    gate = gate_of(runners)
     assert gate.problem is None
     assert gate.tokens == 16  # k
     assert 0 <= gate.error < gate.tolerance
@@ -47,7 +52,7 @@ class Off:
     ],
 )
 def test_the_gate_is_red(runners, change, after, problem):
-    gate = parity.gate({**runners, "sparse": Off(runners["sparse"], change, after)}, np.arange(64))
+    gate = gate_of(runners, Off(runners["sparse"], change, after))
     assert gate.problem and gate.problem.startswith(problem)
 
 
@@ -62,7 +67,7 @@ def test_the_gate_looks_behind_short_caches(engines: Path, runners, tmp_path: Pa
     for core in cores:
         next(attribute for attribute in core.attribute if attribute.name == "scale").f *= 10
     onnx.save(model, folder / "model.onnx")
-    gate = parity.gate({**runners, "sparse": open_runner(folder, threads=1, verify=False)}, np.arange(64))
+    gate = gate_of(runners, open_runner(folder, threads=1, verify=False))
     assert gate.problem and gate.problem.startswith("logits differ by")
 
 
@@ -75,16 +80,32 @@ def test_the_gate_looks_at_the_greedy_token(runners, monkeypatch):
         logits[0, best] = logits[0, best[::-1]]
         return logits
 
-    gate = parity.gate({**runners, "sparse": Off(runners["sparse"], swap_the_best_two)}, np.arange(64))
+    gate = gate_of(runners, Off(runners["sparse"], swap_the_best_two))
     assert gate.problem == "the greedy tokens differ after 8 tokens"
 
 
 def test_the_gate_allows_twice_the_rounding_of_the_dense_engine(runners):
-    """Its first eight calls are seven tokens one by one and all at once: the eighth token alone differs by 0.1."""
+    """Its first eight calls are seven tokens one by one and all at once: what follows differs by 0.1."""
     for off, problem in ((0.1, None), (0.25, "logits differ by 0.25 after 8 tokens, at most 0.2 is rounding")):
         dense = Off(runners["dense"], lambda logits: logits + 0.1, after=8)
         sparse = Off(runners["sparse"], lambda logits, off=off: logits + off)
-        assert parity.gate({"dense": dense, "sparse": sparse}, np.arange(64)).problem == problem
+        assert gate_of({"dense": dense}, sparse).problem == problem
+
+
+def test_the_gate_allows_twice_the_rounding_between_dense_engines(runners):
+    for off, problem in ((0.1, None), (0.25, "logits differ by 0.25 after 8 tokens, at most 0.2 is rounding")):
+        dense = {"first": runners["dense"], "other": Off(runners["dense"], lambda logits: logits + 0.1)}
+        sparse = Off(runners["sparse"], lambda logits, off=off: logits + off)
+        gates = parity.gates(dense, sparse, np.arange(64))
+        assert gates["first"].problem == problem and gates["other"].problem is None
+
+
+def test_the_gate_allows_what_the_type_of_the_engine_rounds(runners):
+    """fp16 rounds a logit of 1 by up to 2^-11."""
+    sparse = Off(runners["sparse"], lambda logits: logits + 0.01)
+    assert gate_of(runners, sparse).problem
+    sparse.engine = replace(sparse.engine, dtype="bf16", precision="bf16")
+    assert gate_of(runners, sparse).problem is None
 
 
 def test_scores_of_equal_and_of_different_outputs(runners):

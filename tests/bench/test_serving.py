@@ -22,7 +22,7 @@ def test_several_clients(runners: dict[str, Runner], tmp_path: Path, capsys: pyt
     with server(runners["sparse"], endless=True) as client:
         options = ["--clients", "1", "3", "--requests", "2", "--prompt-characters", "60", "--max-tokens", "5"]
         code, output, error = run_command(
-            serving.main, ["--url", str(client.base_url), "--out", str(out), *options], capsys
+            serving.main, ["--url", f"{client.base_url}/v1", "--out", str(out), *options], capsys
         )
     assert code == 0, error
     records = [json.loads(line) for line in out.read_text().splitlines()]
