@@ -7,8 +7,8 @@ token must be torch's; and each query's selected set must be torch's, save where
 fp32: error at most 1e-3. fp16: at most twice the error that torch's own fp16 run has against fp32. bf16, which ONNX
 Runtime lacks on CPUs: the graph is upcast, so the bf16 weights are checked in fp32 arithmetic, error at most 1e-3.
 Quantised weights: the same, in the arithmetic of the unquantised type, against torch with the values that the integers
-stand for. What quantisation costs is measured apart, with the kernels that deployment uses, against the unquantised
-model: see `quality`.
+stand for, rounded to that type. What quantisation costs is measured apart, with the kernels that deployment uses,
+against the unquantised model: see `quality`.
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: 
     external = None
     if model.dtype == torch.bfloat16:
         passes.upcast_bf16(graph)
+        if not fuse:
+            passes.round_dequantised(graph)
         folder = scratch
         folder.mkdir(exist_ok=True)
         external = WEIGHTS_FILE

@@ -163,18 +163,21 @@ def test_lower_precisions_pass_their_parity(dsa_folder, tmp_path, dtype):
     compare_folder(tmp_path / "onnx")
 
 
-@pytest.mark.parametrize(("weights", "block", "indexer"), [("int4", "32", True), ("int8", "128", False)])
-def test_quantised_weights(dsa_folder, tmp_path, weights, block, indexer):
+@pytest.mark.parametrize(
+    ("weights", "block", "indexer", "dtype"),
+    [("int4", "32", True, "fp32"), ("int8", "128", False, "fp32"), ("int4", "32", False, "bf16")],
+)
+def test_quantised_weights(dsa_folder, tmp_path, weights, block, indexer, dtype):
     """One standard form; the graph computes what its integers stand for; the embedding stays, the indexer if wished."""
     out = tmp_path / "onnx"
     result = export_command(
         "--model", str(dsa_folder), "--out", str(out), "--weights", weights, "--block-size", block,
-        *(["--int8-indexer"] if indexer else []),
+        "--dtype", dtype, *(["--int8-indexer"] if indexer else []),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     manifest = read_manifest(out, "onnx", "test")
-    assert (manifest["precision"], manifest["dtype"]) == (weights, "fp32")
+    assert (manifest["precision"], manifest["dtype"]) == (weights, dtype)
     assert manifest["quantisation"] == {
         "weights": weights, "block_size": int(block), "lm_head": True, "indexer": indexer,
     }  # fmt: skip
