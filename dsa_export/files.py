@@ -44,7 +44,10 @@ def check_output(out: Path, kind: str | None = None) -> None:
     """
     if out.name in ("", ".."):
         raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
+    if os.path.ismount(out):
+        raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
     _check_writable(out)
+    _check_writable(out.parent)  # where the folder lies under its temporary name
     if not out.exists() or not any(out.iterdir()):
         return
     found = manifest_kind(out)
