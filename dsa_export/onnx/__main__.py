@@ -26,6 +26,7 @@ from dsa_export.selection import add_selection_arguments, chosen_options, select
 from dsa_export.topk import compact_topk, describe_topk
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEFAULT_MODEL = "ckpt"
 MAX_PARITY_PROMPT = 2304
 
 
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Exports a DSA checkpoint to OUT/dense/model.onnx and OUT/sparse/model.onnx (one weight file, "
         "hard-linked into both folders), checks both against torch, and proves that they differ only in attention.",
     )
-    parser.add_argument("--model", default="ckpt", help="checkpoint folder or hub name (default: ckpt)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub name (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/onnx"), help="output folder (default: out/onnx)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="type of weights, activations and caches (default: fp32)"
@@ -82,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     check_output(arguments.out, "onnx")
+    if arguments.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).exists():
+        raise UserError(f"there is no folder {DEFAULT_MODEL}: `python -m train.joint` makes it, or name a --model")
     config = load_config(arguments.model)
     plain = not isinstance(config, DSAConfig)
     if plain and not arguments.random_indexer:

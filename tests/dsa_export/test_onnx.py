@@ -345,6 +345,13 @@ def test_wrong_input_ends_in_one_line(arguments, message, qwen_folder, dsa_folde
     assert (foreign / "thesis.txt").read_text() == "precious"
 
 
+def test_without_a_checkpoint_it_says_what_makes_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = export_command()
+    assert result.returncode == 1
+    assert result.stderr == "error: there is no folder ckpt: `python -m train.joint` makes it, or name a --model\n"
+
+
 def test_random_indexer_is_recorded(qwen_folder, tmp_path):
     out = tmp_path / "onnx"
     result = export_command("--model", str(qwen_folder), "--random-indexer", "--topk", "8", "--out", str(out))
