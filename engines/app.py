@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -36,6 +40,8 @@ MAX_PROMPTS = 16
 """Prompts of one completion request: a list of them is answered in one go."""
 STOP_SECONDS = 60.0
 """How long a stop waits for the call that is running."""
+LAST_WORDS_SECONDS = 10
+"""How long the open requests of a stopped scheduler have to end, each with an error, before they are cut off."""
 
 
 def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -> FastAPI:
@@ -86,6 +92,37 @@ def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -
         return JSONResponse(error_body(400, f"{where or 'body'}: {first['msg']}{detail}", where), 400)
 
     return app
+
+
+class Server(uvicorn.Server):
+    """Runs an application of create_app(). A stop leaves `grace` seconds to running requests, then ends the scheduler.
+
+    uvicorn alone would cut them off: streams without an error event, and with a traceback each. A second signal ends
+    the grace.
+    """
+
+    def __init__(self, app: FastAPI, scheduler: Scheduler, grace: int):
+        timeout = grace + LAST_WORDS_SECONDS
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=timeout))
+        logging.getLogger("uvicorn.error").addFilter(is_no_cancellation)
+        self.scheduler = scheduler
+        self.grace = grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and self.scheduler.alive:
+            self.scheduler.stop(0)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        grace = asyncio.get_running_loop().call_later(self.grace, self.scheduler.stop, 0)
+        await super().shutdown(sockets)
+        grace.cancel()
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Filters what uvicorn logs of a request that it cuts off, such as one whose client has stopped reading."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class BodyLimit:

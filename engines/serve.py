@@ -5,7 +5,8 @@
         -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
 
 /v1/chat/completions and /v1/completions (streaming or not), /v1/models, /health. Requests that run at the same time
-share the engine's calls (continuous batching). Ctrl-C or SIGTERM lets running requests finish for --grace seconds.
+share the engine's calls (continuous batching). Ctrl-C or SIGTERM lets running requests finish for --grace seconds, or
+until the second Ctrl-C; then they end with an error.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ MAX_BODY_BYTES = 8 * 2**20
 def main() -> None:
     args = parse_arguments()
     try:
-        import uvicorn
-
-        from engines.app import create_app
+        from engines.app import Server, create_app
         from engines.scheduler import Scheduler
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install 'dsa-toolchain[serve]'") from None
@@ -34,18 +33,16 @@ def main() -> None:
     runner = open_runner(args.engine, threads=args.threads)
     engine = runner.engine
     slots = min(args.slots or engine.limits.max_batch, engine.limits.max_batch)
-    app = create_app(
-        Scheduler(runner, slots=slots, queue=args.queue), Text(engine),
-        model=args.model_name or f"{engine.folder.resolve().name}-{engine.dtype}", max_body=args.max_body_bytes,
-    )  # fmt: skip
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.grace)
+    scheduler = Scheduler(runner, slots=slots, queue=args.queue)
+    model = args.model_name or f"{engine.folder.resolve().name}-{engine.dtype}"
+    app = create_app(scheduler, Text(engine), model=model, max_body=args.max_body_bytes)
     host, port = address.getsockname()[:2]
     console.print(
         f"Serving {engine.folder} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: {slots} requests at a "
         f"time, {engine.limits.max_context} tokens each, {args.queue} more may wait. Ctrl-C stops"
     )
     try:
-        uvicorn.Server(config).run(sockets=[address])
+        Server(app, scheduler, args.grace).run(sockets=[address])
     except KeyboardInterrupt:  # uvicorn has finished its graceful stop and passes the signal on
         console.print("Stopped")
 

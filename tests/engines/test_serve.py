@@ -19,17 +19,17 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
 from dsa_export.cli import UserError
+from dsa_export.files import MANIFEST
 from engines import serve
-from engines.app import create_app
+from engines.app import Server, create_app
 from engines.sampling import Sampler, Sampling
 from engines.scheduler import SMALLEST_CAPACITY, Event, Request, Scheduler
 from engines.session import Runner, Session
 from engines.text import Answer, Text
 from tests.engines import toy
-from tests.engines.commands import one_line, run_command
+from tests.engines.commands import copy_tree, one_line, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -48,7 +48,7 @@ def serving(
     if endless:
         text.end_tokens = frozenset()
     app = create_app(scheduler, text, model="toy", max_body=100_000)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace))
+    server = Server(app, scheduler, grace)
     address = serve.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [address]})
     thread.start()
@@ -487,15 +487,40 @@ def test_a_stop_lets_running_requests_finish(engines: Path):
         assert "Stopped" in output
 
 
-def test_a_stop_is_bounded(runners: dict[str, Runner]):
+def test_what_runs_on_after_the_grace_ends_with_an_error(runners: dict[str, Runner], capsys):
     body = {"prompt": "abc", "max_tokens": 4000, "temperature": 0, "stream": True}
-    with serving(runners["dense"], endless=True, grace=1) as client:
+    with ThreadPoolExecutor(2) as pool, serving(runners["dense"], endless=True, grace=1) as client:
+        whole = pool.submit(client.post, COMPLETIONS, json={**body, "stream": False})
         response = client.send(client.build_request("POST", COMPLETIONS, json=body), stream=True)
         lines = response.iter_lines()
         next(lines)
+        wait_until(lambda: client.get("/health").json()["running"] == 2)
+        rest = pool.submit(list, lines)
         began = time.monotonic()
     assert time.monotonic() - began < 15
-    response.close()
+    assert "the server is shutting down" in [line for line in rest.result() if line][-1]
+    refused(whole.result(), 503, "the server is shutting down", kind="server_error")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_interrupt_ends_the_grace(engines: Path, tmp_path: Path):
+    endless = copy_tree(engines / "ort/sparse", tmp_path / "endless")
+    manifest = json.loads((endless / MANIFEST).read_text())
+    manifest["model"]["eos_token_id"] = []
+    (endless / MANIFEST).write_text(json.dumps(manifest))
+    body = {"prompt": "abc", "max_tokens": 4000, "temperature": 0, "stream": True}
+    with command(endless) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: reachable(client))
+        with client.stream("POST", COMPLETIONS, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            assert "the server is shutting down" in [line for line in lines if line][-1]
+        output, error = process.communicate(timeout=10)
+        assert (process.returncode, error) == (0, "")
+        assert "Stopped" in output
 
 
 def reachable(client: httpx.Client) -> bool:
@@ -519,5 +544,6 @@ def test_wrong_arguments_exit_with_2(options: list[str], capsys: pytest.CaptureF
 
 def test_without_the_web_framework_the_command_says_what_to_install(engines: Path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "engines.app")
     code, _, error = run_command(serve.main, ["--engine", str(engines / "ort/sparse")], capsys)
     assert code == 1 and "pip install 'dsa-toolchain[serve]'" in one_line(error)
