@@ -11,16 +11,48 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-UNSUPPORTED = {
-    "best_of", "echo", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "presence_penalty",
-    "response_format", "suffix", "tools", "top_k", "top_logprobs",
+# What this server cannot do, with the value that asks for nothing; clients send these defaults, and null.
+UNSUPPORTED: dict[str, Any] = {
+    "best_of": 1, "echo": False, "frequency_penalty": 0, "function_call": "none", "functions": [], "ignore_eos": False,
+    "logit_bias": {}, "logprobs": False, "min_p": 0, "presence_penalty": 0, "repetition_penalty": 1,
+    "response_format": {"type": "text"}, "suffix": "", "tools": [], "top_k": 0, "top_logprobs": 0,
 }  # fmt: skip
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may fill the context
 
+
+def expecting(what: str) -> WrapValidator:
+    """One message for a field of several types, where pydantic has one for each type that a value is not."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("unexpected", "expected {what}", {"what": what}) from None
+
+    return WrapValidator(validate)
+
+
 Tokens = list[Annotated[int, Field(ge=0)]]
 StopString = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=4)],
+    expecting("a string, or a list of at most 4 strings, none of them empty"),
+]
+Prompt = Annotated[
+    str | Annotated[list[str] | Tokens | list[Tokens], Field(min_length=1)],
+    expecting("a string, a list of token ids, or a list of several of these, and none of the lists empty"),
+]
 
 
 class ApiError(Exception):
@@ -52,14 +84,15 @@ class GenerationRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: Stop | None = None
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _refuse_what_would_be_ignored(self) -> GenerationRequest:
-        used = sorted(name for name, value in (self.model_extra or {}).items() if name in UNSUPPORTED and value)
+        given = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        used = sorted(name for name in given.keys() & UNSUPPORTED.keys() if given[name] != UNSUPPORTED[name])
         if used:
             raise ValueError(f"not supported by this server: {', '.join(used)}")
         return self
@@ -74,7 +107,7 @@ class GenerationRequest(BaseModel):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | Annotated[list[str] | Tokens | list[Tokens], Field(min_length=1)]
+    prompt: Prompt
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -92,11 +125,16 @@ class TextPart(BaseModel):
     text: str
 
 
+Content = Annotated[
+    str | list[TextPart], expecting("a string, or a list of parts of type text: the model reads no other")
+]
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: str
-    content: str | list[TextPart]
+    content: Content
 
     def as_template_input(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

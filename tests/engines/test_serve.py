@@ -294,12 +294,25 @@ def test_bodies_that_are_not_requests(client: httpx.Client, content: bytes, word
         ({"prompt": [[]]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": 5}, "prompt"),
         ({"prompt": [toy.V]}, "prompt"), ({"prompt": ["a", 1]}, "prompt"), ({"prompt": None}, "prompt"),
         ({"prompt": ["x"] * 17}, "prompt"), ({"logprobs": 3}, None), ({"tools": [{}]}, None),
+        ({"repetition_penalty": 1.1}, None), ({"min_p": 0.1}, None), ({"ignore_eos": True}, None),
+        ({"best_of": 2}, None), ({"response_format": {"type": "json_object"}}, None),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(client: httpx.Client, change: dict[str, Any], param: str | None):
     response = client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 2, **change})
     refused(response, 400)
     assert (response.json()["error"]["param"] or "").split(".")[0] == (param or "")
+
+
+def test_a_field_of_several_types_has_one_message(client: httpx.Client):
+    for prompt in ([], 5, ["a", 1]):
+        response = client.post(COMPLETIONS, json={"prompt": prompt})
+        refused(response, 400, "prompt: expected a string, a list of token ids, or")
+        assert response.json()["error"]["param"] == "prompt"
+    image = {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
+    response = client.post(CHAT, json={"messages": [{"role": "user", "content": [image]}]})
+    refused(response, 400, "messages.0.content: expected a string, or a list of parts of type text")
+    refused(client.post(COMPLETIONS, json={"prompt": "x", "stop": 3}), 400, "stop: expected a string, or a list")
 
 
 def test_infinite_numbers_are_refused(client: httpx.Client):
@@ -326,6 +339,8 @@ def test_unknown_models_paths_and_methods(client: httpx.Client):
     refused(client.get("/v1/nothing"), 404)
     refused(client.get(COMPLETIONS), 405)
     complete(client, "x", 1, model="toy", user="fields that change nothing are ignored", logprobs=None, tools=[])
+    defaults = {"repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": False, "best_of": 1, "n": 1}
+    complete(client, "x", 1, response_format={"type": "text"}, **defaults)
 
 
 def test_a_body_beyond_the_limit_is_refused(client: httpx.Client):
