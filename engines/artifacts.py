@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dsa_export.selection import INDEX_CACHES
 from dsa_export.topk import topk_per_layer
 
 VARIANTS = ("dense", "sparse")
+DTYPES = ("fp32", "fp16", "bf16")
 BACKENDS = ("ort", "tensorrt-rtx", "tensorrt", "torch")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 
@@ -243,8 +244,8 @@ def open_export(folder: Path) -> Export:
         }
         expected: dict[Path, tuple[int | None, str]] = {graph.path: (None, graph.sha256) for graph in graphs.values()}
         for graph in graphs.values():
-            expected[graph.path.parent / graph.weights] = (weights["bytes"], weights["sha256"])
-    except (KeyError, TypeError, ValueError) as error:
+            expected[graph.path.parent / graph.weights] = (_whole(weights, "bytes"), weights["sha256"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST} lacks or misstates {error}: {again}") from None
     check_files(expected, again)
     return Export(folder, graphs, manifest)
@@ -258,14 +259,17 @@ def read_engine(folder: Path) -> Engine:
             **_variant_facts(manifest["variant"], manifest, manifest["cache"]),
             folder=folder,
             backend=manifest["backend"],
-            limits=Limits(**{name: int(value) for name, value in manifest["limits"].items()}),
+            limits=Limits(**{name: _whole(manifest["limits"], name, 1) for name in Limits.__dataclass_fields__}),
             manifest=manifest,
         )
-        if engine.backend not in BACKENDS:
-            raise ValueError(f"the backend, {engine.backend!r}")
-        # What open_engine() checks and what runners read.
+        _one_of(BACKENDS, manifest, "backend")
+        # What open_engine() checks and what runners and the comparison read.
         for facts in (*manifest["files"].values(), manifest["source"], *filter(None, [manifest["plugin"]])):
             str(facts["sha256"])
+        for facts in manifest["files"].values():
+            _whole(facts, "bytes")
+        for name in ("step_weight_bytes", "step_weights", *({"dense_slots"} & manifest.keys())):
+            _whole(manifest, name)
         str(manifest["versions"]["runtime"]), list(manifest["compute_capability"]), list(manifest["profiles"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         again = rebuild_command(folder, manifest)
@@ -380,24 +384,51 @@ def content_hash(path: Path) -> str:
 
 
 def _variant_facts(variant: str, manifest: dict[str, Any], cache: list[dict[str, Any]]) -> dict[str, Any]:
-    model = dict(manifest["model"])
-    model["eos_token_id"] = tuple(model["eos_token_id"])
+    """The fields of a Variant. Raises KeyError, TypeError or ValueError, naming what a manifest lacks or misstates."""
+    facts = manifest["model"]
+    counts = {name: _whole(facts, name) for name in Model.__dataclass_fields__ if name != "eos_token_id"}
+    model = Model(**counts, eos_token_id=tuple(facts["eos_token_id"]))
+    selection = manifest.get("selection", {})
+    if not isinstance(selection, dict):
+        raise ValueError(f"selection, {selection!r}")
     return {
         "variant": variant,
-        "dtype": manifest["dtype"],
+        "dtype": _one_of(DTYPES, manifest, "dtype"),
         "precision": manifest["precision"],
-        "topk": topk_per_layer(manifest["topk"], model["layers"]),
-        "selection": manifest.get("selection", {}),
+        "topk": topk_per_layer(manifest["topk"], model.layers),
+        "selection": selection,
         "random_indexer": manifest["random_indexer"],
-        "model": Model(**{name: model[name] for name in Model.__dataclass_fields__}),
-        "cache": tuple(
-            CacheTensor(
-                e["name"],
-                tuple(e["shape"]),
-                e["dtype"],
-                tuple(e["layers"]) if e.get("layers") else None,
-                e.get("recent"),
-            )
-            for e in cache
-        ),
+        "model": model,
+        "cache": tuple(_cache_tensor(entry, model.layers) for entry in cache),
     }
+
+
+def _cache_tensor(facts: dict[str, Any], layers: int) -> CacheTensor:
+    name, shape, among = facts["name"], facts["shape"], facts.get("layers")
+    match shape:
+        case ["batch", int(), str(rows), int()] if stride_of(rows):
+            pass
+        case _:
+            raise ValueError(f"the shape of cache {name}, {shape!r}")
+    if among and not set(among) <= set(range(layers)):
+        raise ValueError(f"the layers of cache {name}, {among!r}")
+    recent = None if facts.get("recent") is None else _whole(facts, "recent")
+    return CacheTensor(
+        name, tuple(shape), _one_of(DTYPE_BYTES, facts, "dtype"), tuple(among) if among else None, recent
+    )
+
+
+def _whole(facts: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """An entry that is a whole number of at least `least`. Raises ValueError if it is not."""
+    value = facts[name]
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}, {value!r}")
+    return value
+
+
+def _one_of(known: Collection[str], facts: Mapping[str, Any], name: str) -> str:
+    """An entry that is one of the known names. Raises ValueError if it is not."""
+    value: str = facts[name]
+    if value not in known:
+        raise ValueError(f"{name}, {value!r}")
+    return value

@@ -15,8 +15,9 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from dsa_export.cli import UserError, usable_cpus
+from dsa_export.files import MANIFEST
 from engines import ort_graph
-from engines.artifacts import Engine, Variant
+from engines.artifacts import Engine, Variant, rebuild_command
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "uint8": np.uint8}
@@ -46,6 +47,7 @@ class OrtRunner:
         self.engine = engine
         check_types(engine)
         self.session = load(engine.folder / "model.onnx", threads, profile=profile)
+        check_caches(self.session, engine)
         # GroupQueryAttention takes several tokens after others for one row only.
         self.row_by_row = engine.attention_operator == ort_graph.OPERATOR
 
@@ -135,6 +137,15 @@ def check_types(variant: Variant) -> None:
         )
     if any(tensor.dtype not in NUMPY_DTYPES for tensor in variant.cache):
         raise UserError("ONNX Runtime cannot update fp8 caches: export with --index-keys int8, or use --backend torch")
+
+
+def check_caches(session: onnxruntime.InferenceSession, engine: Engine) -> None:
+    """Raises UserError if the graph's caches are not those that the engine's manifest describes."""
+    prefix = "past_key_values."
+    graph = {value.name: value.shape for value in session.get_inputs() if value.name.startswith(prefix)}
+    if graph != {prefix + name: list(tensor.shape) for name, tensor in engine.cache_names()}:
+        again = rebuild_command(engine.folder, engine.manifest)
+        raise UserError(f"{engine.folder}: {MANIFEST} describes other caches than the graph has: run `{again}`")
 
 
 def load(

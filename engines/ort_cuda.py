@@ -15,7 +15,7 @@ from torch import Tensor
 from dsa_export.cli import UserError
 from engines.artifacts import Engine
 from engines.device import DeviceCaches, DeviceRunner
-from engines.ort import RUN_ERRORS, check_types, load, run_failure
+from engines.ort import RUN_ERRORS, check_caches, check_types, load, run_failure
 from engines.ort_graph import OPERATOR
 
 PROVIDER = "CUDAExecutionProvider"
@@ -40,6 +40,7 @@ class OrtCudaRunner(DeviceRunner):
         if engine.attention_operator == OPERATOR:
             raise UserError(f"{engine.folder} was built for CPUs: remove it, its neighbour `dense` runs on GPUs too")
         self.session = load(engine.folder / "model.onnx", threads, self.providers, profile)
+        check_caches(self.session, engine)
 
     def run(
         self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray

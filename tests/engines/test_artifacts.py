@@ -133,6 +133,64 @@ def test_k_per_layer_decides_bytes_and_the_least_capacity(tmp_path: Path, runner
     np.testing.assert_allclose(session.prefill([prompt]), Session(runners["dense"]).prefill([prompt]), atol=1e-4)
 
 
+def set_at(folder: Path, path: str, value: object) -> None:
+    """Sets the entry of a manifest at a path such as "cache.0.shape"."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    *parents, name = (int(part) if part.isdecimal() else part for part in path.split("."))
+    place = manifest
+    for part in parents:
+        place = place[part]
+    place[name] = value
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+WRONG_FACTS = [
+    ("selection", None, "selection, None"),
+    ("model.max_position_embeddings", "x", "max_position_embeddings, 'x'"),
+    ("dtype", "fp12", "dtype, 'fp12'"),
+]
+WRONG_CACHES = [
+    ("0.shape", "abc", "the shape of cache key, 'abc'"),
+    ("0.shape", ["batch", 3], "the shape of cache key, ['batch', 3]"),
+    ("1.dtype", "float99", "dtype, 'float99'"),
+    ("2.layers", [7], "the layers of cache index, [7]"),
+    ("2.recent", "all", "recent, 'all'"),
+]
+WRONG_ENGINES = [
+    ("dense_slots", "abc", "dense_slots, 'abc'"),
+    ("limits.max_batch", 0, "max_batch, 0"),
+    ("step_weights", None, "step_weights, None"),
+    ("files", {"model.onnx": {"sha256": ""}}, "'bytes'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [*WRONG_FACTS, *((f"cache.{path}", value, said) for path, value, said in WRONG_CACHES), *WRONG_ENGINES],
+)
+def test_an_engine_whose_manifest_was_edited(engine_folder: Path, path: str, value: object, said: str):
+    set_at(engine_folder, path, value)
+    assert f"{MANIFEST} lacks or misstates {said}: run `python -m engines.build" in refusal(engine_folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [*WRONG_FACTS, *((f"graphs.sparse.cache.{path}", value, said) for path, value, said in WRONG_CACHES)],
+)
+def test_an_export_whose_manifest_was_edited(export: Path, tmp_path: Path, path: str, value: object, said: str):
+    folder = copy_tree(export, tmp_path / "onnx")
+    set_at(folder, path, value)
+    with pytest.raises(UserError) as error:
+        open_export(folder)
+    assert f"{MANIFEST} lacks or misstates {said}: run `python -m dsa_export.onnx` again" in str(error.value)
+
+
+def test_caches_that_the_graph_does_not_have(engine_folder: Path):
+    set_at(engine_folder, "model.layers", 9)
+    with pytest.raises(UserError, match=r"manifest.json describes other caches than the graph has: run `python"):
+        open_runner(engine_folder)
+
+
 @pytest.mark.parametrize("topk", [[8], [8, 0], [8, "16"], 0])
 def test_a_manifest_whose_k_cannot_be(engine_folder: Path, topk: object):
     edit(engine_folder, topk=topk)
