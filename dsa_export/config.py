@@ -150,6 +150,9 @@ class DSAConfig(Qwen2Config):
             if value not in values:
                 names = ", ".join(map(repr, values))
                 raise ValueError(f"{option} must be one of {names}, got {value!r}")
+        for option in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option} must be at least 1, got {getattr(self, option)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if "sliding_attention" in (self.layer_types or []):

@@ -88,19 +88,27 @@ def load_model(
         raise UserError(f"{name}: {_first_line(error)}") from None
     try:
         with _quiet_transformers():
-            model, info = DSAForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+            # Mismatched sizes are refused below: transformers would say which in its report only, which is quiet here.
+            model, info = DSAForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot load the weights of {name}: {_first_line(error)}; the file may be truncated or "
             "of another configuration: fetch or train it again"
         ) from None
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{name} does not fit its config.json: {key} has the shape {list(found)}, and {list(expected)} by the "
+            "configuration"
+        )
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     added = {key for key in model.state_dict() if is_added(key, attention)}
     expected_missing = set() if attention == own else added
     shared_by_more = isinstance(base, DSAConfig) and config.index_share > base.index_share
     if attention != own or shared_by_more:
         unexpected = {key for key in unexpected if not is_added(key, own)}
-    wrong = sorted(missing ^ expected_missing) + sorted(unexpected) + sorted(str(m) for m in info["mismatched_keys"])
+    wrong = sorted(missing ^ expected_missing) + sorted(unexpected)
     if wrong:
         raise UserError(f"{name} does not fit the model: {len(wrong)} missing or unexpected tensors, first {wrong[0]}")
     if expected_missing:
@@ -159,4 +167,6 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says in its first line, and what it announces there with a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -82,10 +82,20 @@ def test_weights_that_are_not_finite(damaged):
         load_model(damaged)
 
 
-def test_weights_of_another_size(damaged):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"intermediate_size": 100}, r"mlp\.down_proj\.weight has the shape \[96, 192\], and \[96, 100\] by the conf"),
+        ({"vocab_size": 300}, r"lm_head\.weight has the shape \[512, 96\], and \[300, 96\] by the configuration"),
+        ({"num_hidden_layers": 5}, r"`num_hidden_layers` \(5\) must be equal to the number of `layer_types` \(2\)"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
+        ({"hidden_size": "x"}, "'hidden_size' expected int"),
+    ],
+)
+def test_a_configuration_of_another_model(damaged, change, said):
     config = json.loads((damaged / "config.json").read_text())
-    (damaged / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
-    with pytest.raises(UserError):
+    (damaged / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=said):
         load_model(damaged)
 
 
