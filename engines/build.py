@@ -148,6 +148,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--dense-slots is for the sparse engine of --backend ort")
     if args.compile and "torch" not in args.backend:
         parser.error("--compile is for --backend torch")
+    for folder in filter(None, [args.out, args.triton_repository]):
+        if folder.resolve().is_relative_to(args.onnx.resolve()):
+            parser.error(f"{folder} lies in the export, {args.onnx}: the next export would remove it, choose another")
     args.timing_cache = args.timing_cache or args.out / "tensorrt" / "timing.cache"
     for capability in args.compute_capability:
         if not re.fullmatch(r"\d+\.\d", capability):
@@ -173,6 +176,10 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
             f"k = {graph.max_topk} exceeds the capacity of {context} tokens: choose a larger --max-context, "
             "or export with a smaller --topk"
         )
+    if (args.dense_slots or 0) >= context:
+        raise UserError(
+            f"with --dense-slots {args.dense_slots} an engine of {context} tokens would never select: choose fewer"
+        )
     return Limits(args.max_batch, context, min(args.prefill_chunk, context))
 
 
@@ -188,15 +195,18 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     for_cpu = not ort_cuda.usable()
     if args.dense_slots and not for_cpu:
         raise UserError("--dense-slots is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
+    for variant in args.variant:  # all are checked before the first is written
+        check_types(export.graphs[variant])
+    shortened = None
+    if "sparse" in args.variant and for_cpu:
+        slots = max(args.dense_slots or 0, min(export.graphs["sparse"].topk))
+        shortened = dense_while_short(export.graphs["sparse"], slots)
+        if args.dense_slots and shortened is None:
+            raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
     for variant in args.variant:
         graph = export.graphs[variant]
-        check_types(graph)
-        slots = max(args.dense_slots or 0, min(graph.topk))
-        shortened = dense_while_short(graph, slots) if variant == "sparse" and for_cpu else None
-        if args.dense_slots and variant == "sparse" and shortened is None:
-            raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
         with output_folder(args.out / "ort" / variant) as folder:
-            if shortened is None:
+            if variant == "dense" or shortened is None:
                 link_or_copy(graph.path, folder / "model.onnx")
                 write_ort_engine(folder, graph, export, limits, graph.sha256)
             else:

@@ -134,6 +134,7 @@ def break_manifest(folder: Path) -> None:
         (break_manifest, [], "is not valid JSON"),
         (damage_nothing, ["--max-context", "8"], "k = 16 exceeds the capacity of 8 tokens"),
         (damage_nothing, ["--max-context", "99999"], "--max-context 99999 exceeds the model's 4096 positions"),
+        (damage_nothing, ["--dense-slots", "4096"], "--dense-slots 4096 an engine of 4096 tokens would never select"),
         (damage_nothing, ["--backend", "tensorrt"], "backend tensorrt needs an NVIDIA GPU and trtexec on the PATH"),
     ],
 )
@@ -144,6 +145,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path, 
     code, _, error = run_command(build.main, ["--onnx", str(damaged), "--out", str(out), *options], capsys)
     assert code == 1
     assert message in one_line(error)
+    assert not leftovers(out)
+
+
+def test_engines_inside_of_the_export_are_refused(export: Path, tmp_path: Path, capsys):
+    for option in ("--out", "--triton-repository"):
+        for folder in (export, export / "engines"):
+            code, _, error = run_command(build.main, ["--onnx", str(export), option, str(folder)], capsys)
+            assert code == 2 and f"{folder} lies in the export" in error
+
+
+def test_no_variant_is_built_if_one_is_refused(export: Path, tmp_path: Path, capsys):
+    """A cache of fp8 index keys, which ONNX Runtime's CPU cannot update."""
+    damaged = copy_tree(export, tmp_path / "onnx")
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest["graphs"]["sparse"]["cache"][2]["dtype"] = "float8_e4m3fn"
+    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    out = tmp_path / "engines"
+    code, _, error = run_command(build.main, ["--onnx", str(damaged), "--out", str(out)], capsys)
+    assert code == 1 and "cannot update fp8 caches" in one_line(error)
     assert not leftovers(out)
 
 

@@ -48,7 +48,7 @@ def test_dense_slots_are_refused(exported, tmp_path: Path, capsys):
     options = ["--onnx", str(exported[1]), "--out", str(tmp_path / "engines"), "--dense-slots", "64"]
     code, _, error = run_command(engines_build.main, options, capsys)
     assert code == 1 and "--dense-slots is for DSA" in error
-    assert not (tmp_path / "engines" / "ort" / "sparse").exists()
+    assert not (tmp_path / "engines").exists()
 
 
 @torch.no_grad()
