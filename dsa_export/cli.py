@@ -30,8 +30,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         fail(str(interrupt) or "interrupted; nothing half-written was kept")
+    except BrokenPipeError:  # who reads the output has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
     except Exception as error:
         message = user_message(error)
         if message is None:
@@ -45,7 +48,8 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if is_disk_full(error):
-        where = getattr(error, "filename", None) or "the output"
+        # Of the two files of a copy the second is the one that is written.
+        where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
         return f"disk full while writing {where}: free some space and run the command again"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

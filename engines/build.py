@@ -364,6 +364,7 @@ def print_trtexec(args: argparse.Namespace) -> None:
     """Writes <out>/trtexec/<variant>/ (graph for NVIDIA's parser, inputs for timing) and prints the commands."""
     export = open_export(args.onnx)
     limits = limits_of(export, args)
+    blocks = []
     for variant in args.variant:
         graph = export.graphs[variant]
         target = args.out / "trtexec" / variant
@@ -374,9 +375,10 @@ def print_trtexec(args: argparse.Namespace) -> None:
             for job in jobs:
                 trtexec.write_inputs(job, folder)
             write_manifest(folder, "trtexec", source_of(graph, export), limits=asdict(limits), variant=variant)
-        print(f"# {variant}\n{trtexec.printed(jobs, target)}\n", flush=True)
+        blocks.append(f"# {variant}\n{trtexec.printed(jobs, target)}\n")
         if variant == "sparse" and not args.plugin_library.is_file():
-            print(f"# {args.plugin_library} is not there yet: make plugins\n", flush=True)
+            blocks.append(f"# {args.plugin_library} is not there yet: make plugins\n")
+    print("\n".join(blocks), flush=True)  # all folders are written by now: the reader may leave after the first line
 
 
 def trtexec_jobs(

@@ -10,7 +10,6 @@ The answer goes to standard output as it appears, the figures to standard error.
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import time
@@ -38,11 +37,7 @@ def main() -> None:
     answer = Answer(text, max(1, min(args.max_new_tokens, room)), args.stop)
     sampler = Sampler(Sampling(args.temperature, args.top_p, args.seed))
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        prefill_seconds, decode_seconds = stream(session, prompt, answer, sampler, write)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+    prefill_seconds, decode_seconds = stream(session, prompt, answer, sampler, write)
     write("\n")
     errors.print(figures(len(prompt), len(answer.tokens), prefill_seconds, decode_seconds))
     if runner.engine.random_indexer and runner.engine.variant == "sparse":

@@ -1,0 +1,27 @@
+"""What a user sees of a reader that leaves and of a disk that is full while a file is copied."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from dsa_export.cli import user_message
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_has_seen_enough_is_no_error(flush: bool):
+    script = f"from dsa_export.cli import run; run(lambda: [print(i, flush={flush}) for i in range(100_000)])"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_full_disk_names_the_copy_and_not_its_source():
+    error = OSError(errno.ENOSPC, "No space left on device", "onnx/model.onnx.data", None, "engines/model.onnx.data")
+    assert "disk full while writing engines/model.onnx.data" in str(user_message(error))
