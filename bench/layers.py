@@ -16,13 +16,12 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from bench.parity import allowance
 from dsa_export.cli import UserError
 from engines.artifacts import DTYPE_BYTES, Engine, link_or_copy
 
 CORES = ("Attention", "GroupQueryAttention", "SparseAttention", "If")
 """If stands for SparseAttention where short caches are attended to densely (engines.ort_graph)."""
-EPSILON = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-9, "int4": 2.0**-9}
-"""Rounding of the narrowest type that takes part: with packed weights, products round activations to int8 blocks."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,3 @@ def feed(engine: Engine, tokens: np.ndarray) -> dict[str, Any]:
         assert tensor.dtype in DTYPE_BYTES
         inputs[f"past_key_values.{name}"] = np.zeros(tensor.concrete(1, capacity), tensor.dtype)
     return inputs
-
-
-def allowance(engine: Engine, values: np.ndarray) -> float:
-    """What rounding may do to a tensor: relative to its largest value, by the type that the graph computes in."""
-    if not np.issubdtype(values.dtype, np.floating) or not values.size:
-        return 0.0
-    return 64 * EPSILON[engine.precision] * max(1.0, float(np.abs(values).max()))

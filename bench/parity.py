@@ -10,16 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines.artifacts import Engine
 from engines.session import Runner, Session
 
 GREEDY_TOKENS = 8
 PROMPT_TOKENS = 64
 TOLERANCE = 1e-3
 """What logits may differ by whatever the engine: fp32's rounding over the layers of a model stays far below."""
-ULPS = {"fp32": 0.0, "fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8}
-"""The same for the type that an engine computes in, relative to the largest logit: four roundings of it."""
+EPSILON = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-9, "int4": 2.0**-9}
+"""Rounding of the narrowest type that takes part: with packed weights, products round activations to int8 blocks."""
+TYPE_ROUNDINGS = 4
+"""The same as TOLERANCE for the type that an engine computes in, in roundings of its largest logit."""
 OWN_ROUNDING = 2
-"""How often the rounding between dense engines may stand between dense and sparse."""
+"""How often what the dense engine itself rounds may stand between dense and sparse."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,12 @@ def gates(dense: Mapping[str, Runner], sparse: Runner, prompt: np.ndarray) -> di
 
     prompt: [n] int64. All get the prompt and then the tokens that the first dense side prefers; at each of them the
     logits must agree within rounding, and in fp32 the preferred token must be the same. (Narrower types round logits to
-    equal values: a tie may then be broken either way.) What rounding does is measured, in two ways: a dense engine gets
-    the same tokens one by one, which is the same sum in another order, and dense engines with different operators are
-    compared. With packed weights, whose products round activations to int8, that moves the logits of a real model by
-    some percent. An engine that attends densely while its caches are short must pass with short and with longer ones.
+    equal values: a tie may then be broken either way.) What rounding does is measured: a dense engine gets the same
+    tokens one by one, which is the same sum in another order. With packed weights, whose products round activations to
+    int8, that moves the logits of a real model by some percent. In fp16 and bf16 it may move nothing, as the order's
+    effect is rounded away: there dense engines with different operators are compared too, up to `allowance`, so that a
+    broken one does not excuse what stands beside it. An engine that attends densely while its caches are short must
+    pass with short and with longer ones.
     """
     engine = sparse.engine
     capacities = {engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)}
@@ -76,18 +81,36 @@ def _gates(dense: Mapping[str, Runner], sparse: Runner, prompt: np.ndarray, capa
             again[name].append(one_by_one[name].decode(token)[0].copy())
         chosen.append(selecting.decode(token)[0].copy())
     return {
-        name: _gate(np.array(logits[name]), np.array([*logits.values(), again[name]]), np.array(chosen), sparse, prompt)
+        name: _gate(
+            sparse.engine,
+            np.array(logits[name]),
+            np.array(chosen),
+            one_by_one=np.array(again[name]),
+            other_operators=np.array(list(logits.values())),
+            first=len(prompt),
+        )
         for name in dense
     }
 
 
-def _gate(dense: np.ndarray, rounded: np.ndarray, sparse: np.ndarray, runner: Runner, prompt: np.ndarray) -> Gate:
-    """Logits [tokens, V] of both sides; `rounded` [n, tokens, V] are dense's, computed in other orders."""
-    own, largest = float(np.abs(rounded - dense).max()), float(np.abs(dense).max())
-    tolerance = max(TOLERANCE, ULPS[runner.engine.dtype] * largest, OWN_ROUNDING * own)
-    tolerance = tolerance if np.isfinite(tolerance) else TOLERANCE
+def _gate(
+    engine: Engine,
+    dense: np.ndarray,
+    sparse: np.ndarray,
+    *,
+    one_by_one: np.ndarray,
+    other_operators: np.ndarray,
+    first: int,
+) -> Gate:
+    """Logits [tokens, V] of both sides, after `first` tokens and more; other_operators: [n, tokens, V], dense too."""
+    own = float(np.abs(one_by_one - dense).max())
+    tolerance = max(TOLERANCE, OWN_ROUNDING * own)
+    if engine.dtype != "fp32":
+        between = min(float(np.abs(other_operators - dense).max()), allowance(engine, dense))
+        of_type = TYPE_ROUNDINGS * EPSILON[engine.dtype] * float(np.abs(dense).max())
+        tolerance = max(tolerance, of_type, OWN_ROUNDING * between)
     worst = 0.0
-    for position, (one, other) in enumerate(zip(dense, sparse, strict=True), start=len(prompt)):
+    for position, (one, other) in enumerate(zip(dense, sparse, strict=True), start=first):
         if not (np.isfinite(one).all() and np.isfinite(other).all()):
             return Gate(position, float("nan"), tolerance, f"a logit is not finite after {position} tokens")
         error = float(np.abs(one - other).max())
@@ -95,9 +118,16 @@ def _gate(dense: np.ndarray, rounded: np.ndarray, sparse: np.ndarray, runner: Ru
         if error > tolerance:
             problem = f"logits differ by {error:.2g} after {position} tokens, at most {tolerance:.2g} is rounding"
             return Gate(position, worst, tolerance, problem)
-        if one.argmax() != other.argmax() and runner.engine.precision == "fp32":
+        if one.argmax() != other.argmax() and engine.precision == "fp32":
             return Gate(position, worst, tolerance, f"the greedy tokens differ after {position} tokens")
-    return Gate(len(prompt) + len(dense) - 1, worst, tolerance, None)
+    return Gate(first + len(dense) - 1, worst, tolerance, None)
+
+
+def allowance(engine: Engine, values: np.ndarray) -> float:
+    """What rounding may do to a tensor: relative to its largest value, by the type that the graph computes in."""
+    if not np.issubdtype(values.dtype, np.floating) or not values.size:
+        return 0.0
+    return 64 * EPSILON[engine.precision] * max(1.0, float(np.abs(values).max()))
 
 
 @dataclass(frozen=True)

@@ -92,20 +92,33 @@ def test_the_gate_allows_twice_the_rounding_of_the_dense_engine(runners):
         assert gate_of({"dense": dense}, sparse).problem == problem
 
 
-def test_the_gate_allows_twice_the_rounding_between_dense_engines(runners):
+def of_type(runner, dtype: str, precision: str):
+    runner.engine = replace(runner.engine, dtype=dtype, precision=precision)
+    return runner
+
+
+def test_the_gate_allows_twice_the_rounding_between_dense_engines_of_16_bits(runners):
     for off, problem in ((0.1, None), (0.25, "logits differ by 0.25 after 8 tokens, at most 0.2 is rounding")):
         dense = {"first": runners["dense"], "other": Off(runners["dense"], lambda logits: logits + 0.1)}
-        sparse = Off(runners["sparse"], lambda logits, off=off: logits + off)
+        sparse = of_type(Off(runners["sparse"], lambda logits, off=off: logits + off), "fp16", "int4")
         gates = parity.gates(dense, sparse, np.arange(64))
         assert gates["first"].problem == problem and gates["other"].problem is None
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("fp32", "fp32"), ("fp32", "int4"), ("fp16", "fp16")])
+def test_a_broken_dense_engine_excuses_nothing(runners, dtype: str, precision: str):
+    dense = {"first": runners["dense"], "broken": Off(runners["dense"], lambda logits: logits + 5)}
+    for off, red in ((0, {"broken"}), (5, {"first"}), (-5, {"first", "broken"})):
+        sparse = of_type(Off(runners["sparse"], lambda logits, off=off: logits + off), dtype, precision)
+        gates = parity.gates(dense, sparse, np.arange(64))
+        assert {name for name, gate in gates.items() if gate.problem} == red
+
+
 def test_the_gate_allows_what_the_type_of_the_engine_rounds(runners):
-    """fp16 rounds a logit of 1 by up to 2^-11."""
+    """bf16 rounds a logit of 1 by up to 2^-8."""
     sparse = Off(runners["sparse"], lambda logits: logits + 0.01)
     assert gate_of(runners, sparse).problem
-    sparse.engine = replace(sparse.engine, dtype="bf16", precision="bf16")
-    assert gate_of(runners, sparse).problem is None
+    assert gate_of(runners, of_type(sparse, "bf16", "bf16")).problem is None
 
 
 def test_scores_of_equal_and_of_different_outputs(runners):
