@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from dsa_export.cli import UserError
-from dsa_export.files import MANIFEST, check_output, checkpoint_hash, output_folder, write_manifest
+from dsa_export.files import MANIFEST, check_output, checkpoint_hash, manifest_kind, output_folder, write_manifest
 from dsa_export.model.checkpoint import load_config
 from dsa_export.topk import compact_topk
 
@@ -57,6 +57,13 @@ def allocate(caught: Tensor, budget: int, *, step: int, floor: int, share: int =
     return [k for k, group in zip(ks, groups, strict=True) for _ in group]
 
 
+def check_topk_output(out: Path, overwrite: bool) -> None:
+    """Raises UserError if no checkpoint can be written to `out`, or if, without `overwrite`, it would replace one."""
+    check_output(out, "checkpoint")
+    if not overwrite and manifest_kind(out):
+        raise UserError(f"--write-topk {out} holds a checkpoint: choose another folder, or --overwrite to replace it")
+
+
 def write_topk(model: str, ks: Sequence[int], out: Path, **facts: Any) -> None:
     """Writes the checkpoint `model` with k per layer to `out`: another config.json, all other files hard-linked.
 
@@ -67,7 +74,6 @@ def write_topk(model: str, ks: Sequence[int], out: Path, **facts: Any) -> None:
         raise UserError(f"--write-topk needs a checkpoint folder, {model} is none")
     if out.resolve() == folder.resolve():
         raise UserError("--write-topk must not be the checkpoint itself")
-    check_output(out, "checkpoint")
     config = load_config(folder)
     config.index_topk = compact_topk(ks)
     with output_folder(out) as partial:

@@ -36,7 +36,7 @@ from dsa_export.selection import DEFAULTS, add_selection_arguments, selection_op
 from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
 from train import options, plots, precision
-from train.allocation import allocate, write_topk
+from train.allocation import allocate, check_topk_output, write_topk
 from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
 from train.ladder import BLOCK, RUNGS
@@ -154,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
         "--data", metavar="SOURCE", help="as in training [what the checkpoint was trained on, else stdlib]"
     )
     where.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"output folder [{OUT}]")
-    where.add_argument("--overwrite", action="store_true", help="forget what a stopped run measured: start again")
+    where.add_argument("--overwrite", action="store_true", help="start again, also over an earlier --write-topk")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     where.add_argument("--dtype", choices=options.DTYPES, default="fp32", help="of the computation [fp32]")
     where.add_argument("--seed", type=int, default=0, help="of windows, samples and the random indexer [0]")
@@ -404,7 +404,7 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
     check_k("k-floor", args.k_floor)
     if args.write_topk:
-        check_output(args.write_topk, "checkpoint")
+        check_topk_output(args.write_topk, args.overwrite)
 
 
 def trained_on(model: str) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from dsa_export.cli import UserError
 from dsa_export.files import write_manifest
 from dsa_export.model import load_model, load_tokenizer
+from dsa_export.model.checkpoint import load_config
 from train import evaluate as command
 from train import plots, tasks
 from train.allocation import allocate
@@ -363,6 +364,9 @@ def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, 
     assert few["answers"][0]["answers"]["dense"] == few["answers"][0]["answers"]["400"]
 
 
+AUTO = ["--k", "auto", "--k-budget", "24"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -372,8 +376,8 @@ def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, 
         (["--length", "9999"], "beyond the model's 512 positions"),
         (["--k-budget", "9"], "--k-budget needs --k auto"),
         (["--k", "auto", "--k-budget", "200"], "leaves nothing to choose"),
-        (["--k", "auto", "--k-budget", "24", "--k-step", "3", "--index-pool", "4"], "multiple of the pool of 4"),
-        (["--k", "auto", "--k-budget", "24", "--index-window", "10"], "--k-floor 3 does not fit the options"),
+        ([*AUTO, "--k-step", "3", "--index-pool", "4"], "multiple of the pool of 4"),
+        ([*AUTO, "--index-window", "10"], "--k-floor 3 does not fit the options"),
         (["--model", "TINY"], "has no indexer: run `python -m train.warmup"),
         (["--tasks", "kv", "--task-lengths", "60"], "too short for the task kv"),
     ],
@@ -390,3 +394,16 @@ def test_a_checkpoint_is_not_replaced(checkpoint, records, tmp_path) -> None:
     write_manifest(tmp_path, "checkpoint", {})
     with pytest.raises(UserError, match="holds 'checkpoint', which 'evaluation' would replace"):
         command.main(arguments(checkpoint, records, tmp_path))
+
+
+def test_a_trained_checkpoint_is_replaced_by_one_with_k_by_layer_only_if_told_so(checkpoint, records, tmp_path) -> None:
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    write_manifest(trained, "checkpoint", {})
+    args = command.parser().parse_args(
+        arguments(checkpoint, records, tmp_path / "out", *AUTO, "--write-topk", str(trained))
+    )
+    with pytest.raises(UserError, match=r"trained holds a checkpoint: choose another folder, or --overwrite"):
+        command.resolve(args, load_config(checkpoint))
+    args.overwrite = True
+    command.resolve(args, load_config(checkpoint))
