@@ -18,6 +18,14 @@ from dsa_export.model.checkpoint import load_config
 from dsa_export.topk import compact_topk
 
 
+def check_budget(budget: int, *, step: int, floor: int) -> None:
+    """Raises UserError where allocate() has no k to choose."""
+    if floor % step:
+        raise UserError(f"--k-floor {floor} must be a multiple of --k-step {step}")
+    if budget < floor:
+        raise UserError(f"--k-budget {budget} is less than --k-floor {floor}, one --k-step unless given")
+
+
 def allocate(caught: Tensor, budget: int, *, step: int, floor: int, share: int = 1) -> list[int]:
     """k of every layer with mean `budget`: greedy by the mass that the next `step` keys catch.
 
@@ -25,15 +33,9 @@ def allocate(caught: Tensor, budget: int, *, step: int, floor: int, share: int =
     `step`, from `floor` up to T; what is left of the budget when every layer has T is not spent. The shares grow ever
     more slowly with k, which makes greedy steps the best choice. `share` layers in a row, which follow one selection,
     have one k.
-    Raises UserError where no such choice exists.
+    Needs a budget that check_budget() accepts.
     """
     layers, longest = caught.shape
-    if floor % step or floor < step:
-        raise UserError(f"--k-floor {floor} must be a multiple of --k-step {step}")
-    if budget < floor:
-        raise UserError(f"--k-budget {budget} is less than --k-floor {floor}")
-    if floor > longest:
-        raise UserError(f"--k-floor {floor} exceeds the measured length of {longest} tokens")
     groups = caught.split(share)
     ks = [floor] * len(groups)
 
@@ -57,23 +59,27 @@ def allocate(caught: Tensor, budget: int, *, step: int, floor: int, share: int =
     return [k for k, group in zip(ks, groups, strict=True) for _ in group]
 
 
-def check_topk_output(out: Path, overwrite: bool) -> None:
-    """Raises UserError if no checkpoint can be written to `out`, or if, without `overwrite`, it would replace one."""
+def check_topk_output(out: Path, model: str, results: Path, overwrite: bool) -> None:
+    """Raises UserError if write_topk() cannot write to `out`, or would replace what it must not.
+
+    results: the folder that the evaluation writes. overwrite: another checkpoint than `model` may be replaced.
+    """
+    if not Path(model).is_dir():
+        raise UserError(f"--write-topk links the weights of a checkpoint folder, {model} is none: download it first")
+    for option, folder in (("--model", Path(model)), ("--out", results)):
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--write-topk {out} would replace {option} {folder}: choose another folder")
     check_output(out, "checkpoint")
     if not overwrite and manifest_kind(out):
         raise UserError(f"--write-topk {out} holds a checkpoint: choose another folder, or --overwrite to replace it")
 
 
-def write_topk(model: str, ks: Sequence[int], out: Path, **facts: Any) -> None:
-    """Writes the checkpoint `model` with k per layer to `out`: another config.json, all other files hard-linked.
+def write_topk(folder: Path, ks: Sequence[int], out: Path, **facts: Any) -> None:
+    """Writes a checkpoint folder with k per layer to `out`: another config.json, all other files hard-linked.
 
-    Where links are impossible (another file system) the files are copied. Raises UserError if `model` is no folder.
+    Where links are impossible (another file system) the files are copied. Needs an `out` that check_topk_output()
+    accepts.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        raise UserError(f"--write-topk needs a checkpoint folder, {model} is none")
-    if out.resolve() == folder.resolve():
-        raise UserError("--write-topk must not be the checkpoint itself")
     config = load_config(folder)
     config.index_topk = compact_topk(ks)
     with output_folder(out) as partial:
@@ -87,5 +93,5 @@ def write_topk(model: str, ks: Sequence[int], out: Path, **facts: Any) -> None:
         logging.set_verbosity_error()
         config.save_pretrained(partial)
         write_manifest(
-            partial, "checkpoint", {"path": model, "sha256": checkpoint_hash(folder)}, topk=list(ks), **facts
+            partial, "checkpoint", {"path": str(folder), "sha256": checkpoint_hash(folder)}, topk=list(ks), **facts
         )

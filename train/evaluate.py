@@ -36,7 +36,7 @@ from dsa_export.selection import DEFAULTS, add_selection_arguments, selection_op
 from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
 from train import options, plots, precision
-from train.allocation import allocate, check_topk_output, write_topk
+from train.allocation import allocate, check_budget, check_topk_output, write_topk
 from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
 from train.ladder import BLOCK, RUNGS
@@ -242,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"stopped; what was measured is kept in {partial}: the same command goes on from there"
         ) from None
     if args.write_topk:
-        write_topk(args.model, results["auto"]["topk"], args.write_topk, budget=args.k_budget, data={"path": args.data})
+        facts = {"budget": args.k_budget, "data": {"path": args.data}}
+        write_topk(Path(args.model), results["auto"]["topk"], args.write_topk, **facts)
         console.print(
             f"Wrote {args.write_topk}/: the same weights with k by layer; export it with --model {args.write_topk}"
         )
@@ -403,8 +404,9 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     if args.k_step % pool:
         raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
     check_k("k-floor", args.k_floor)
+    check_budget(budget, step=args.k_step, floor=args.k_floor)
     if args.write_topk:
-        check_topk_output(args.write_topk, args.overwrite)
+        check_topk_output(args.write_topk, args.model, args.out, args.overwrite)
 
 
 def trained_on(model: str) -> str | None:

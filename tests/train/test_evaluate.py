@@ -195,13 +195,6 @@ def test_the_budget_goes_where_it_catches_most() -> None:
         ((a, b) for a in range(8, 65, 8) for b in range(8, 65, 8) if 2 * a + b <= 72),
         key=lambda ab: mass([ab[0], ab[0], ab[1]]),
     )
-    for options, message in (
-        ({"budget": 4, "step": 8, "floor": 8}, "less than --k-floor"),
-        ({"budget": 24, "step": 8, "floor": 12}, "multiple of --k-step"),
-        ({"budget": 100, "step": 1, "floor": 80}, "exceeds the measured length"),
-    ):
-        with pytest.raises(UserError, match=message):
-            allocate(caught, **options)
 
 
 # ---------------------------------------------------------------- the command
@@ -378,14 +371,21 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         (["--k", "auto", "--k-budget", "200"], "leaves nothing to choose"),
         ([*AUTO, "--k-step", "3", "--index-pool", "4"], "multiple of the pool of 4"),
         ([*AUTO, "--index-window", "10"], "--k-floor 3 does not fit the options"),
+        ([*AUTO, "--k-step", "16", "--k-floor", "24"], "--k-floor 24 must be a multiple of --k-step 16"),
+        ([*AUTO, "--k-step", "32"], "--k-budget 24 is less than --k-floor 32, one --k-step unless given"),
+        ([*AUTO, "--write-topk", "MODEL"], "would replace --model"),
+        ([*AUTO, "--write-topk", "OUT"], "would replace --out"),
         (["--model", "TINY"], "has no indexer: run `python -m train.warmup"),
         (["--tasks", "kv", "--task-lengths", "60"], "too short for the task kv"),
     ],
 )
-def test_wrong_arguments_end_in_one_line(checkpoint, tiny, records, tmp_path, more: list[str], message: str) -> None:
-    more = [str(tiny) if value == "TINY" else value for value in more]
+def test_wrong_arguments_end_in_one_line(
+    checkpoint, tiny, records, tmp_path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    names = {"TINY": str(tiny), "MODEL": str(checkpoint), "OUT": str(tmp_path / "out")}
+    monkeypatch.setattr(command, "load_data", None)  # all of it is known before any text is read
     with pytest.raises(UserError) as error:
-        command.main(arguments(checkpoint, records, tmp_path / "out", *more))
+        command.main(arguments(checkpoint, records, tmp_path / "out", *(names.get(value, value) for value in more)))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -407,3 +407,10 @@ def test_a_trained_checkpoint_is_replaced_by_one_with_k_by_layer_only_if_told_so
         command.resolve(args, load_config(checkpoint))
     args.overwrite = True
     command.resolve(args, load_config(checkpoint))
+
+
+def test_a_hub_model_cannot_be_linked(checkpoint, records, tmp_path) -> None:
+    asked = arguments(checkpoint, records, tmp_path / "out", *AUTO, "--write-topk", str(tmp_path / "by-layer"))
+    args = command.parser().parse_args([*asked, "--model", "some/name"])
+    with pytest.raises(UserError, match="checkpoint folder, some/name is none: download it first"):
+        command.resolve(args, load_config(checkpoint))
