@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from dsa_export.cli import console, run
 from dsa_export.files import MANIFEST
+from dsa_export.model.checkpoint import load_config
 from train.data import IGNORED, Malformed, Windows, documents
 from train.options import Recipe, argument_parser, identity, is_done, resolve, start, train, training_data
 from train.trainer import Batch, Settings, Stage, adamw
@@ -198,9 +199,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(stage, model, tokenizer, data, source, run_identity, args, processes)
 
 
+def config_of(model: str | None) -> PreTrainedConfig:
+    """The configuration of a checkpoint; None: of the default base, which ensure() may still have to train."""
+    if model is None and not is_trained(OUT):
+        return small_config()
+    return load_config(model or OUT)
+
+
+def is_trained(folder: str) -> bool:
+    """Whether a stage has finished what it writes to a folder."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
 def ensure() -> str:
     """The folder of the default base, trained first if it is missing."""
-    if not (Path(OUT) / MANIFEST).is_file():
+    if not is_trained(OUT):
         console.print(f"no {OUT} yet: training the small base first")
         main([])
     return OUT

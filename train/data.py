@@ -142,16 +142,21 @@ class Malformed:
         return f"{self.count} of {self.lines} lines malformed and left out ({'; '.join(self.first)})"
 
 
+def check_source(source: str) -> None:
+    """Raises UserError if a source is a path, and nothing is there."""
+    if source != "stdlib" and "://" not in source and not Path(source).exists():
+        raise UserError(f"no such data: {source}")
+
+
 def documents(source: str, malformed: Malformed) -> Iterator[Document]:
     """Streams the documents of a source. Raises UserError if there is none, or too many lines are malformed."""
+    check_source(source)
     if source == "stdlib":
         source = str(stdlib_records())
     if "://" in source:
         yield from _json_lines(source, source.rsplit("/", 1)[-1], malformed)
         return
     path = Path(source)
-    if not path.exists():
-        raise UserError(f"no such data: {source}")
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
     records = [f for f in files if {".jsonl", ".json"} & set(f.suffixes) and (f.suffix != ".json" or f == path)]
     for file in records:

@@ -17,7 +17,8 @@ from transformers import Qwen2Config
 from dsa_export.cli import UserError, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM, feed_forward, load_model
-from dsa_export.model.checkpoint import is_added, load_config
+from dsa_export.model.checkpoint import adapted_config, is_added
+from dsa_export.model.families import dense_config
 from train import base, precision
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.data import IGNORED, Windows
@@ -96,19 +97,11 @@ def stage(model: DSAForCausalLM, *, batch_size: int = 1, compute_dtype: torch.dt
     )
 
 
-def new_model(config: Qwen2Config, attention: str, seed: int, **options: Any) -> DSAForCausalLM:
-    """Fresh weights of a checkpoint's configuration with another attention. `options` are DSAConfig's; None: default.
-
-    Twins of one seed start from the same weights wherever they have the same parameters.
-    """
-    inherited = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
-    given = {name: value for name, value in options.items() if value is not None}
+def new_model(config: DSAConfig, seed: int) -> DSAForCausalLM:
+    """Fresh weights. Twins of one seed start from the same ones wherever they have the same parameters."""
     torch.manual_seed(seed)
-    shared = DSAForCausalLM(DSAConfig(**{**inherited, "attention": "dense"}))
-    try:
-        model = DSAForCausalLM(DSAConfig(**{**inherited, "attention": attention, **given}))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    shared = DSAForCausalLM(dense_config(config))
+    model = DSAForCausalLM(config)
     model.load_state_dict({**model.state_dict(), **shared.state_dict()})
     return model
 
@@ -144,17 +137,18 @@ def nsa_options(args: argparse.Namespace, config: Qwen2Config) -> dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     processes = start(args)
-    name = args.model or base.ensure()
-    config = load_config(name)
+    config = base.config_of(args.model)
     resolve(args, SMALL, REAL, config)
     options = nsa_options(args, config)
     if args.from_scratch and args.lora_rank is not None:
         raise UserError("--lora-rank trains beside a checkpoint's weights: not with --from-scratch")
     vars(args).update(options)
+    adapted = adapted_config(config, args.attention, **options)
+    name = args.model or base.ensure()
 
     def prepare() -> tuple[Any, Stage]:
         if args.from_scratch:
-            model = new_model(config, args.attention, args.seed, **options)
+            model = new_model(adapted, args.seed)
         else:
             model = load_model(name, attention=args.attention, **options)
         whole = stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])

@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from dsa_export.cli import UserError, run
 from dsa_export.model import feed_forward, load_model
-from dsa_export.model.checkpoint import INDEXER, has_indexer, indexed_attention, load_config
+from dsa_export.model.checkpoint import INDEXER, adapted_config, has_indexer, indexed_attention
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
@@ -65,15 +64,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     processes = start(args)
-    if args.model is None and not Path(warmup.OUT).is_dir():
-        warmup.main([])
-    name = args.model or warmup.OUT
-    config = load_config(name)
+    config = warmup.config_of(args.model)
     indexed_attention(config)  # one that cannot have an indexer is refused as that
     if not has_indexer(config):
+        name = args.model or warmup.OUT
         raise UserError(f"{name} has no indexer yet: run `python -m train.warmup --model {name}` first")
     resolve(args, SMALL, REAL, config)
     args.topk = args.topk or config.index_topk
+    adapted_config(config, index_topk=args.topk, **selection_options(args))  # refuses what load_model would
+    name = args.model or warmup.ensure()
 
     def prepare() -> tuple[Any, Stage]:
         model = load_model(name, index_topk=args.topk, **selection_options(args))

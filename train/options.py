@@ -19,7 +19,7 @@ from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, r
 from dsa_export.model.checkpoint import load_config, load_tokenizer
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
-from train.data import CACHE, TrainingData, check_tokenizer, load_data
+from train.data import CACHE, TrainingData, check_source, check_tokenizer, load_data
 from train.distributed import Processes
 from train.trainer import Settings, Stage, Trainer, first_difference
 
@@ -172,6 +172,8 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
 def start(args: argparse.Namespace) -> Processes:
     """Checks the arguments and joins the processes that a launcher started. Raises UserError with one line."""
     check(args)
+    check_source(args.data)
+    check_output(args.out, "checkpoint")
     processes = distributed.start(args.device, args.parallel)
     several = processes.count > 1
     if args.accumulation is None:
@@ -368,9 +370,8 @@ def is_done(
 ) -> bool:
     """Whether `out` holds the result of this very command: then says so, and there is nothing to do.
 
-    With `overwrite`, forgets what a stopped run left. Raises UserError if `out` is not ours, or holds something else.
+    With `overwrite`, forgets what a stopped run left. Raises UserError if `out` holds something else of ours.
     """
-    check_output(out, "checkpoint")
     if overwrite:
         if processes.is_first:
             shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from dsa_export.cli import run
 from dsa_export.model import load_model
-from dsa_export.model.checkpoint import INDEXER, indexed_attention, load_config
+from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attention, load_config
 from train import base
 from train.evaluate import evaluate
 from train.losses import IndexerObserver
@@ -62,14 +63,31 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def config_of(model: str | None) -> PreTrainedConfig:
+    """The configuration of a checkpoint; None: of the default warm-up's, which ensure() may still have to run."""
+    if model is None and not base.is_trained(OUT):
+        plain = base.config_of(None)
+        indexer = indexer_options(parser().parse_args([]), SMALL, REAL, plain)
+        return adapted_config(plain, indexed_attention(plain), **indexer)
+    return load_config(model or OUT)
+
+
+def ensure() -> str:
+    """The folder of the warm-up's checkpoint; if it is missing, the warm-up runs first, by its defaults."""
+    if not base.is_trained(OUT):
+        main([])
+    return OUT
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     processes = start(args)
-    name = args.model or base.ensure()
-    config = load_config(name)
+    config = base.config_of(args.model)
     attention = indexed_attention(config)
     resolve(args, SMALL, REAL, config)
     indexer = indexer_options(args, SMALL, REAL, config)
+    adapted_config(config, attention, **indexer)  # refuses before time is spent what load_model would
+    name = args.model or base.ensure()
     for option, value in indexer.items():
         setattr(args, {"index_topk": "topk"}.get(option, option), value)
 

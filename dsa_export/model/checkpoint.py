@@ -62,6 +62,22 @@ def indexed_attention(config: PreTrainedConfig) -> str:
     return sparse
 
 
+def adapted_config(base: PreTrainedConfig, attention: str | None = None, **options: Any) -> DSAConfig:
+    """A checkpoint's configuration with what load_model() was asked for. Raises UserError for what cannot be."""
+    ours = isinstance(base, DSAConfig)
+    inherited = base.to_dict() if ours else families.dsa_fields(base)
+    if attention is None:
+        attention = inherited["attention"] if ours else indexed_attention(base)
+    elif attention == "dense":
+        attention = VARIANTS[inherited["attention"]].DENSE
+    given = {key: value for key, value in options.items() if value is not None}
+    inherited = {k: v for k, v in inherited.items() if k not in ("model_type", "architectures", "dtype")}
+    try:
+        return DSAConfig(**{**inherited, "attention": attention, **given})
+    except ValueError as error:
+        raise UserError(_first_line(error)) from None
+
+
 def load_model(
     name: str | Path, *, attention: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> DSAForCausalLM:
@@ -74,18 +90,9 @@ def load_model(
     should not (only what a new variant adds may be missing), or holds NaN or infinite numbers.
     """
     base = load_config(name)
-    inherited = base.to_dict() if isinstance(base, DSAConfig) else families.dsa_fields(base)
-    own = inherited["attention"]
-    if attention is None:
-        attention = own if isinstance(base, DSAConfig) else indexed_attention(base)
-    elif attention == "dense":
-        attention = VARIANTS[own].DENSE
-    given = {key: value for key, value in options.items() if value is not None}
-    inherited = {k: v for k, v in inherited.items() if k not in ("model_type", "architectures", "dtype")}
-    try:
-        config = DSAConfig(**{**inherited, "attention": attention, **given})
-    except ValueError as error:
-        raise UserError(f"{name}: {_first_line(error)}") from None
+    config = adapted_config(base, attention, **options)
+    own = base.attention if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].dense
+    attention = config.attention
     try:
         with _quiet_transformers():
             # Mismatched sizes are refused below: transformers would say which in its report only, which is quiet here.

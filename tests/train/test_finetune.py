@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dsa_export.cli import UserError
 from dsa_export.model import load_model
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import adapted_config, load_config
 from train import finetune, joint, warmup
 from train.data import IGNORED, Windows
 
@@ -97,7 +97,8 @@ def test_options_of_another_attention_are_refused(tiny: Path, tmp_path: Path) ->
 
 
 def test_new_weights_of_one_seed_are_the_same(tiny: Path) -> None:
-    first, second, other = (finetune.new_model(load_config(tiny), "dense", seed).state_dict() for seed in (0, 0, 1))
+    config = adapted_config(load_config(tiny), "dense")
+    first, second, other = (finetune.new_model(config, seed).state_dict() for seed in (0, 0, 1))
     trained = load_model(tiny, attention="dense").state_dict()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])
@@ -105,6 +106,7 @@ def test_new_weights_of_one_seed_are_the_same(tiny: Path) -> None:
             assert not torch.equal(tensor, other[name]) and not torch.equal(tensor, trained[name])
 
 
-def test_new_weights_refuse_what_the_configuration_refuses(tiny: Path) -> None:
-    with pytest.raises(UserError, match="index_topk must be"):
-        finetune.new_model(load_config(tiny), "dsa", 0, index_topk=0)
+def test_new_weights_are_of_the_family_of_the_configuration(tiny: Path) -> None:
+    config = Qwen3Config(**{**load_config(tiny).to_dict(), "model_type": "qwen3", "head_dim": 16})
+    names = finetune.new_model(adapted_config(config, "dense"), 0).state_dict()
+    assert any("q_norm" in name for name in names) and not any("bias" in name for name in names)

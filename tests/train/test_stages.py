@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dsa_export.cli import UserError
 from dsa_export.model import AttentionTrace, load_model
 from dsa_export.model.checkpoint import load_config
-from train import joint, warmup
+from train import finetune, joint, options, warmup
 from train.data import IGNORED, Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
@@ -268,6 +268,51 @@ def test_joint_training_runs_the_warm_up_first_if_it_is_missing(
     monkeypatch.setattr(warmup, "main", main)
     with pytest.raises(Ran):
         joint.main([])
+
+
+@pytest.mark.parametrize("stage", [warmup, joint, finetune])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--length", "40000"], "beyond the model's 32768 positions"),
+        (["--steps", "3", "--warmup-steps", "4"], "--warmup-steps 4 is more than --steps 3"),
+        (["--data", "nothing.jsonl"], "no such data: nothing.jsonl"),
+        (["--out", "a-file"], "a-file is a file: choose another output folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_default_model_is_trained(
+    stage, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
+    with pytest.raises(UserError, match=message):
+        stage.main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
+
+
+def test_the_default_warm_up_decides_what_the_joint_stage_can_be_asked_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="do not fit: pool must be at least 1 and divide k = 64"):
+        joint.main(["--index-pool", "7"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "stage, arguments, message",
+    [
+        (warmup, ["--index-queries", "shared", "--index-heads", "3"], r"needs \(index_heads, index_dim\) = \(4, 16\)"),
+        (warmup, ["--index-pool", "7"], "do not fit"),
+        (joint, ["--index-pool", "7"], "do not fit"),
+        (finetune, ["--nsa-stride", "7"], "nsa_stride"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused_before_any_text_is_read(
+    stage, arguments: list[str], message: str, tiny: Path, warm: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(options, "load_data", None)
+    model = warm if stage is joint else tiny
+    with pytest.raises(UserError, match=message):
+        stage.main(["--model", str(model), "--out", str(tmp_path / "out"), *SHORT, *arguments])
 
 
 def test_a_model_without_indexer_is_refused(tiny: Path, records: Path, tmp_path: Path) -> None:

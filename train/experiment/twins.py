@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dsa_export.cli import console
 from dsa_export.model import DSAForCausalLM, load_model
+from dsa_export.model.checkpoint import adapted_config
 from dsa_export.model.feed_forward import VARIANTS
 from train import joint, precision
 from train.allocation import allocate
@@ -181,7 +182,7 @@ def train_twin(twin: Twin, plan: Plan) -> Path:
 
 def fresh(twin: Twin) -> DSAForCausalLM:
     """New weights, the same in all twins of a seed wherever they have the same parameters."""
-    return new_model(twin.preset.config(), twin.attention, twin.seed)
+    return new_model(adapted_config(twin.preset.config(), twin.attention), twin.seed)
 
 
 def choose_topk(model: DSAForCausalLM, windows: Windows, preset: Preset, seed: int) -> list[int]:
