@@ -31,7 +31,7 @@ from dsa_export.files import (
     write_manifest,
 )
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
-from dsa_export.model.checkpoint import has_indexer, load_config
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, load_config, require_indexer
 from dsa_export.selection import DEFAULTS, add_selection_arguments, selection_options
 from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
@@ -46,7 +46,6 @@ from train.tasks import TASKS, fit
 from train.timing import decode_call, in_turn
 from train.trainer import first_difference
 
-CHECKPOINT = "ckpt"
 OUT = Path("out/evaluation")
 KIND, RESULTS = "evaluation", "results.json"
 TABLE_WIDTH = 112
@@ -143,9 +142,9 @@ def parser() -> argparse.ArgumentParser:
     where = result.add_argument_group("input and output")
     where.add_argument(
         "--model",
-        default=CHECKPOINT,
+        default=DEFAULT_CHECKPOINT,
         metavar="DIR",
-        help=f"checkpoint with an indexer, folder or hub name [{CHECKPOINT}]",
+        help=f"checkpoint with an indexer, folder or hub name [{DEFAULT_CHECKPOINT}]",
     )
     where.add_argument(
         "--base", metavar="NAME", help="the checkpoint before training: dense, to tell drift from sparsity"
@@ -342,8 +341,7 @@ def measure(
 
 def resolve(args: argparse.Namespace, config: Any) -> None:
     """Fills what was left out, and checks what hangs together. Raises UserError with one line before time is spent."""
-    if not has_indexer(config):
-        raise UserError(f"{args.model} has no indexer: run `python -m train.warmup --model {args.model}` first")
+    require_indexer(config, args.model)
     small = config.hidden_size <= options.SMALL_HIDDEN_SIZE
     args.length = sorted(set(args.length or [512 if small else 2048]))
     args.windows = args.windows or (2 if args.quick else 4)

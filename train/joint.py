@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsa_export.cli import UserError, run
+from dsa_export.cli import run
 from dsa_export.model import feed_forward, load_model
-from dsa_export.model.checkpoint import INDEXER, adapted_config, has_indexer, indexed_attention
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, INDEXER, adapted_config, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.evaluate import evaluate
 from train.options import DTYPES, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Settings, Stage, adamw
-
-OUT = "ckpt"
 
 SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64)
 REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024)
@@ -53,7 +51,7 @@ def optimizers(
 
 def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
-    result = argument_parser("joint", __doc__ or "", SMALL, REAL, OUT, model_help, trains_indexer=True)
+    result = argument_parser("joint", __doc__ or "", SMALL, REAL, DEFAULT_CHECKPOINT, model_help, trains_indexer=True)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
     result.add_argument("--indexer-lr", type=float, metavar="LR", help="peak learning rate of the indexer [--lr]")
     add_selection_arguments(result)
@@ -65,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     processes = start(args)
     config = warmup.config_of(args.model)
-    indexed_attention(config)  # one that cannot have an indexer is refused as that
-    if not has_indexer(config):
-        name = args.model or warmup.OUT
-        raise UserError(f"{name} has no indexer yet: run `python -m train.warmup --model {name}` first")
+    require_indexer(config, args.model or warmup.OUT)
     resolve(args, SMALL, REAL, config)
     args.topk = args.topk or config.index_topk
     adapted_config(config, index_topk=args.topk, **selection_options(args))  # refuses what load_model would

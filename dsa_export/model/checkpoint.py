@@ -19,6 +19,9 @@ from dsa_export.model import families
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.decoder import DSAForCausalLM
 
+DEFAULT_CHECKPOINT = "ckpt"
+"""Where training ends, and what comes after it begins, unless told otherwise."""
+
 INDEXER = ".indexer."
 """Part of the name of every indexer parameter."""
 
@@ -28,6 +31,8 @@ def load_config(name: str | Path) -> PreTrainedConfig:
 
     Raises UserError: not found, not readable, another architecture, or an option that cannot be converted.
     """
+    if Path(name) == Path(DEFAULT_CHECKPOINT) and not Path(name).exists():
+        raise UserError(f"there is no folder {DEFAULT_CHECKPOINT}: `python -m train.joint` makes it, or name a --model")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -60,6 +65,13 @@ def indexed_attention(config: PreTrainedConfig) -> str:
     if config.attention not in (sparse, VARIANTS[sparse].DENSE):
         raise UserError(f"attention={config.attention!r} has no indexer, nor can it be given one: see train.finetune")
     return sparse
+
+
+def require_indexer(config: PreTrainedConfig, name: str) -> None:
+    """Raises UserError if a checkpoint has no indexer: what gives it one, or that nothing can."""
+    indexed_attention(config)
+    if not has_indexer(config):
+        raise UserError(f"{name} has no indexer: run `python -m train.warmup --model {name}` first")
 
 
 def adapted_config(base: PreTrainedConfig, attention: str | None = None, **options: Any) -> DSAConfig:

@@ -17,7 +17,7 @@ from dsa_export.files import check_output, checkpoint_hash, output_folder, sha25
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, load_config
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import Comparison, SharedWeights, compare_graphs, compare_weights
 from dsa_export.onnx.parity import DECODED_TOKENS, check_parity, decoded_logits, parity_text
@@ -26,7 +26,6 @@ from dsa_export.selection import add_selection_arguments, chosen_options, select
 from dsa_export.topk import compact_topk, describe_topk
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DEFAULT_MODEL = "ckpt"
 MAX_PARITY_PROMPT = 2304
 
 
@@ -36,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         description="Exports a DSA checkpoint to OUT/dense/model.onnx and OUT/sparse/model.onnx (one weight file, "
         "hard-linked into both folders), checks both against torch, and proves that they differ only in attention.",
     )
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub name (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_CHECKPOINT, help="checkpoint folder or hub name (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/onnx"), help="output folder (default: out/onnx)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="type of weights, activations and caches (default: fp32)"
@@ -83,8 +84,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     check_output(arguments.out, "onnx")
-    if arguments.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).exists():
-        raise UserError(f"there is no folder {DEFAULT_MODEL}: `python -m train.joint` makes it, or name a --model")
     config = load_config(arguments.model)
     plain = not isinstance(config, DSAConfig)
     if plain and not arguments.random_indexer:

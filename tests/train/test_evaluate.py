@@ -12,7 +12,7 @@ import torch
 from dsa_export.cli import UserError
 from dsa_export.files import write_manifest
 from dsa_export.model import load_model, load_tokenizer
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import adapted_config, load_config
 from train import evaluate as command
 from train import plots, tasks
 from train.allocation import allocate
@@ -407,6 +407,20 @@ def test_a_trained_checkpoint_is_replaced_by_one_with_k_by_layer_only_if_told_so
         command.resolve(args, load_config(checkpoint))
     args.overwrite = True
     command.resolve(args, load_config(checkpoint))
+
+
+def test_without_a_checkpoint_it_says_what_makes_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there is no folder ckpt: `python -m train\.joint` makes it"):
+        command.main([])
+
+
+@pytest.mark.parametrize(("attention", "message"), [("dense", "run `python -m train.warmup"), ("nsa", "nor can it be")])
+def test_a_checkpoint_without_an_indexer_is_refused_at_once(tiny, tmp_path, attention: str, message: str) -> None:
+    folder = tmp_path / attention
+    adapted_config(load_config(tiny), attention).save_pretrained(folder)
+    with pytest.raises(UserError, match=message):
+        command.main(["--model", str(folder), "--out", str(tmp_path / "out")])
 
 
 def test_a_hub_model_cannot_be_linked(checkpoint, records, tmp_path) -> None:
