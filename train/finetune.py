@@ -124,14 +124,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def nsa_options(args: argparse.Namespace, config: Qwen2Config) -> dict[str, Any]:
-    """The NSA of a model that has none yet: the arguments, completed by the small model's; {} for dense attention."""
+    """What the arguments say of NSA, completed by the small model's for one that has none yet; {} for dense attention.
+
+    Raises UserError for arguments that need another attention, or other weights.
+    """
     given = {name: value for name in NSA_OPTIONS if (value := getattr(args, name)) is not None}
     if args.attention != "nsa":
         if given:
             raise UserError(f"--{next(iter(given)).replace('_', '-')} needs --attention nsa")
         return {}
-    new = getattr(config, "attention", None) != "nsa"
-    return {**(SMALL_NSA if new and config.hidden_size <= SMALL_HIDDEN_SIZE else {}), **given}
+    own = getattr(config, "attention", None) == "nsa"
+    changed = [name for name, value in given.items() if own and value != getattr(config, name)]
+    if changed and not args.from_scratch:
+        flag, trained = changed[0].replace("_", "-"), getattr(config, changed[0])
+        raise UserError(f"{args.model} was trained with --{flag} {trained}: leave it out, or train --from-scratch")
+    return {**(SMALL_NSA if not own and config.hidden_size <= SMALL_HIDDEN_SIZE else {}), **given}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

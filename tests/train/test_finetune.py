@@ -96,6 +96,18 @@ def test_options_of_another_attention_are_refused(tiny: Path, tmp_path: Path) ->
         finetune.main(["--model", str(tiny), "--attention", "dense", "--nsa-window", "9", "--out", str(tmp_path / "x")])
 
 
+def test_a_trained_checkpoint_keeps_its_native_sparse_attention(tiny: Path) -> None:
+    trained = adapted_config(load_config(tiny), "nsa", **finetune.SMALL_NSA)
+
+    def options(*given: str) -> dict:
+        return finetune.nsa_options(finetune.parser().parse_args(["--model", "trained", *given]), trained)
+
+    assert options() == {} and options("--nsa-window", "32") == {"nsa_window": 32}
+    with pytest.raises(UserError, match=r"trained was trained with --nsa-window 32: leave it out, or train --from-s"):
+        options("--nsa-window", "64")
+    assert options("--nsa-window", "64", "--from-scratch") == {"nsa_window": 64}
+
+
 def test_new_weights_of_one_seed_are_the_same(tiny: Path) -> None:
     config = adapted_config(load_config(tiny), "dense")
     first, second, other = (finetune.new_model(config, seed).state_dict() for seed in (0, 0, 1))
