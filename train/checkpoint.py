@@ -45,8 +45,8 @@ def load_state(folder: Path, name: str = STATE) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # of an empty file it says nothing
         raise UserError(f"{path} cannot be read ({reason}): remove it, or start again with --overwrite") from None
 
 

@@ -371,7 +371,7 @@ def load_data(
     read = short = 0
     options = [length, wanted, min_tokens, max_rows, packing, allow_malformed, train_on_prompt]
     name = f"tokens-{_fingerprint(source, tokenizer, options)}.pt"
-    known = load_state(cache, name) if cache else None
+    known = _load_tokens(cache, name) if cache else None
     if known:
         rows, short = known["rows"], known["short"]
         for split, builder in builders.items():
@@ -443,6 +443,15 @@ def _fingerprint(source: str, tokenizer: Any, options: list[Any]) -> str:
         address = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     words = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps([address, words, options]).encode()).hexdigest()[:16]
+
+
+def _load_tokens(cache: Path, name: str) -> dict[str, Any] | None:
+    """What an earlier run tokenized; a file that cannot be read is made anew."""
+    try:
+        return load_state(cache, name)
+    except UserError:
+        console.print(f"{cache / name} cannot be read: tokenizing again")
+        return None
 
 
 def _save_tokens(cache: Path, name: str, state: dict[str, Any]) -> None:

@@ -312,6 +312,20 @@ def test_a_second_run_does_not_tokenize_again(tmp_path: Path, records: Path, tok
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".pt"]
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, records: Path, tokenizer, encoded: list, capsys, damage) -> None:
+    whole = load(str(records), tokenizer, cache=tmp_path)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    del encoded[:]
+    again = load(str(records), tokenizer, cache=tmp_path)
+    assert encoded and again.facts == whole.facts
+    assert f"{file.name} cannot be read: tokenizing again" in capsys.readouterr().out.replace("\n", "")
+    del encoded[:]
+    load(str(records), tokenizer, cache=tmp_path)
+    assert not encoded
+
+
 def test_tokenizing_goes_on_where_it_was_stopped(
     tmp_path: Path, records: Path, tokenizer, encoded: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
