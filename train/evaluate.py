@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from dsa_export.cli import UserError, console, progress_bar, run
+from dsa_export.cli import UserError, console, not_negative, positive, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import (
     MANIFEST,
@@ -31,8 +31,8 @@ from dsa_export.files import (
     write_manifest,
 )
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
-from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, load_config, require_indexer
-from dsa_export.selection import DEFAULTS, add_selection_arguments, selection_options
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, adapted_config, load_config, require_indexer
+from dsa_export.selection import add_selection_arguments, selection_options
 from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
 from train import options, plots, precision
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--overwrite", action="store_true", help="start again, also over an earlier --write-topk")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     where.add_argument("--dtype", choices=options.DTYPES, default="fp32", help="of the computation [fp32]")
-    where.add_argument("--seed", type=int, default=0, help="of windows, samples and the random indexer [0]")
+    where.add_argument("--seed", type=not_negative, default=0, help="of windows, samples and the random indexer [0]")
     where.add_argument("--quick", action="store_true", help="a first look: 2 windows, one k, 1 sample of two tasks")
 
     text = result.add_argument_group("held-out text")
@@ -165,19 +165,24 @@ def parser() -> argparse.ArgumentParser:
         "--topk", "--k", dest="topk", nargs="+", metavar="K",
         help="numbers of selected keys; `auto` adds k by layer under --k-budget [T/16 T/8 T/4 of the longest T]",
     )  # fmt: skip
-    text.add_argument("--windows", type=int, metavar="N", help="windows per length [4; --quick: 2]")
+    text.add_argument("--windows", type=positive, metavar="N", help="windows per length [4; --quick: 2]")
     text.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), help="[all]")
     text.add_argument(
-        "--every", type=int, metavar="N", help="measure the attention of every N-th query [1 up to 1024 tokens, else 8]"
+        "--every",
+        type=positive,
+        metavar="N",
+        help="measure the attention of every N-th query [1 up to 1024 tokens, else 8]",
     )
-    text.add_argument("--min-tokens", type=int, default=64, metavar="N", help="leave out shorter documents [64]")
+    text.add_argument(
+        "--min-tokens", type=not_negative, default=64, metavar="N", help="leave out shorter documents [64]"
+    )
     add_selection_arguments(result)
     text.add_argument("--packing", choices=("pack", "cut"), default="pack", help="as in training [pack]")
 
     auto = result.add_argument_group("k by layer (--k auto)")
-    auto.add_argument("--k-budget", type=int, metavar="K", help="mean k over the layers [the checkpoint's own]")
-    auto.add_argument("--k-step", type=int, metavar="N", help="every k is a multiple of this [budget / 8]")
-    auto.add_argument("--k-floor", type=int, metavar="N", help="the least k of a layer [one step]")
+    auto.add_argument("--k-budget", type=positive, metavar="K", help="mean k over the layers [the checkpoint's own]")
+    auto.add_argument("--k-step", type=positive, metavar="N", help="every k is a multiple of this [budget / 8]")
+    auto.add_argument("--k-floor", type=positive, metavar="N", help="the least k of a layer [one step]")
     auto.add_argument(
         "--write-topk", type=Path, metavar="DIR",
         help="write the checkpoint with the chosen k there, its weights hard-linked: export and engines follow it",
@@ -190,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     retrieval.add_argument(
         "--task-lengths", type=int, nargs="+", metavar="T", help="tokens of prompt and answer [--length]"
     )
-    retrieval.add_argument("--samples", type=int, metavar="N", help="per task and length [5; --quick: 1]")
+    retrieval.add_argument("--samples", type=positive, metavar="N", help="per task and length [5; --quick: 1]")
     return result
 
 
@@ -342,6 +347,7 @@ def measure(
 def resolve(args: argparse.Namespace, config: Any) -> None:
     """Fills what was left out, and checks what hangs together. Raises UserError with one line before time is spent."""
     require_indexer(config, args.model)
+    config = adapted_config(config, **selection_options(args))
     small = config.hidden_size <= options.SMALL_HIDDEN_SIZE
     args.length = sorted(set(args.length or [512 if small else 2048]))
     args.windows = args.windows or (2 if args.quick else 4)
@@ -366,9 +372,6 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         ("topk", args.ks, 1),
         ("length", args.length, 8),
         ("task-lengths", args.task_lengths, 8),
-        ("windows", [args.windows], 1),
-        ("samples", [args.samples], 1),
-        ("every", [args.every], 1),
     ):
         if min(values) < least:
             raise UserError(f"--{name} must be at least {least}, got {min(values)}")
@@ -376,11 +379,10 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         if max(values) > config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise UserError(f"--{name} {max(values)} is beyond the model's {limit} positions")
-    chosen = {name: getattr(config, name) for name in DEFAULTS} | selection_options(args)
 
     def check_k(option: str, k: int) -> None:
         try:
-            check_options(k, chosen["index_sinks"], chosen["index_window"], chosen["index_pool"])
+            check_options(k, config.index_sinks, config.index_window, config.index_pool)
         except ValueError as error:
             raise UserError(f"--{option} {k} does not fit the options of the selection: {error}") from None
 
@@ -396,7 +398,7 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
                 raise UserError(f"--{name.replace('_', '-')} needs --k auto")
         return
     args.k_budget = budget
-    pool = chosen["index_pool"]
+    pool = config.index_pool
     args.k_step = args.k_step or max(pool, budget // 8 // pool * pool)
     args.k_floor = args.k_floor or args.k_step
     if args.k_step % pool:

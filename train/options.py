@@ -190,7 +190,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
     training = "steps max_tokens batch_size accumulation kl_queries lora_rank save_every held_out max_rows"
     at_least_one = f"{training} topk index_heads index_dim".split()
-    for name, least in [("warmup_steps", 0), ("seed", 0), *((name, 1) for name in at_least_one)]:
+    for name, least in [("warmup_steps", 0), ("seed", 0), ("min_tokens", 0), *((name, 1) for name in at_least_one)]:
         value = getattr(args, name, None)
         _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     _require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")

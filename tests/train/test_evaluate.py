@@ -370,11 +370,12 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         (["--k-budget", "9"], "--k-budget needs --k auto"),
         (["--k", "auto", "--k-budget", "200"], "leaves nothing to choose"),
         ([*AUTO, "--k-step", "3", "--index-pool", "4"], "multiple of the pool of 4"),
-        ([*AUTO, "--index-window", "10"], "--k-floor 3 does not fit the options"),
+        ([*AUTO, "--index-window", "5"], "--k-floor 3 does not fit the options"),
         ([*AUTO, "--k-step", "16", "--k-floor", "24"], "--k-floor 24 must be a multiple of --k-step 16"),
         ([*AUTO, "--k-step", "32"], "--k-budget 24 is less than --k-floor 32, one --k-step unless given"),
         ([*AUTO, "--write-topk", "MODEL"], "would replace --model"),
         ([*AUTO, "--write-topk", "OUT"], "would replace --out"),
+        (["--index-pool", "7"], "pool must be at least 1 and divide k = 8"),
         (["--model", "TINY"], "has no indexer: run `python -m train.warmup"),
         (["--tasks", "kv", "--task-lengths", "60"], "too short for the task kv"),
     ],
@@ -388,6 +389,13 @@ def test_wrong_arguments_end_in_one_line(
         command.main(arguments(checkpoint, records, tmp_path / "out", *(names.get(value, value) for value in more)))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["windows", "samples", "every", "k-budget", "k-step", "k-floor"])
+def test_nothing_is_no_number_to_measure_with(option: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.parser().parse_args([f"--{option}", "0"])
+    assert f"--{option}: '0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_not_replaced(checkpoint, records, tmp_path) -> None:

@@ -453,6 +453,8 @@ def test_windows_grow_while_training(tiny: Path, records: Path, tmp_path: Path) 
         (("--length", "32", "64", "--packing", "cut"), "takes one --length"),
         (("--length", "16", "32", "64", "--steps", "2"), "fewer than the 3 values"),
         (("--kl-queries", "0"), "--kl-queries must be at least 1"),
+        (("--topk", "0"), "--topk must be at least 1"),
+        (("--min-tokens", "-1"), "--min-tokens must be at least 0"),
     ],
 )
 def test_lengths_that_cannot_work_are_refused(
