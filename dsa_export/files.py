@@ -139,4 +139,13 @@ def read_manifest(folder: Path, kind: str, made_by: str) -> dict[str, Any]:
     found = manifest.get("kind") if isinstance(manifest, dict) else None
     if found != kind:
         raise UserError(f"{folder} holds {found!r}, not {kind!r}: expected the output of `{made_by}`")
+    manifest_object(folder, manifest, "source", made_by)
     return manifest
+
+
+def manifest_object(folder: Path, manifest: dict[str, Any], name: str, made_by: str) -> dict[str, Any]:
+    """An entry of a folder's manifest that is a JSON object. Raises UserError if it is not."""
+    entry = manifest.get(name)
+    if not isinstance(entry, dict):
+        raise UserError(f"{folder / MANIFEST} lacks or misstates {name!r}: run `{made_by}` again")
+    return entry

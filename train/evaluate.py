@@ -25,6 +25,7 @@ from dsa_export.files import (
     MANIFEST,
     PARTIAL,
     check_output,
+    manifest_object,
     output_folder,
     read_manifest,
     write_atomically,
@@ -413,7 +414,9 @@ def trained_on(model: str) -> str | None:
     """The data that the checkpoint's manifest names, if there is one."""
     if not (Path(model) / MANIFEST).is_file():
         return None
-    return read_manifest(Path(model), "checkpoint", "python -m train.warmup").get("data", {}).get("path")
+    made_by = "python -m train.joint"
+    manifest = read_manifest(Path(model), "checkpoint", made_by)
+    return manifest_object(Path(model), manifest, "data", made_by).get("path")
 
 
 def plot(results: Record, out: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
-from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, read_manifest
+from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, manifest_object, read_manifest
 from dsa_export.model.checkpoint import load_config, load_tokenizer
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
@@ -379,7 +379,8 @@ def is_done(
         return False
     if not (out / MANIFEST).is_file():
         return False
-    manifest = read_manifest(out, "checkpoint", "python -m train.…")
+    made_by = f"python -m train.{identity['stage']} --overwrite"
+    manifest = read_manifest(out, "checkpoint", made_by)
     old = {"model": manifest["source"].get("sha256"), **{name: manifest.get(name) for name in identity}}
     difference = first_difference(old, {"model": source_sha256, **identity})
     if difference:
@@ -387,7 +388,8 @@ def is_done(
             f"{out} is finished already, with another configuration ({difference}): choose another --out, or "
             "--overwrite to replace it"
         )
-    after = "  ".join(f"{name} {value:.4f}" for name, value in manifest["after"].items())
+    result = manifest_object(out, manifest, "after", made_by)
+    after = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
     console.print(f"{out}/ is there already, made by this very command; --overwrite would redo it.  {after}")
     return True
 

@@ -417,6 +417,14 @@ def test_a_trained_checkpoint_is_replaced_by_one_with_k_by_layer_only_if_told_so
     command.resolve(args, load_config(checkpoint))
 
 
+def test_an_edited_manifest_is_refused_where_the_data_is_left_to_it(tmp_path) -> None:
+    write_manifest(tmp_path, "checkpoint", {}, data={"path": "book.txt"})
+    assert command.trained_on(str(tmp_path)) == "book.txt"
+    write_manifest(tmp_path, "checkpoint", {}, data=None)
+    with pytest.raises(UserError, match=r"manifest.json lacks or misstates 'data': run"):
+        command.trained_on(str(tmp_path))
+
+
 def test_without_a_checkpoint_it_says_what_makes_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"there is no folder ckpt: `python -m train\.joint` makes it"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -313,6 +314,19 @@ def test_options_that_exclude_each_other_are_refused_before_any_text_is_read(
     model = warm if stage is joint else tiny
     with pytest.raises(UserError, match=message):
         stage.main(["--model", str(model), "--out", str(tmp_path / "out"), *SHORT, *arguments])
+
+
+@pytest.mark.parametrize("name", ["source", "after"])
+def test_a_manifest_that_was_edited_is_refused_by_the_name_of_its_entry(
+    name: str, tiny: Path, records: Path, warm: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(warm, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {name: None}))
+    message = f"out/manifest.json lacks or misstates '{name}': run `python -m train.warmup --overwrite` again"
+    with pytest.raises(UserError, match=message):
+        trained(tiny, records, out)
 
 
 def test_a_model_without_indexer_is_refused(tiny: Path, records: Path, tmp_path: Path) -> None:
