@@ -421,7 +421,7 @@ def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ada
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops at once."""
+    """Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops as soon as Python is asked."""
     requested = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
@@ -431,7 +431,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     def request(number: int, _frame: Any) -> None:
         requested.set()
-        console.print("stopping after this step (once more: at once) …")
+        # Python runs no handler before torch is back, on a CPU from the whole backward pass.
+        console.print("stopping after this step (once more: in the middle of it, when torch's current call is done) …")
         for n, handler in previous.items():
             signal.signal(n, handler)
 

@@ -79,7 +79,7 @@ def test_kill_9_at_any_moment_resumes_to_the_same_bits(tiny: Path, records: Path
 
 @pytest.mark.parametrize("stage", [warmup, joint])
 def test_ctrl_c_saves_and_resumes_to_the_same_bits(
-    stage, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = command(tiny, records, tmp_path / "whole", 6)
     if stage is joint:
@@ -95,6 +95,7 @@ def test_ctrl_c_saves_and_resumes_to_the_same_bits(
             stage.main(cut)
     assert not (tmp_path / "cut").exists()
     assert signal.getsignal(signal.SIGINT) is handler
+    assert "once more: in the middle of it, when torch's current call is done" in capsys.readouterr().out
     metrics = tmp_path / "cut.partial" / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 4, "kl": 1.0}\n{"step": 5, "k')  # lines after the last state
     stage.main(cut)
