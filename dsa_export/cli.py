@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -17,7 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, emoji=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # run() decides what it means; rich would exit with 1
+
+
+console = _Console(highlight=False, emoji=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -33,14 +40,22 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         fail(str(interrupt) or "interrupted; nothing half-written was kept")
-    except BrokenPipeError:  # who reads the output has seen enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
     except Exception as error:
-        message = user_message(error)
-        if message is None:
-            raise
-        fail(message)
+        if not (isinstance(error, BrokenPipeError) and is_unread(sys.stdout.fileno())):
+            message = user_message(error)
+            if message is None:
+                raise
+            fail(message)
+        # Who reads the output has seen enough, such as `head`. Python flushes it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def is_unread(output: int) -> bool:
+    """Whether what is written to a file descriptor goes to a pipe or socket that nobody reads any more."""
+    poll = select.poll()
+    poll.register(output, 0)  # errors and hang-ups are reported unasked
+    return bool(poll.poll(0))
 
 
 def user_message(error: Exception) -> str | None:

@@ -11,15 +11,22 @@ import pytest
 from dsa_export.cli import user_message
 
 
-@pytest.mark.parametrize("flush", [True, False])
-def test_a_reader_that_has_seen_enough_is_no_error(flush: bool):
-    script = f"from dsa_export.cli import run; run(lambda: [print(i, flush={flush}) for i in range(100_000)])"
+@pytest.mark.parametrize("call", ["print(i)", "print(i, flush=True)", "console.print(i)"])
+def test_a_reader_that_has_seen_enough_is_no_error(call: str):
+    script = f"from dsa_export.cli import console, run; run(lambda: [{call} for i in range(100_000)])"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline() == b"0\n"
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_another_broken_pipe_is_an_error():
+    """Of a child process or a connection, while the output is read on."""
+    script = "from dsa_export.cli import run; run(lambda: (_ for _ in ()).throw(BrokenPipeError(32, 'Broken pipe')))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1 and "BrokenPipeError" in result.stderr
 
 
 def test_a_full_disk_names_the_copy_and_not_its_source():
