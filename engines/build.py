@@ -57,6 +57,17 @@ PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
 DEFAULT_MAX_BATCH = 8
 # TensorRT-RTX 1.7.1 (an internal check of its compiler; tried with fp32 and fp16 models of two layers).
 ONE_KV_HEAD = "; models with a single KV head are known to need --max-batch 1"
+OPTIONS_OF = {
+    "dense_slots": ["--backend ort"],
+    "compile": ["--backend torch"],
+    "compute_capability": ["--backend tensorrt-rtx"],
+    "plans": ["--backend tensorrt-rtx", "--backend tensorrt", "--print-trtexec"],
+    "timing_cache": ["--backend tensorrt"],
+    "plugin_library": ["--backend tensorrt", "--print-trtexec"],
+    "serialize_plugins": ["--backend tensorrt", "--print-trtexec"],
+}
+"""What has no effect without one of these."""
+
 CHECK_TOKENS = 4
 """Tokens that the check after a build (ort, torch) runs."""
 
@@ -144,10 +155,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.backend = list(dict.fromkeys(args.backend))
     args.variant = list(dict.fromkeys(args.variant))
-    if args.dense_slots and not ("ort" in args.backend and "sparse" in args.variant):
-        parser.error("--dense-slots is for the sparse engine of --backend ort")
-    if args.compile and "torch" not in args.backend:
-        parser.error("--compile is for --backend torch")
+    chosen = {"--print-trtexec"} if args.print_trtexec else {f"--backend {name}" for name in args.backend}
+    for name, served in OPTIONS_OF.items():
+        if getattr(args, name) != parser.get_default(name) and chosen.isdisjoint(served):
+            parser.error(f"--{name.replace('_', '-')} is for {' or '.join(served)}")
+    if args.dense_slots and "sparse" not in args.variant:
+        parser.error("--dense-slots is for the sparse engine")
     for folder in filter(None, [args.out, args.triton_repository]):
         if folder.resolve().is_relative_to(args.onnx.resolve()):
             parser.error(f"{folder} lies in the export, {args.onnx}: the next export would remove it, choose another")

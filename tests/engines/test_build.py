@@ -187,14 +187,27 @@ def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys
     assert "is a file" in one_line(error)
 
 
-WITHOUT_EFFECT = [[*more, "--dense-slots", "64"] for more in (["--backend", "tensorrt-rtx"], ["--variant", "dense"])]
-WITHOUT_EFFECT += [["--compile"], ["--backend", "ort", "--compile"]]
+WITHOUT_EFFECT = {
+    "--dense-slots 64 --backend tensorrt-rtx": "--dense-slots is for --backend ort",
+    "--dense-slots 64 --variant dense": "--dense-slots is for the sparse engine",
+    "--compile": "--compile is for --backend torch",
+    "--compute-capability 8.9 --backend ort tensorrt": "--compute-capability is for --backend tensorrt-rtx",
+    "--plans two --backend ort torch": "--plans is for --backend tensorrt-rtx or --backend tensorrt or --print-trtexec",
+    "--serialize-plugins": "--serialize-plugins is for --backend tensorrt or --print-trtexec",
+    "--timing-cache times --print-trtexec": "--timing-cache is for --backend tensorrt",
+}
 WRONG = [["--backend", "abacus"], ["--max-batch", "0"], ["--compute-capability", "8"], ["--dense-slots", "0"]]
 
 
-@pytest.mark.parametrize("options", [*WRONG, *WITHOUT_EFFECT])
+@pytest.mark.parametrize("options", WRONG)
 def test_wrong_arguments_exit_with_2(options: list[str], capsys):
     assert run_command(build.main, options, capsys)[0] == 2
+
+
+@pytest.mark.parametrize(("options", "message"), WITHOUT_EFFECT.items())
+def test_options_without_effect_are_refused(options: str, message: str, capsys):
+    code, _, error = run_command(build.main, options.split(), capsys)
+    assert code == 2 and error.strip().endswith(message)
 
 
 def test_dense_slots_are_refused_where_a_gpu_would_be_used(export: Path, tmp_path: Path, capsys, monkeypatch):
