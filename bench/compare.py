@@ -201,6 +201,9 @@ def nothing_to_compare(args: argparse.Namespace, skips: Sequence[Record]) -> str
     )
 
 
+Plan = tuple[Group, list[Case], list[matrix.Skip]]
+
+
 def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list[Record], list[str]]:
     """The records of every group and peer, and what was proved before anything was timed."""
     phases = ("decode", "prefill") if args.phase == "both" else (args.phase,)
@@ -219,17 +222,28 @@ def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list
     rows = measure.in_child(
         prompts.rows, tokenizer_folder(groups, args), args.prompt_file, max(args.batch), longest + 1
     )
+    contexts = peer_contexts(args.peer_context, planned)
     settings = Settings(args.caches, budget_of(args), args.threads, args.score_tokens)
     proofs = identical_operators(groups)
     for group, cases, _ in planned:
         if cases:
             proofs += pass_the_gate(group, rows[0], args.threads)
             records += measure_group(group, cases, rows, settings, args)
-    batch_1 = {case.context for _, cases, _ in planned for case in cases if case.batch == 1 and case.phase == "decode"}
-    contexts = sorted(batch_1 & set(args.peer_context) if args.peer_context else batch_1)
     if contexts:
         records += measure_peers(groups[0], contexts, rows[0], args)
     return records, proofs
+
+
+def peer_contexts(asked: Sequence[int] | None, planned: Sequence[Plan]) -> list[int]:
+    """Where the peers decode: as asked (None: everywhere), of the contexts at which the engines decode one row.
+
+    Raises UserError for a context that is none of the run's.
+    """
+    decoded = {case.context for _, cases, _ in planned for case in cases if case.batch == 1 and case.phase == "decode"}
+    unknown = set(asked or ()) - decoded - {skip["context"] for _, _, skips in planned for skip in skips}
+    if unknown:
+        raise UserError(f"--peer-context {min(unknown)}: no engine decodes one row there; add it to --context")
+    return sorted(decoded & set(asked) if asked else decoded)
 
 
 def budget_of(args: argparse.Namespace) -> measure.Budget:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, console
 from engines.artifacts import Limits, Variant
 
 HOST_BYTES_PER_WEIGHT_BYTE = 4
@@ -70,6 +70,8 @@ def check(backend: str, needed: Estimate) -> None:
             f"{backend} needs about {needs / MIB:,.0f} MiB and {where} has {free / MIB:,.0f} MiB: choose a smaller "
             "--max-batch or --max-context, or export with --weights int4"
         )
+    if free is not None and needed.total > free:
+        console.print(f"{where} has {free / MIB:,.0f} MiB: not all of these rows can be that long at a time")
 
 
 def available_memory() -> int:

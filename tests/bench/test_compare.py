@@ -202,6 +202,7 @@ def test_engines_of_an_earlier_export_are_not_measured(tmp_path: Path, capsys):
     [
         (["--context", "99999"], "no case can be measured: beyond the engines' capacity of 4,096 tokens"),
         (["--batch", "9"], "built for 8 rows"),
+        (["--peer-context", "7"], "--peer-context 7: no engine decodes one row there; add it to --context"),
         (["--backend", "tensorrt-rtx"], "no pair of dense and sparse engines for --backend tensorrt-rtx"),
         (["--backend", "tensorflow"], "no backend is called 'tensorflow': choose from ort"),
         (["--k", "17"], "no pair of dense and sparse engines for --k 17"),

@@ -198,6 +198,7 @@ def test_a_call_keeps_no_layers_queries_and_keys(dsa_folder, tokens, share):
         ({"index_pool": 3}, "pool must be at least 1 and divide k = 16, got 3"),
         ({"index_sinks": 10, "index_window": 7}, "always select 17 keys: k = 16"),
         ({"index_share": 0}, "index_share must be at least 1, got 0"),
+        ({"index_share": 3}, "index_share = 3 exceeds the 2 layers"),
         ({"index_share": 2, "index_topk": [16, 8]}, "index_share = 2 needs one index_topk for layers that share"),
         ({"index_keys": "fp8", "index_pool": 2}, "index_keys = fp8 excludes index_pool = 2"),
         ({"index_keys": "int2"}, "index_keys must be one of model, fp8, int8, got 'int2'"),

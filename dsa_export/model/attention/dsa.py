@@ -69,6 +69,8 @@ class SparseAttention(DenseAttention):
         for name in ("index_heads", "index_dim", "index_share"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        if config.index_share > config.num_hidden_layers:
+            raise ValueError(f"index_share = {config.index_share} exceeds the {config.num_hidden_layers} layers")
         if config.index_dim % 2:
             raise ValueError(f"index_dim must be even (half-split RoPE), got {config.index_dim}")
         shared = (config.num_attention_heads, config.head_size)
