@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
@@ -29,6 +31,19 @@ def _few_threads():
 def _interruptible():
     """A shell's background job ignores SIGINT, and so would the commands that the tests start and interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Largest(TorchDispatchMode):
+    """Within the context: the number of elements of the largest tensor that an operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
 
 
 def build_qwen(folder: Path, *, tied: bool = False) -> Path:

@@ -38,6 +38,7 @@ from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
 from train import options, plots, precision
 from train.allocation import allocate, check_budget, check_topk_output, write_topk
+from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
 from train.ladder import BLOCK, RUNGS
@@ -54,7 +55,12 @@ TABLE_WIDTH = 112
 
 @torch.no_grad()
 def evaluate(
-    model: DSAForCausalLM, windows: Windows, *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32
+    model: DSAForCausalLM,
+    windows: Windows,
+    *,
+    batch_size: int = 1,
+    compute_dtype: torch.dtype = torch.float32,
+    kl_target: str = "rms",
 ) -> dict[str, float]:
     """Evaluates a model with an indexer on windows it was not trained on, and leaves its switches as they were.
 
@@ -82,14 +88,14 @@ def evaluate(
             labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             lengths = batch["attention_mask"].sum(1)
             model.sparse = False
-            dense = model(**batch, use_cache=False, observer=IndexerObserver(topk, measure_every=1))
-            means["loss_dense"].add(dense.loss, labels)
-            means["kl"].add(dense.aux_losses["kl"], int(lengths.sum()))
+            dense = cross_entropy_terms(model, batch, IndexerObserver(topk, measure_every=1, target=kl_target))
+            means["loss_dense"].add(dense["cross_entropy"], labels)
+            means["kl"].add(dense["kl"], int(lengths.sum()))
             crowded = int((lengths - min(model.config.topk_per_layer)).clamp(min=0).sum())
             for name in ("recall", "recall_window", "recall_best"):
-                means[name].add(dense.aux_losses[name], crowded)
+                means[name].add(dense[name], crowded)
             model.sparse = True
-            means["loss_sparse"].add(model(**batch, use_cache=False).loss, labels)
+            means["loss_sparse"].add(cross_entropy_terms(model, batch)["cross_entropy"], labels)
             progress.advance(task)
         result = {name: mean.value for name, mean in means.items() if mean.weight}
         result |= decoding_speed(model, windows.input_ids.shape[1])

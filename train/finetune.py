@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Qwen2Config
 
 from dsa_export.cli import UserError, progress_bar, run
@@ -21,6 +21,7 @@ from dsa_export.model.checkpoint import adapted_config, is_added
 from dsa_export.model.families import dense_config
 from train import base, precision
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
+from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, Windows
 from train.options import DTYPES, SMALL_HIDDEN_SIZE, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Stage
@@ -72,18 +73,11 @@ def held_out_loss(
         for rows in batches:
             batch = windows.batch(rows, device)
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            if count:  # the mean over no label is NaN
-                total += model(**batch, use_cache=False).loss.item() * count
+            total += cross_entropy_terms(model, batch)["cross_entropy"].item() * count
             labels += count
             progress.advance(task)
     model.train(was_training)
     return {"loss": total / labels}
-
-
-def terms(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{"cross_entropy"} of a batch, and what the feed-forward layers report."""
-    output = model(**batch, use_cache=False)
-    return {"cross_entropy": output.loss, **output.aux_losses}
 
 
 def stage(model: DSAForCausalLM, *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32) -> Stage:
@@ -91,7 +85,7 @@ def stage(model: DSAForCausalLM, *, batch_size: int = 1, compute_dtype: torch.dt
     return Stage(
         name="finetune",
         groups=all_parameters,
-        terms=terms,
+        terms=cross_entropy_terms,
         losses=("cross_entropy", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
         evaluate=partial(held_out_loss, batch_size=batch_size, compute_dtype=compute_dtype),
     )

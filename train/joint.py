@@ -18,8 +18,8 @@ from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, INDEXER, adapted_con
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
-from train.evaluate import evaluate
-from train.options import DTYPES, Recipe, argument_parser, resolve, start, train_from
+from train.cross_entropy import cross_entropy_terms
+from train.options import INDEXER_OPTIMIZERS, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Settings, Stage, adamw
 
 SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64)
@@ -34,19 +34,23 @@ def parameter_groups(model: nn.Module, lora: bool = False) -> dict[str, list[nn.
     }
 
 
-def joint_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None) -> dict[str, Tensor]:
+def joint_terms(
+    model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None, kl_target: str = "rms"
+) -> dict[str, Tensor]:
     """{"cross_entropy", "kl", "recall", …} of a batch under selection."""
     model.sparse = True
-    output = model(**batch, observer=warmup.observer(batch, topk, kl_queries))
-    return {"cross_entropy": output.loss, **output.aux_losses}
+    return cross_entropy_terms(model, batch, warmup.observer(batch, topk, kl_queries, kl_target))
 
 
 def optimizers(
-    groups: dict[str, list[nn.Parameter]], settings: Settings, indexer_lr: float | None = None
+    groups: dict[str, list[nn.Parameter]],
+    settings: Settings,
+    indexer_optimizer: str = "muon",
+    indexer_lr: float | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for each group, the indexer's at a rate of its own (None: the base's)."""
+    """AdamW for the base; the indexer has an optimizer and a rate of its own (None: the base's)."""
     indexer = replace(settings, lr=indexer_lr or settings.lr)
-    return [adamw(groups["base"], settings), adamw(groups["indexer"], indexer)]
+    return [adamw(groups["base"], settings), *INDEXER_OPTIMIZERS[indexer_optimizer](groups["indexer"], indexer)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage = Stage(
             name="joint",
             groups=partial(parameter_groups, lora=args.lora_rank is not None),
-            terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries),
+            terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries, kl_target=args.kl_target),
             losses=("cross_entropy", "kl", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
-            evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
-            optimizers=partial(optimizers, indexer_lr=args.indexer_lr),
+            evaluate=warmup.evaluation(args),
+            optimizers=partial(optimizers, indexer_optimizer=args.indexer_optimizer, indexer_lr=args.indexer_lr),
         )
         if args.lora_rank is not None:
             stage = through_adapters(stage, args.lora_rank)

@@ -30,7 +30,7 @@ from dsa_export.model.attention.dsa import Indexer
 from dsa_export.topk import TopK, topk_per_layer
 from plugins.index_topk.op import topk_lowest_index_first
 from train.data import IGNORED
-from train.losses import mean_attention
+from train.losses import attention_moments
 from train.selection import ROWS
 
 RUNGS = ("best", "trained", "random", "window")
@@ -88,7 +88,7 @@ def best_selection(trace: AttentionTrace, k: int) -> Tensor:
             stop = min(start + ROWS, T)
             positions = torch.arange(start, stop, device=trace.q.device)[:, None]
             visible = torch.arange(stop, device=trace.q.device) <= positions
-            mass = mean_attention(trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :stop], visible)
+            mass = attention_moments(trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :stop], visible).mean
             best = topk_lowest_index_first(mass.masked_fill(~visible, -1), min(k, stop))
             indices[b, start:stop, : best.shape[-1]] = torch.where(best <= positions, best, -1).int()
     return indices

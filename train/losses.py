@@ -10,16 +10,24 @@ Shapes: B batch, T tokens, Hq/Hkv query/KV heads, D head size, Hi/Di indexer hea
     lengths        [B]             int64; valid tokens of each row, which is padded on the right
     indices        [B, T, K]       int32, -1 fills; None: every visible key counts (warm-up)
 
-For a query t, p is the mean over the query heads of the attention probabilities and I the index score. Both are
-distributions over the same keys: all visible ones in the warm-up, the selected ones in the joint stage. The loss is
+For a query t, p is the target made of the attention probabilities a_h of the query heads, and I the index score. Both
+are distributions over the same keys: all visible ones in the warm-up, the selected ones in the joint stage. The loss is
 the mean over the valid queries of KL(p ‖ softmax(I)): padding rows neither add to the sum nor to the count.
 With `every` = n the mean is taken over each n-th query only: 1/n of the work, every key still counts.
+
+Targets:
+    mean    p = mean_h a_h, as published (DeepSeek-V3.2-Exp, section 2.1).
+    rms     p ∝ (mean_h a_h²)^¼. A key that one head needs ranks above one that all heads look at a little: of the k
+            best keys by either measure, these keep the layer's output better. The square root of their root mean square
+            has the same order, and less of its sum in the few largest keys: more of the loss is about which keys are
+            the k best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +39,8 @@ from plugins.index_topk.op import topk_lowest_index_first
 
 TILE = {"cpu": 128, "cuda": 512}
 """R, query rows handled at a time: little enough for a CPU's caches, enough to fill a GPU. See peak_bytes()."""
+
+TARGETS = ("rms", "mean")
 
 LOWEST = -1e30
 """Stands for the logarithm of a probability of 0 where it is multiplied by 0."""
@@ -47,6 +57,7 @@ def indexer_kl_reference(
     indices: Tensor | None = None,
     every: int = 1,
     first: int = 0,
+    target: str = "rms",
 ) -> Tensor:
     """The definition, differentiable by autograd: holds [B, Hq, T, T] scores. For the tests."""
     T = q.shape[2]
@@ -57,7 +68,9 @@ def indexer_kl_reference(
         visible = visible & selected[..., :T]
     k_BHTD = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k_BHTD.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
-    p = scores.softmax(-1).mean(1).detach()
+    a = scores.softmax(-1).detach()
+    p = a.mean(1) if target == "mean" else a.square().mean(1) ** 0.25
+    p = p / p.sum(-1, keepdim=True)
     activations = torch.relu(torch.einsum("bthd,bsd->bths", index_q, index_k))
     index_scores = torch.einsum("bth,bths->bts", index_weights, activations).masked_fill(~visible, -torch.inf)
     log_student = torch.where(visible, index_scores.log_softmax(-1), 0)
@@ -70,10 +83,11 @@ def indexer_kl_reference(
 def peak_bytes(T: int, Hq: int, Hkv: int, Hi: int, Di: int, device: str = "cpu") -> int:
     """What indexer_kl and its backward hold at most, beside their inputs, for one row of T tokens in fp32.
 
-    A tile keeps p, and first the scores and the probabilities of one KV head's group, then the indexer's activations
-    and five [R, T] of its scores, all within the call. The gradients of the inputs stay, twice while they are scaled.
+    A tile keeps p and both moments, and first the scores and the probabilities of one KV head's group, then the
+    indexer's activations and five [R, T] of its scores, all within the call. The gradients of the inputs stay, twice
+    while they are scaled.
     """
-    tile = TILE[device] * T * (1 + max(2 * Hq // Hkv, Hi + 5))
+    tile = TILE[device] * T * (3 + max(2 * Hq // Hkv, Hi + 5))
     return 4 * (tile + 2 * T * (Hi * Di + Hi + Di))
 
 
@@ -101,6 +115,7 @@ def indexer_kl(
     scale: float,
     indices: Tensor | None = None,
     *,
+    target: str = "rms",
     every: int = 1,
     first: int = 0,
     topk: int = 0,
@@ -109,14 +124,14 @@ def indexer_kl(
     """The loss of indexer_kl_reference, exactly, without ever holding [T, T]. Shapes: see the top of this file.
 
     Args:
+        target: one of TARGETS.
         every, first: the queries first, first + every, … count (0 ≤ first < every; the shortest row has one).
         topk: k of the measured shares. With `indices` the recall is theirs.
         measure_every: measure the shares on every n-th of these queries; 0: not at all.
     """
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (index_q, index_weights, index_k))
-    kl, shares = _IndexerKL.apply(
-        index_q, index_weights, index_k, q, k, lengths, scale, indices, every, first, topk, measure_every, with_gradient
-    )
+    options = (target, every, first, topk, measure_every, with_gradient)
+    kl, shares = _IndexerKL.apply(index_q, index_weights, index_k, q, k, lengths, scale, indices, *options)
     return IndexerLoss(kl, *shares.unbind()) if measure_every else IndexerLoss(kl)
 
 
@@ -134,6 +149,7 @@ class _IndexerKL(torch.autograd.Function):
         lengths: Tensor,
         scale: float,
         indices: Tensor | None,
+        target: str,
         every: int,
         first: int,
         topk: int,
@@ -158,7 +174,8 @@ class _IndexerKL(torch.autograd.Function):
             support = visible if indices is None else _selection_mask(indices[b, rows], stop)
             certain = int(rows[0]) + 1 if indices is None else 0  # so many keys, from the left, count for every row
 
-            p = mean_attention(q_HRD, k_HCD, support, certain).to(accumulator)
+            attention = attention_moments(q_HRD, k_HCD, support, certain)
+            p = attention_target(attention, target).to(accumulator)
             activations_RHC = (index_q_RHD @ index_k_CD.T).relu_().to(accumulator)
             scores = _mask(torch.bmm(weights_RH[:, None], activations_RHC)[:, 0], support, certain)
             log_student = scores.log_softmax(-1)
@@ -166,7 +183,10 @@ class _IndexerKL(torch.autograd.Function):
 
             if measure_every:
                 some = slice(-(ordinal + 1) % measure_every, None, measure_every)
-                dense = p[some] if indices is None else mean_attention(q_HRD[:, some], k_HCD, visible[some])
+                if indices is None:
+                    dense = attention.mean[some]
+                else:
+                    dense = attention_moments(q_HRD[:, some], k_HCD, visible[some]).mean
                 shares.add(dense, rows[some, None], None if indices is None else support[some], scores[some])
 
             if with_gradient:
@@ -179,7 +199,7 @@ class _IndexerKL(torch.autograd.Function):
                 d_index_q[b, rows] = (d_activations @ index_k_CD).view_as(index_q_RHD) * weights_RH1
                 d_index_k[b, :stop] += d_activations.T @ (index_q_RHD * weights_RH1).flatten(0, 1)
                 del d_activations, d_scores
-            del p, activations_RHC, scores, log_student  # or they would live on beside the next tile's
+            del attention, p, activations_RHC, scores, log_student  # or they would live on beside the next tile's
 
         ctx.save_for_backward(d_index_q, d_index_weights, d_index_k.to(index_k.dtype))
         result, measured = kl / valid_rows, shares.means()
@@ -190,7 +210,7 @@ class _IndexerKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_kl: Tensor, _d_shares: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients = (gradient * d_kl.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (*gradients, *[None] * 10)
+        return (*gradients, *[None] * 11)
 
 
 def _tiles(queries: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
@@ -214,14 +234,31 @@ def _mask(scores: Tensor, support: Tensor, certain: int) -> Tensor:
     return scores
 
 
-def mean_attention(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0) -> Tensor:
-    """Attention probabilities over the support [R, C], mean over the query heads: [R, C]. q is scaled already."""
+class Moments(NamedTuple):
+    """Of the attention probabilities, over the query heads: [R, C] each, 0 outside the support."""
+
+    mean: Tensor
+    mean_square: Tensor
+
+
+def attention_moments(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0) -> Moments:
+    """Attention over the support [R, C] bool, whose first `certain` columns are all True. q is scaled already."""
     Hq, R, D = q_HRD.shape
     Hkv, C, _ = k_HCD.shape
-    p = torch.zeros(R, C, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
+    mean, mean_square = torch.zeros(2, R, C, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
     for q_GRD, k_CD in zip(q_HRD.view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):  # one KV head's group at a time
-        p += _mask((q_GRD @ k_CD.T).to(p.dtype), support, certain).softmax(-1).sum(0)
-    return p.div_(Hq)
+        a_GRC = _mask((q_GRD @ k_CD.T).to(mean.dtype), support, certain).softmax(-1)
+        mean += a_GRC.sum(0)
+        mean_square += a_GRC.square_().sum(0)
+    return Moments(mean.div_(Hq), mean_square.div_(Hq))
+
+
+def attention_target(attention: Moments, target: str) -> Tensor:
+    """What the indexer is to learn, a distribution over the support [R, C]: see the top of this file."""
+    if target == "mean":
+        return attention.mean
+    flattened_rms = attention.mean_square.sqrt().sqrt_()
+    return flattened_rms.div_(flattened_rms.sum(-1, keepdim=True))
 
 
 class _AttentionShares:
@@ -258,14 +295,15 @@ class IndexerObserver:
     `every`: the KL is taken over each n-th query, from a random one on, the same for all layers.
 
     Layers that follow one selection each have a KL with the indexer's distribution: its gradient is that of one KL with
-    the mean of their attention. With pooled keys all tokens of a group have one score, and the gradient is that of a KL
+    the mean of their targets. With pooled keys all tokens of a group have one score, and the gradient is that of a KL
     between groups; a query's own group, which is always selected, counts there with its later tokens in the mean.
 
     Returns {"kl"[, "recall", "recall_window", "recall_best"]}; the model averages them over the layers.
     """
 
-    def __init__(self, topk: TopK, measure_every: int = 0, every: int = 1):
+    def __init__(self, topk: TopK, measure_every: int = 0, every: int = 1, target: str = "rms"):
         self.topk = topk
+        self.target = target
         self.measure_every = measure_every
         self.every = every
         self.first = int(torch.randint(every, ())) if every > 1 else 0
@@ -281,6 +319,7 @@ class IndexerObserver:
                 trace.lengths,
                 trace.scale,
                 trace.indices,
+                target=self.target,
                 every=self.every,
                 first=self.first,
                 topk=self.topk if isinstance(self.topk, int) else self.topk[trace.layer],

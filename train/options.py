@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
@@ -21,10 +22,16 @@ from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
 from train.data import CACHE, TrainingData, check_source, check_tokenizer, load_data
 from train.distributed import Processes
-from train.trainer import Settings, Stage, Trainer, first_difference
+from train.losses import TARGETS
+from train.trainer import Settings, Stage, Trainer, adamw, first_difference, muon
 
 SMALL_HIDDEN_SIZE = 256
 """Models up to this hidden size, such as the default one, train by the small recipe."""
+
+INDEXER_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Settings], list[torch.optim.Optimizer]]] = {
+    "muon": muon,
+    "adamw": lambda parameters, settings: [adamw(parameters, settings)],
+}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -112,7 +119,20 @@ def argument_parser(
             help="train the indexer on about N queries of each window, evenly spaced: long windows then cost little "
             "more than the model itself [all]",
         )
-    run.add_argument("--lr", type=float, help=f"peak learning rate of AdamW {default('lr')}")
+        run.add_argument(
+            "--kl-target",
+            choices=TARGETS,
+            default=TARGETS[0],
+            help="what of the heads' attention the indexer learns: the (flattened) root of their mean square, or as "
+            f"published their mean [{TARGETS[0]}]",
+        )
+        run.add_argument(
+            "--indexer-optimizer",
+            choices=INDEXER_OPTIMIZERS,
+            default="muon",
+            help="muon (for matrices, and AdamW for the rest) needs far fewer tokens than AdamW [muon]",
+        )
+    run.add_argument("--lr", type=float, help=f"peak learning rate {default('lr')}")
     run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="[cosine]")
     run.add_argument("--warmup-steps", type=int, metavar="N", help="linear rise of the learning rate [steps / 20]")
     run.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm [1.0]")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsa_export.model import AttentionTrace
 from plugins.index_topk import index_scores
-from train.losses import mean_attention
+from train.losses import attention_moments
 
 ROWS = 128
 """Measured query rows handled at a time."""
@@ -72,7 +72,7 @@ class SelectionMeter:
         for rows in queries.split(ROWS):
             positions = rows[:, None]
             visible = slots <= positions
-            mass = mean_attention(t.q[0][:, rows] * t.scale, t.k[0], visible)
+            mass = attention_moments(t.q[0][:, rows] * t.scale, t.k[0], visible).mean
             scores = index_scores(t.index_q[:, rows], t.index_weights[:, rows], t.scored_k)[0]
             # A stable sort keeps the lower of two equal indices first, as the operator does.
             order = scores.masked_fill_(~visible, -torch.inf).argsort(stable=True, dim=-1, descending=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,12 @@ from dsa_export.cli import run
 from dsa_export.model import load_model
 from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attention, load_config
 from train import base
+from train.data import Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver
 from train.options import (
     DTYPES,
+    INDEXER_OPTIMIZERS,
     Recipe,
     add_indexer_arguments,
     argument_parser,
@@ -33,24 +35,31 @@ MEASURE_EVERY = 8
 """While training, the recall is measured on every 8th query that the indexer is trained on."""
 
 SMALL = Recipe(steps=150, batch_size=2, length=(512,), lr=1e-2, min_tokens=64, topk=64, index_heads=4, index_dim=32)
-REAL = Recipe(steps=500, batch_size=2, length=(2048,), lr=1e-3, min_tokens=1024)
+REAL = Recipe(steps=500, batch_size=2, length=(2048,), lr=3e-3, min_tokens=1024)
 
 
 def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"indexer": [p for name, p in model.named_parameters() if INDEXER in name]}
 
 
-def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None) -> IndexerObserver:
+def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None, kl_target: str) -> IndexerObserver:
     """The indexer's loss on a batch, over about kl_queries of each row's tokens (None: over all)."""
     every = max(1, int(batch["attention_mask"].sum(1).min()) // kl_queries) if kl_queries else 1
-    return IndexerObserver(topk, MEASURE_EVERY, every)
+    return IndexerObserver(topk, MEASURE_EVERY, every, kl_target)
 
 
-def warmup_terms(model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None) -> dict[str, Tensor]:
+def warmup_terms(
+    model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None, kl_target: str = "rms"
+) -> dict[str, Tensor]:
     """{"kl", "recall", …} of a batch under dense attention. The head is not run: no cross-entropy is trained."""
     model.sparse = False
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return model.model(**inputs, observer=observer(batch, topk, kl_queries)).aux_losses
+    return model.model(**inputs, observer=observer(batch, topk, kl_queries, kl_target)).aux_losses
+
+
+def evaluation(args: argparse.Namespace) -> Callable[[nn.Module, Windows], dict[str, float]]:
+    """How the stages that train an indexer judge their model."""
+    return partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype], kl_target=args.kl_target)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,9 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return model, Stage(
             name="warmup",
             groups=indexer_parameters,
-            terms=partial(warmup_terms, topk=model.config.index_topk, kl_queries=args.kl_queries),
+            terms=partial(
+                warmup_terms, topk=model.config.index_topk, kl_queries=args.kl_queries, kl_target=args.kl_target
+            ),
             losses=("kl",),
-            evaluate=partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype]),
+            evaluate=evaluation(args),
+            optimizers=lambda groups, settings: INDEXER_OPTIMIZERS[args.indexer_optimizer](groups["indexer"], settings),
         )
 
     train_from(name, config, "warmup", args, processes, prepare)

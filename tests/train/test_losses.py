@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plugins.index_topk import index_topk
+from tests.conftest import Largest
 from train import losses
-from train.losses import indexer_kl, indexer_kl_reference
+from train.losses import TARGETS, attention_moments, attention_target, indexer_kl, indexer_kl_reference
 
 SCALE = 0.3
 
@@ -33,15 +34,18 @@ def selection(tensors: list[Tensor], k: int) -> Tensor:
     return index_topk(index_q, index_weights, index_k, torch.full((len(index_q),), index_q.shape[1]), k)
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("k", [None, 1, 7])
 @pytest.mark.parametrize(
     "lengths, every, first", [([50, 50, 50], 1, 0), ([50, 1, 23], 1, 0), ([50, 50, 50], 2, 1), ([50, 4, 23], 4, 3)]
 )
-def test_loss_and_gradients_equal_the_definition(k: int | None, lengths: list[int], every: int, first: int) -> None:
+def test_loss_and_gradients_equal_the_definition(
+    target: str, k: int | None, lengths: list[int], every: int, first: int
+) -> None:
     tensors = inputs()
     indices = selection(tensors, k) if k else None
-    expected = indexer_kl_reference(*tensors, torch.tensor(lengths), SCALE, indices, every, first)
-    actual = indexer_kl(*tensors, torch.tensor(lengths), SCALE, indices, every=every, first=first).kl
+    expected = indexer_kl_reference(*tensors, torch.tensor(lengths), SCALE, indices, every, first, target)
+    actual = indexer_kl(*tensors, torch.tensor(lengths), SCALE, indices, target=target, every=every, first=first).kl
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(
         torch.autograd.grad(3 * actual, tensors[:3]), torch.autograd.grad(3 * expected, tensors[:3]), strict=True
@@ -67,7 +71,21 @@ def test_the_loss_is_averaged_over_rows_not_elements() -> None:
         dots = tensors[0][0, t] @ tensors[2][0, : t + 1].T
         log_q = (tensors[1][0, t] @ dots.relu()).log_softmax(-1)
         total += (p * (p.log() - log_q)).sum().item()
-    assert indexer_kl(*tensors, torch.tensor([40]), SCALE).kl.item() == pytest.approx(total / T, rel=1e-4)
+    loss = indexer_kl(*tensors, torch.tensor([40]), SCALE, target="mean")
+    assert loss.kl.item() == pytest.approx(total / T, rel=1e-4)
+
+
+def test_the_target_ranks_what_one_head_needs_above_what_all_look_at_a_little() -> None:
+    """Key 0 has less of the two heads' mean than key 1 (0.15, 0.2), and more of their root mean square."""
+    a = torch.tensor([[0.3, 0.2, 0.5], [0.0, 0.2, 0.8]])
+    q, k = torch.eye(2)[:, None], a.log().clamp(min=-99).T[None]  # the scores are the logarithms
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    moments = attention_moments(q, k, everything)
+    mean, rms = (attention_target(moments, target)[0] for target in ("mean", "rms"))
+    torch.testing.assert_close(mean, a.mean(0))
+    roots = a.square().mean(0).sqrt().sqrt()
+    torch.testing.assert_close(rms, roots / roots.sum())
+    assert mean[0] < mean[1] and rms[0] > rms[1]
 
 
 def test_the_warm_up_sees_keys_that_the_indexer_did_not_choose() -> None:
@@ -129,11 +147,11 @@ def test_shares_of_attention_mass(T: int, k: int, every: int, seed: int) -> None
 
 
 def test_a_perfect_indexer_has_no_loss_and_no_gradient() -> None:
-    """One query head whose positive scores the indexer reproduces exactly."""
+    """One query head whose positive scores the indexer reproduces exactly (by half: the target is their root)."""
     g = torch.Generator().manual_seed(0)
     q, k = torch.rand(1, 1, 30, 8, generator=g), torch.rand(1, 1, 30, 8, generator=g)
     index_q, index_k = q.transpose(1, 2).clone().requires_grad_(), k[:, 0].clone().requires_grad_()
-    weights = torch.full((1, 30, 1), SCALE, requires_grad=True)
+    weights = torch.full((1, 30, 1), SCALE / 2, requires_grad=True)
     loss = indexer_kl(index_q, weights, index_k, q, k, torch.tensor([30]), SCALE, topk=4, measure_every=1)
     assert abs(loss.kl.item()) < 1e-6
     torch.testing.assert_close(loss.recall, loss.best)
@@ -143,18 +161,6 @@ def test_a_perfect_indexer_has_no_loss_and_no_gradient() -> None:
 
 def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of a call is larger than a tile of one KV head's group, or of the indexer's heads."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, Tensor):
-                    self.numel = max(self.numel, tensor.numel())
-            return result
-
     monkeypatch.setitem(losses.TILE, "cpu", 32)
     T = 512
     tensors = inputs(B=1, T=T, Hi=4, Hq=8, Hkv=2)

@@ -19,7 +19,7 @@ from train.data import IGNORED, Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
 from train.options import resolve, settings_of
-from train.trainer import Settings
+from train.trainer import Settings, muon
 
 INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
 SHORT = [
@@ -110,7 +110,7 @@ def test_the_warm_up_loss_is_the_definition_over_all_visible_keys(tiny: Path) ->
     torch.testing.assert_close(terms["kl"], torch.stack(expected).mean())
 
 
-def test_a_shared_indexer_learns_from_the_mean_attention_of_its_layers(tiny: Path) -> None:
+def test_a_shared_indexer_learns_from_the_mean_target_of_its_layers(tiny: Path) -> None:
     """indexer_kl of each layer of a group has, together, the gradient of one KL with their mean as the teacher."""
     model = load_model(tiny, **INDEXER, index_share=2).train()
     indexer = list(model.model.layers[0].self_attn.indexer.parameters())
@@ -124,7 +124,9 @@ def test_a_shared_indexer_learns_from_the_mean_attention_of_its_layers(tiny: Pat
         T = t.q.shape[2]
         visible = torch.ones(T, T, dtype=torch.bool).tril()
         keys = t.k.repeat_interleave(t.q.shape[1] // t.k.shape[1], dim=1)
-        teacher.append((t.q @ keys.mT * t.scale).masked_fill(~visible, -torch.inf).softmax(-1).mean(1).detach())
+        a = (t.q @ keys.mT * t.scale).masked_fill(~visible, -torch.inf).softmax(-1).detach()
+        roots = a.square().mean(1).sqrt().sqrt()
+        teacher.append(roots / roots.sum(-1, keepdim=True))
         activations = torch.relu(torch.einsum("bthd,bsd->bths", t.index_q, t.index_k))
         scores.append(torch.einsum("bth,bths->bts", t.index_weights, activations).masked_fill(~visible, -torch.inf))
         valid = torch.arange(T) < t.lengths[:, None]
@@ -155,7 +157,7 @@ def test_pooled_keys_learn_from_the_attention_of_their_groups(tiny: Path) -> Non
     mass = (t.q[:, :, row] @ keys.mT * t.scale).softmax(-1).mean(1).detach().unflatten(-1, (10, 4)).sum(-1)
     by_weights = attention.indexer.weights_proj.weight
     expected = torch.autograd.grad(-(mass * scores.log_softmax(-1)).sum(), by_weights, retain_graph=True)
-    observer = IndexerObserver(12, every=40)
+    observer = IndexerObserver(12, every=40, target="mean")
     observer.first = 39
     torch.testing.assert_close(torch.autograd.grad(observer(t)["kl"], by_weights), expected)
 
@@ -480,14 +482,31 @@ def test_lengths_that_cannot_work_are_refused(
 
 def test_accumulation_equals_one_large_batch(tiny: Path, records: Path, tmp_path: Path) -> None:
     """Rows of different lengths: each term is averaged over the whole update, not over micro-batches."""
-    one = trained(tiny, records, tmp_path / "one", "--packing", "cut", "--length", "100", "--batch-size", "4")
-    four = trained(tiny, records, tmp_path / "four", "--packing", "cut", "--length", "100", "--batch-size", "1",
-                   "--accumulation", "4")  # fmt: skip
+    options = ["--packing", "cut", "--length", "100", "--indexer-optimizer", "adamw"]  # muon computes in bf16
+    one = trained(tiny, records, tmp_path / "one", *options, "--batch-size", "4")
+    four = trained(tiny, records, tmp_path / "four", *options, "--batch-size", "1", "--accumulation", "4")
     a, b = weights(one), weights(four)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
     first = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])["kl"] for folder in (one, four)]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+def test_muon_takes_the_matrices_of_the_indexer_and_adamw_the_rest(tiny: Path) -> None:
+    model = load_model(tiny, **INDEXER)
+    indexer = warmup.indexer_parameters(model)["indexer"]
+    matrices, others = muon(indexer, Settings(steps=1, lengths=(8,), lr=1e-3))
+    taken = [p for optimizer in (matrices, others) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, taken)) == sorted(map(id, indexer))
+    before = {id(p): p.detach().clone() for p in indexer}
+    torch.manual_seed(0)
+    for p in indexer:
+        p.grad = torch.randn_like(p) * 1e-3
+    matrices.step()
+    others.step()
+    for p in indexer:
+        moved = (p.detach() - before[id(p)]).square().mean().sqrt().item()
+        assert moved == pytest.approx(0.2e-3 if p.ndim == 2 else 1e-3, rel=0.25)
 
 
 @pytest.mark.parametrize("lengths, steps", [([64], 15), ([32, 64], 23), ([2, 4, 8, 64], 221)])

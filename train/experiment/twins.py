@@ -27,6 +27,7 @@ from dsa_export.model.checkpoint import adapted_config
 from dsa_export.model.feed_forward import VARIANTS
 from train import joint, precision
 from train.allocation import allocate
+from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, TrainingData, Windows
 from train.distributed import Processes
 from train.experiment.presets import Preset
@@ -80,8 +81,7 @@ def terms(model: Any, batch: Batch, indexer: bool, sparse: bool) -> dict[str, Te
     if indexer:
         model.sparse = sparse
         observer = IndexerObserver(model.config.topk_per_layer, MEASURE_EVERY)
-    output = model(**batch, observer=observer)
-    return {"cross_entropy": output.loss, **output.aux_losses}
+    return cross_entropy_terms(model, batch, observer)
 
 
 @torch.no_grad()
