@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, check_output, checkpoint_hash, manifest_kind, output_folder, write_manifest
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import adapted_config, load_config
 from dsa_export.topk import compact_topk
 
 
@@ -74,14 +74,14 @@ def check_topk_output(out: Path, model: str, results: Path, overwrite: bool) -> 
         raise UserError(f"--write-topk {out} holds a checkpoint: choose another folder, or --overwrite to replace it")
 
 
-def write_topk(folder: Path, ks: Sequence[int], out: Path, **facts: Any) -> None:
+def write_topk(folder: Path, ks: Sequence[int], selection: dict[str, Any], out: Path, **facts: Any) -> None:
     """Writes a checkpoint folder with k per layer to `out`: another config.json, all other files hard-linked.
 
+    selection: the options under which the ks were chosen, as fields of DSAConfig; the rest is the checkpoint's.
     Where links are impossible (another file system) the files are copied. Needs an `out` that check_topk_output()
     accepts.
     """
-    config = load_config(folder)
-    config.index_topk = compact_topk(ks)
+    config = adapted_config(load_config(folder), index_topk=compact_topk(ks), **selection)
     with output_folder(out) as partial:
         for file in sorted(folder.iterdir()):
             if not file.is_file() or file.name in (MANIFEST, "config.json"):

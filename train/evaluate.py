@@ -254,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from None
     if args.write_topk:
         facts = {"budget": args.k_budget, "data": {"path": args.data}}
-        write_topk(Path(args.model), results["auto"]["topk"], args.write_topk, **facts)
+        ks, selection = results["auto"]["topk"], selection_options(args)
+        write_topk(Path(args.model), ks, selection, args.write_topk, **facts)
         console.print(
             f"Wrote {args.write_topk}/: the same weights with k by layer; export it with --model {args.write_topk}"
         )
@@ -354,6 +355,7 @@ def measure(
 def resolve(args: argparse.Namespace, config: Any) -> None:
     """Fills what was left out, and checks what hangs together. Raises UserError with one line before time is spent."""
     require_indexer(config, args.model)
+    trained_share = config.index_share
     config = adapted_config(config, **selection_options(args))
     small = config.hidden_size <= options.SMALL_HIDDEN_SIZE
     args.length = sorted(set(args.length or [512 if small else 2048]))
@@ -413,6 +415,11 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     check_k("k-floor", args.k_floor)
     check_budget(budget, step=args.k_step, floor=args.k_floor)
     if args.write_topk:
+        if config.index_share != trained_share:
+            raise UserError(
+                f"--write-topk keeps the checkpoint's weights, with indexers that --index-share {config.index_share} "
+                "takes from layers: train.warmup with it first"
+            )
         check_topk_output(args.write_topk, args.model, args.out, args.overwrite)
 
 

@@ -208,7 +208,8 @@ def arguments(checkpoint: Path, records: Path, out: Path, *more: str) -> list[st
 def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, tmp_path: Path, capsys) -> None:
     out, by_layer = tmp_path / "evaluation", tmp_path / "by-layer"
     options = ["--k", "12", "auto", "--k-budget", "24", "--k-step", "4", "--write-topk", str(by_layer)]
-    options += ["--base", str(tiny), "--tasks", "passkey", "--task-lengths", "400", "--samples", "1"]
+    options += ["--index-pool", "2", "--base", str(tiny)]
+    options += ["--tasks", "passkey", "--task-lengths", "400", "--samples", "1"]
     command.main(arguments(checkpoint, records, out, *options))
     shown = capsys.readouterr().out
     assert "Everything selected equals dense" in shown and "dense, base" in shown and "passkey" in shown
@@ -231,7 +232,8 @@ def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, 
 
     weights = [folder / "model.safetensors" for folder in (checkpoint, by_layer)]
     assert weights[0].stat().st_ino == weights[1].stat().st_ino
-    assert [layer.self_attn.topk for layer in load_model(by_layer).model.layers] == chosen
+    written = load_model(by_layer).config
+    assert (list(written.topk_per_layer), written.index_pool) == (chosen, 2), "chosen with this option"
     load_tokenizer(by_layer)
     assert load_model(checkpoint).config.index_topk == K
 
@@ -373,6 +375,7 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         ([*AUTO, "--index-window", "5"], "--k-floor 3 does not fit the options"),
         ([*AUTO, "--k-step", "16", "--k-floor", "24"], "--k-floor 24 must be a multiple of --k-step 16"),
         ([*AUTO, "--k-step", "32"], "--k-budget 24 is less than --k-floor 32, one --k-step unless given"),
+        ([*AUTO, "--write-topk", "new", "--index-share", "2"], "--write-topk keeps the checkpoint's weights"),
         ([*AUTO, "--write-topk", "MODEL"], "would replace --model"),
         ([*AUTO, "--write-topk", "OUT"], "would replace --out"),
         (["--index-pool", "7"], "pool must be at least 1 and divide k = 8"),
