@@ -17,10 +17,8 @@ With `every` = n the mean is taken over each n-th query only: 1/n of the work, e
 
 Targets:
     mean    p = mean_h a_h, as published (DeepSeek-V3.2-Exp, section 2.1).
-    rms     p ∝ (mean_h a_h²)^¼. A key that one head needs ranks above one that all heads look at a little: of the k
-            best keys by either measure, these keep the layer's output better. The square root of their root mean square
-            has the same order, and less of its sum in the few largest keys: more of the loss is about which keys are
-            the k best.
+    rms     p ∝ (mean_h a_h²)^½. A key that one head needs ranks above one that all heads look at a little: of the k
+            best keys by either measure, these keep the layer's output better.
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ def indexer_kl_reference(
     k_BHTD = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k_BHTD.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
     a = scores.softmax(-1).detach()
-    p = a.mean(1) if target == "mean" else a.square().mean(1) ** 0.25
+    p = a.mean(1) if target == "mean" else a.square().mean(1).sqrt()
     p = p / p.sum(-1, keepdim=True)
     activations = torch.relu(torch.einsum("bthd,bsd->bths", index_q, index_k))
     index_scores = torch.einsum("bth,bths->bts", index_weights, activations).masked_fill(~visible, -torch.inf)
@@ -257,8 +255,8 @@ def attention_target(attention: Moments, target: str) -> Tensor:
     """What the indexer is to learn, a distribution over the support [R, C]: see the top of this file."""
     if target == "mean":
         return attention.mean
-    flattened_rms = attention.mean_square.sqrt().sqrt_()
-    return flattened_rms.div_(flattened_rms.sum(-1, keepdim=True))
+    rms = attention.mean_square.sqrt()
+    return rms.div_(rms.sum(-1, keepdim=True))
 
 
 class _AttentionShares:

@@ -123,8 +123,8 @@ def argument_parser(
             "--kl-target",
             choices=TARGETS,
             default=TARGETS[0],
-            help="what of the heads' attention the indexer learns: the (flattened) root of their mean square, or as "
-            f"published their mean [{TARGETS[0]}]",
+            help="what of the heads' attention the indexer learns: the root of its mean square, or, as published, its "
+            f"mean [{TARGETS[0]}]",
         )
         run.add_argument(
             "--indexer-optimizer",

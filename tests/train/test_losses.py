@@ -83,7 +83,7 @@ def test_the_target_ranks_what_one_head_needs_above_what_all_look_at_a_little() 
     moments = attention_moments(q, k, everything)
     mean, rms = (attention_target(moments, target)[0] for target in ("mean", "rms"))
     torch.testing.assert_close(mean, a.mean(0))
-    roots = a.square().mean(0).sqrt().sqrt()
+    roots = a.square().mean(0).sqrt()
     torch.testing.assert_close(rms, roots / roots.sum())
     assert mean[0] < mean[1] and rms[0] > rms[1]
 
@@ -147,11 +147,11 @@ def test_shares_of_attention_mass(T: int, k: int, every: int, seed: int) -> None
 
 
 def test_a_perfect_indexer_has_no_loss_and_no_gradient() -> None:
-    """One query head whose positive scores the indexer reproduces exactly (by half: the target is their root)."""
+    """One query head whose positive scores the indexer reproduces exactly."""
     g = torch.Generator().manual_seed(0)
     q, k = torch.rand(1, 1, 30, 8, generator=g), torch.rand(1, 1, 30, 8, generator=g)
     index_q, index_k = q.transpose(1, 2).clone().requires_grad_(), k[:, 0].clone().requires_grad_()
-    weights = torch.full((1, 30, 1), SCALE / 2, requires_grad=True)
+    weights = torch.full((1, 30, 1), SCALE, requires_grad=True)
     loss = indexer_kl(index_q, weights, index_k, q, k, torch.tensor([30]), SCALE, topk=4, measure_every=1)
     assert abs(loss.kl.item()) < 1e-6
     torch.testing.assert_close(loss.recall, loss.best)
