@@ -141,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
         description="Measures what a sparse checkpoint loses against its own dense attention, on held-out text (a "
         "ladder of selections at every k) and on retrieval tasks made here, and writes tables, JSON and pictures.",
         epilog="The ladder, at each k: best (the keys of most attention mass), trained (the checkpoint's indexer), "
-        "random (an untrained one), window (the last k keys); `--base` adds the checkpoint before training. With k of "
-        "the whole length the model must equal its dense self, or the command fails. A stopped run (Ctrl-C, kill, "
+        "random (one of random weights), window (the last k keys); `--base` adds the checkpoint before training. With "
+        "k of the whole length the model must equal its dense self, or the command fails. A stopped run (Ctrl-C, kill, "
         "power) goes on when the same command is given again: each length of text and each task at each length is kept "
         "once it is measured.",
     )

@@ -4,7 +4,7 @@
     full       its selection with k of at least the length: must equal dense, or the figures below mean nothing
     best       the k keys of most attention mass (mean over the heads) in every layer with an indexer
     trained    the checkpoint's indexer
-    random     an untrained indexer of the same size
+    random     an indexer of the same size with random weights
     window     the last k keys
 
 All rungs of a window share one dense forward. Selections run in the masked form (the model's training mode): the same
@@ -104,7 +104,7 @@ def window_selection(trace: AttentionTrace, k: int) -> Tensor:
 
 @contextmanager
 def random_indexers(model: DSAForCausalLM, seed: int = 0) -> Iterator[None]:
-    """Within the context every layer has an untrained indexer, initialised as training would begin with."""
+    """Within the context the indexer of every layer has random weights."""
     attentions: list[Any] = [layer.self_attn for layer in model.model.layers]
     layers = [attention for attention in attentions if attention.leads]
     trained = [attention.indexer for attention in layers]

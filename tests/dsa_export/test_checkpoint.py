@@ -101,12 +101,28 @@ def test_a_configuration_of_another_model(damaged, change, said):
 
 def test_indexer_is_new_for_a_plain_checkpoint_and_kept_for_ours(qwen_folder, dsa_folder):
     torch.manual_seed(5)
-    first = load_model(qwen_folder).model.layers[0].self_attn.indexer.k_proj.weight
-    second = load_model(qwen_folder).model.layers[0].self_attn.indexer.k_proj.weight
+    first = load_model(qwen_folder).model.layers[0].self_attn.indexer.weights_proj.weight
+    second = load_model(qwen_folder).model.layers[0].self_attn.indexer.weights_proj.weight
     assert not torch.equal(first, second)
     assert first.std() > 0
     kept = [load_model(dsa_folder).model.layers[0].self_attn.indexer.k_proj.weight for _ in range(2)]
     assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (9, 64), (3, 32), (3, 48)])
+def test_a_new_indexer_starts_from_the_heads_of_the_attention(qwen_folder, heads, dim):
+    """7 query heads and 1 KV head of size 64; every second of its rotations is one of an indexer of size 32."""
+    model = load_model(qwen_folder, index_heads=heads, index_dim=dim).model
+    attention = model.layers[1].self_attn
+    q, k = (proj.weight.unflatten(0, (-1, 64)) for proj in (attention.q_proj, attention.k_proj))
+    index_q = attention.indexer.q_proj.weight.unflatten(0, (heads, dim))
+    rows = torch.arange(0, 64, 64 // dim)
+    copied = torch.equal(attention.indexer.k_proj.weight, k[0, rows])
+    assert copied == (dim != 48)
+    if copied:
+        torch.testing.assert_close(model.index_rotary.inv_freq, model.rotary.inv_freq[rows[: dim // 2]])
+        for mine, theirs in {2: [(0, 0), (1, 6)], 9: [(h, h) for h in range(7)], 3: [(0, 0), (1, 3), (2, 6)]}[heads]:
+            assert torch.equal(index_q[mine], q[theirs, rows])
 
 
 @pytest.mark.parametrize("attention", ["dense", "nsa"])

@@ -42,7 +42,8 @@ class DenseAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.scale = config.head_size**-0.5
+        self.head_size = config.head_size
+        self.scale = self.head_size**-0.5
         query_size, kv_size = self.query_heads * config.head_size, self.kv_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)

@@ -54,6 +54,24 @@ class Indexer(nn.Module):
         index_weights = self.weights_proj(hidden) * (self.heads**-0.5 * self.dim**-0.5)
         return index_q.unflatten(-1, (self.heads, self.dim)), index_weights, index_k
 
+    @torch.no_grad()
+    def start_from(self, attention: DenseAttention) -> None:
+        """Starts from query heads of the attention, evenly spread, and the mean of its KV heads: less is left to learn.
+
+        Of a head larger than the indexer's every D/Di-th rotation is taken, whose frequencies are the indexer's. Where
+        there is no such part (Di does not divide D) the indexer stays random.
+        """
+        D = attention.head_size
+        if D % self.dim:
+            return
+        first_of_pairs = torch.arange(0, D // 2, D // self.dim)
+        rows = torch.cat([first_of_pairs, first_of_pairs + D // 2])
+        self.k_proj.weight.copy_(attention.k_proj.weight.unflatten(0, (-1, D))[:, rows].mean(0))
+        if self.own_queries:
+            heads = torch.linspace(0, attention.query_heads - 1, min(self.heads, attention.query_heads)).round().long()
+            queries = attention.q_proj.weight.unflatten(0, (-1, D))[heads][:, rows].flatten(0, 1)
+            self.q_proj.weight[: len(queries)] = queries
+
 
 class SparseAttention(DenseAttention):
     """`sparse` = False lets the core see everything (warm-up: the dense teacher); the indexer is still observed."""
@@ -103,6 +121,10 @@ class SparseAttention(DenseAttention):
         self.sinks, self.window, self.pool = config.index_sinks, config.index_window, config.index_pool
         self.key_type = config.index_keys
         self.sparse = True
+
+    def start_from_dense(self) -> None:
+        if self.leads:
+            self.indexer.start_from(self)
 
     @property
     def leads(self) -> bool:

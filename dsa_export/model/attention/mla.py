@@ -112,6 +112,9 @@ class LatentAttention(DenseAttention):
 class SparseLatentAttention(SparseAttention, LatentAttention):
     """The indexer and the selection of SparseAttention over the rows of LatentAttention."""
 
+    def start_from_dense(self) -> None:
+        """Keys that are made from latent rows have no part that the indexer could start from: it stays random."""
+
 
 def softmax_scale(config: DSAConfig) -> float:
     """1 / √(N + P), times the square of YaRN's mscale_all_dim correction where the RoPE parameters have one."""
