@@ -42,7 +42,7 @@ from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
 from train.ladder import BLOCK, RUNGS
-from train.losses import IndexerObserver
+from train.losses import IndexerObserver, queries_apart
 from train.study import Choice, Record, Study
 from train.tasks import TASKS, fit
 from train.timing import decode_call, in_turn
@@ -61,12 +61,14 @@ def evaluate(
     batch_size: int = 1,
     compute_dtype: torch.dtype = torch.float32,
     kl_target: str = "rms",
+    kl_queries: int | None = None,
 ) -> dict[str, float]:
     """Evaluates a model with an indexer on windows it was not trained on, and leaves its switches as they were.
 
     Returns:
         loss_dense, loss_sparse: cross-entropy per label with everything attended to, and with the k selected.
-        kl: of the indexer against the dense attention, over all visible keys, per token.
+        kl: of the indexer against the dense attention, over all visible keys, per token; it and the shares are taken
+            over about kl_queries tokens of each row (None: all).
         recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
             reported if no window is longer than k.
         recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the best possible selection.
@@ -88,7 +90,8 @@ def evaluate(
             labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             lengths = batch["attention_mask"].sum(1)
             model.sparse = False
-            dense = cross_entropy_terms(model, batch, IndexerObserver(topk, measure_every=1, target=kl_target))
+            every = queries_apart(batch["attention_mask"], kl_queries)
+            dense = cross_entropy_terms(model, batch, IndexerObserver(topk, 1, every, kl_target, first=every - 1))
             means["loss_dense"].add(dense["cross_entropy"], labels)
             means["kl"].add(dense["kl"], int(lengths.sum()))
             crowded = int((lengths - min(model.config.topk_per_layer)).clamp(min=0).sum())

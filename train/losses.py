@@ -287,10 +287,16 @@ class _AttentionShares:
         return self.sums / self.rows if self.rows else torch.ones_like(self.sums)
 
 
+def queries_apart(attention_mask: Tensor, queries: int | None) -> int:
+    """n, if each n-th query of a batch is to count and about `queries` of its shortest row (None: all of them)."""
+    return max(1, int(attention_mask.sum(1).min()) // queries) if queries else 1
+
+
 class IndexerObserver:
     """What the model calls on every layer of one call: the KL, and with `measure_every` the shares of attention mass.
 
-    `every`: the KL is taken over each n-th query, from a random one on, the same for all layers.
+    `every`: the KL is taken over each n-th query, from the one numbered `first` (None: a random one) on, the same for
+    all layers.
 
     Layers that follow one selection each have a KL with the indexer's distribution: its gradient is that of one KL with
     the mean of their targets. With pooled keys all tokens of a group have one score, and the gradient is that of a KL
@@ -299,12 +305,14 @@ class IndexerObserver:
     Returns {"kl"[, "recall", "recall_window", "recall_best"]}; the model averages them over the layers.
     """
 
-    def __init__(self, topk: TopK, measure_every: int = 0, every: int = 1, target: str = "rms"):
+    def __init__(
+        self, topk: TopK, measure_every: int = 0, every: int = 1, target: str = "rms", first: int | None = None
+    ):
         self.topk = topk
         self.target = target
         self.measure_every = measure_every
         self.every = every
-        self.first = int(torch.randint(every, ())) if every > 1 else 0
+        self.first = int(torch.randint(every, ())) if first is None and every > 1 else first or 0
 
     def __call__(self, trace: AttentionTrace) -> dict[str, Tensor]:
         with torch.autocast(trace.q.device.type, enabled=False):

@@ -116,8 +116,8 @@ def argument_parser(
             "--kl-queries",
             type=int,
             metavar="N",
-            help="train the indexer on about N queries of each window, evenly spaced: long windows then cost little "
-            "more than the model itself [all]",
+            help="train and judge the indexer on about N queries of each window, evenly spaced: long windows then cost "
+            "little more than the model itself [all]",
         )
         run.add_argument(
             "--kl-target",

@@ -16,7 +16,7 @@ from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attenti
 from train import base
 from train.data import Windows
 from train.evaluate import evaluate
-from train.losses import IndexerObserver
+from train.losses import IndexerObserver, queries_apart
 from train.options import (
     DTYPES,
     INDEXER_OPTIMIZERS,
@@ -44,8 +44,7 @@ def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None, kl_target: str) -> IndexerObserver:
     """The indexer's loss on a batch, over about kl_queries of each row's tokens (None: over all)."""
-    every = max(1, int(batch["attention_mask"].sum(1).min()) // kl_queries) if kl_queries else 1
-    return IndexerObserver(topk, MEASURE_EVERY, every, kl_target)
+    return IndexerObserver(topk, MEASURE_EVERY, queries_apart(batch["attention_mask"], kl_queries), kl_target)
 
 
 def warmup_terms(
@@ -59,7 +58,13 @@ def warmup_terms(
 
 def evaluation(args: argparse.Namespace) -> Callable[[nn.Module, Windows], dict[str, float]]:
     """How the stages that train an indexer judge their model."""
-    return partial(evaluate, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype], kl_target=args.kl_target)
+    return partial(
+        evaluate,
+        batch_size=args.batch_size,
+        compute_dtype=DTYPES[args.dtype],
+        kl_target=args.kl_target,
+        kl_queries=args.kl_queries,
+    )
 
 
 def parser() -> argparse.ArgumentParser:

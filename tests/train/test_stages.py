@@ -416,6 +416,10 @@ def test_evaluation_measures_selection(tiny: Path) -> None:
     together = evaluate(model, windows, batch_size=2)
     for name in ("loss_dense", "loss_sparse", "kl", "recall", "recall_window", "recall_best"):
         assert together[name] == pytest.approx(result[name], rel=1e-4), name
+    # Of fewer queries the measures differ, and the losses do not.
+    few = evaluate(model, windows, kl_queries=5)
+    assert few["kl"] != result["kl"] and few["kl"] == pytest.approx(result["kl"], rel=0.5)
+    assert [few[name] for name in ("loss_dense", "loss_sparse")] == [result["loss_dense"], result["loss_sparse"]]
     model.sparse = False
     dense = model(**data, use_cache=False).loss.item()
     assert result["loss_dense"] == pytest.approx(dense, rel=1e-5)
