@@ -49,6 +49,7 @@ class Recipe:
     index_heads: int = 8
     index_dim: int = 64
     held_out: int = 8
+    kl_queries: int | None = None
     weight_decay: float = 0.0
 
 
@@ -69,7 +70,10 @@ def argument_parser(
 
     def default(field: str) -> str:
         values = [getattr(recipe, field) for recipe in (real, small) if recipe]
-        shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
+        shown = [
+            " ".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value)
+            for value in values
+        ]
         return f"[{shown[0]}]" if shown[0] == shown[-1] else f"[{shown[0]}; small models: {shown[-1]}]"
 
     parser = argparse.ArgumentParser(
@@ -117,7 +121,7 @@ def argument_parser(
             type=int,
             metavar="N",
             help="train and judge the indexer on about N queries of each window, evenly spaced: long windows then cost "
-            "little more than the model itself [all]",
+            f"little more than the model itself {default('kl_queries')}",
         )
         run.add_argument(
             "--kl-target",
@@ -232,10 +236,14 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     Raises UserError with one line for the first combination that cannot work.
     """
     recipe = small if real is None or config.hidden_size <= SMALL_HIDDEN_SIZE else real
-    for name in ("steps", "batch_size", "length", "lr", "min_tokens", "held_out", "weight_decay"):
+    if args.length is None:
+        fitting = [length for length in recipe.length if length <= config.max_position_embeddings] or recipe.length[:1]
+        args.length = list(fitting if args.packing == "pack" else fitting[-1:])
+    for name in ("steps", "batch_size", "lr", "min_tokens", "held_out", "weight_decay"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
-    args.length = list(args.length)
+    if hasattr(args, "kl_queries") and args.kl_queries is None:
+        args.kl_queries = recipe.kl_queries
     if args.max_tokens is not None:
         per_update = len(args.length) / sum(1 / length for length in args.length) * args.batch_size * args.accumulation
         args.steps = int(args.max_tokens / per_update)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen2Config
 
 from dsa_export.cli import UserError
 from dsa_export.model import AttentionTrace, load_model
@@ -511,6 +512,16 @@ def test_muon_takes_the_matrices_of_the_indexer_and_adamw_the_rest(tiny: Path) -
     for p in indexer:
         moved = (p.detach() - before[id(p)]).square().mean().sqrt().item()
         assert moved == pytest.approx(0.2e-3 if p.ndim == 2 else 1e-3, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "positions, packing, lengths",
+    [(32768, "pack", [1024, 2048, 4096, 8192]), (4096, "pack", [1024, 2048, 4096]), (32768, "cut", [8192])],
+)
+def test_a_real_model_grows_its_windows_as_far_as_its_positions(positions: int, packing: str, lengths: list[int]):
+    args = warmup.parser().parse_args(["--packing", packing, "--accumulation", "1"])
+    resolve(args, warmup.SMALL, warmup.REAL, Qwen2Config(hidden_size=896, max_position_embeddings=positions))
+    assert (args.length, args.kl_queries) == (lengths, 1024)
 
 
 @pytest.mark.parametrize("lengths, steps", [([64], 15), ([32, 64], 23), ([2, 4, 8, 64], 221)])
