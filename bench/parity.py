@@ -43,9 +43,9 @@ def gates(dense: Mapping[str, Runner], sparse: Runner, prompt: np.ndarray) -> di
     equal values: a tie may then be broken either way.) What rounding does is measured: a dense engine gets the same
     tokens one by one, which is the same sum in another order. With packed weights, whose products round activations to
     int8, that moves the logits of a real model by some percent. In fp16 and bf16 it may move nothing, as the order's
-    effect is rounded away: there dense engines with different operators are compared too, up to `allowance`, so that a
-    broken one does not excuse what stands beside it. An engine that attends densely while its caches are short must
-    pass with short and with longer ones.
+    effect is rounded away: there dense engines with different operators are compared too. Either counts up to
+    `allowance`, so that a broken dense engine does not excuse a broken sparse one. An engine that attends densely while
+    its caches are short must pass with short and with longer ones.
     """
     engine = sparse.engine
     capacities = {engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)}
@@ -103,16 +103,18 @@ def _gate(
     first: int,
 ) -> Gate:
     """Logits [tokens, V] of both sides, after `first` tokens and more; other_operators: [n, tokens, V], dense too."""
-    own = float(np.abs(one_by_one - dense).max())
-    tolerance = max(TOLERANCE, OWN_ROUNDING * own)
+    for position, logits in enumerate(zip(dense, sparse, one_by_one, strict=True), start=first):
+        if not np.isfinite(logits).all():
+            return Gate(position, float("nan"), TOLERANCE, f"a logit is not finite after {position} tokens")
+    orders = [one_by_one]
+    of_type = 0.0
     if engine.dtype != "fp32":
-        between = min(float(np.abs(other_operators - dense).max()), allowance(engine, dense))
+        orders.extend(other_operators)
         of_type = TYPE_ROUNDINGS * EPSILON[engine.dtype] * float(np.abs(dense).max())
-        tolerance = max(tolerance, of_type, OWN_ROUNDING * between)
+    rounding = min(max(float(np.abs(order - dense).max()) for order in orders), allowance(engine, dense))
+    tolerance = max(TOLERANCE, of_type, OWN_ROUNDING * rounding)
     worst = 0.0
     for position, (one, other) in enumerate(zip(dense, sparse, strict=True), start=first):
-        if not (np.isfinite(one).all() and np.isfinite(other).all()):
-            return Gate(position, float("nan"), tolerance, f"a logit is not finite after {position} tokens")
         error = float(np.abs(one - other).max())
         worst = max(worst, error)
         if error > tolerance:
