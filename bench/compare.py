@@ -241,6 +241,8 @@ def peer_contexts(asked: Sequence[int] | None, planned: Sequence[Plan]) -> list[
     """
     decoded = {case.context for _, cases, _ in planned for case in cases if case.batch == 1 and case.phase == "decode"}
     unknown = set(asked or ()) - decoded - {skip["context"] for _, _, skips in planned for skip in skips}
+    if asked and not decoded:
+        raise UserError("--peer-context: peers decode one row, which needs --phase decode and --batch 1")
     if unknown:
         raise UserError(f"--peer-context {min(unknown)}: no engine decodes one row there; add it to --context")
     return sorted(decoded & set(asked) if asked else decoded)

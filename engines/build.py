@@ -59,6 +59,7 @@ DEFAULT_MAX_BATCH = 8
 ONE_KV_HEAD = "; models with a single KV head are known to need --max-batch 1"
 OPTIONS_OF = {
     "dense_slots": ["--backend ort"],
+    "triton_repository": [f"--backend {name}" for name in BACKENDS],  # which of them: triton.check_options
     "compile": ["--backend torch"],
     "compute_capability": ["--backend tensorrt-rtx"],
     "plans": ["--backend tensorrt-rtx", "--backend tensorrt", "--print-trtexec"],
@@ -158,7 +159,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     chosen = {"--print-trtexec"} if args.print_trtexec else {f"--backend {name}" for name in args.backend}
     for name, served in OPTIONS_OF.items():
         if getattr(args, name) != parser.get_default(name) and chosen.isdisjoint(served):
-            parser.error(f"--{name.replace('_', '-')} is for {' or '.join(served)}")
+            instead = ", not for --print-trtexec" if args.print_trtexec else ""
+            parser.error(f"--{name.replace('_', '-')} is for {' or '.join(served)}{instead}")
     if args.dense_slots and "sparse" not in args.variant:
         parser.error("--dense-slots is for the sparse engine")
     for folder in filter(None, [args.out, args.triton_repository]):

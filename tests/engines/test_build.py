@@ -107,7 +107,7 @@ def test_more_rows_than_fit_at_a_time_are_said(export: Path, tmp_path: Path, cap
     """Caches in ONNX Runtime grow with use: the limit may be more than this machine has, but not in silence."""
     options = ["--onnx", str(export), "--out", str(tmp_path), "--variant", "dense", "--max-batch", "100000000"]
     code, output, _ = run_command(build.main, options, capsys)
-    assert code == 0 and "not all of these rows can be that long at a time" in output
+    assert code == 0 and "not enough for so many tokens of all rows at a time" in output
 
 
 def damage_nothing(folder: Path) -> None:
