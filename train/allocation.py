@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, check_output, checkpoint_hash, manifest_kind, output_folder, write_manifest
-from dsa_export.model.checkpoint import adapted_config, load_config
+from dsa_export.model.checkpoint import load_config
 from dsa_export.topk import compact_topk
 
 
@@ -81,7 +81,9 @@ def write_topk(folder: Path, ks: Sequence[int], selection: dict[str, Any], out: 
     Where links are impossible (another file system) the files are copied. Needs an `out` that check_topk_output()
     accepts.
     """
-    config = adapted_config(load_config(folder), index_topk=compact_topk(ks), **selection)
+    config = load_config(folder)
+    for name, value in {**selection, "index_topk": compact_topk(ks)}.items():
+        setattr(config, name, value)
     with output_folder(out) as partial:
         for file in sorted(folder.iterdir()):
             if not file.is_file() or file.name in (MANIFEST, "config.json"):

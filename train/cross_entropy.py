@@ -16,7 +16,7 @@ from dsa_export.model.attention.base import Observer
 from train.data import IGNORED
 
 ROWS = 512
-"""Tokens whose logits are held at a time; the backward pass makes them again."""
+"""Tokens whose logits are held at a time; where there are more, the backward pass makes them again."""
 
 
 def cross_entropy_terms(model: Any, batch: dict[str, Tensor], observer: Observer | None = None) -> dict[str, Tensor]:
@@ -36,11 +36,16 @@ def next_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """
     labelled = labels[:, 1:] != IGNORED
     states, targets = hidden[:, :-1][labelled], labels[:, 1:][labelled]
-    sums = [
-        checkpoint(_sum, head, some, target, use_reentrant=False)
-        for some, target in zip(states.split(ROWS), targets.split(ROWS), strict=True)
-    ]
-    return torch.stack(sums).sum() / max(1, len(targets))
+    if len(targets) <= ROWS:
+        total = _sum(head, states, targets)
+    else:
+        total = torch.stack(
+            [
+                checkpoint(_sum, head, some, target, use_reentrant=False, preserve_rng_state=False)
+                for some, target in zip(states.split(ROWS), targets.split(ROWS), strict=True)
+            ]
+        ).sum()
+    return total / max(1, len(targets))
 
 
 def _sum(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def evaluate(
             over about kl_queries tokens of each row (None: all).
         recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
             reported if no window is longer than k.
-        recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the best possible selection.
+        recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the k keys of most mass.
         tokens_per_s_dense, tokens_per_s_sparse: decoding after as many tokens as a window has, in torch. The fair
             comparison, on engines, is bench/compare.py.
 
@@ -458,7 +458,7 @@ def text_table(record: Record) -> Table:
         title=f"{record['length']:,} tokens, {record['windows']} windows, {record['tokens']:,} predictions",
         caption=f"±: standard error, from blocks of {BLOCK} tokens. Everything selected equals dense: logits within "
         f"{check['max_abs_error']:.1e} (allowed {check['tolerance']:.1e}). Recall: share of the attention "
-        "mass; normalised: 0 a window, 1 the best possible. "
+        "mass; normalised: 0 a window, 1 the keys of most mass. "
         f"Decoding in torch: {record['tokens_per_s_dense']:.1f} tokens/s dense, "
         f"{record['tokens_per_s_sparse']:.1f} sparse.",
         caption_justify="left",

@@ -22,8 +22,8 @@ from train.cross_entropy import cross_entropy_terms
 from train.options import INDEXER_OPTIMIZERS, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Settings, Stage, adamw
 
-SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64)
-REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024)
+SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64, indexer_lr=2e-3)
+REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024, indexer_lr=5e-4)
 
 
 def parameter_groups(model: nn.Module, lora: bool = False) -> dict[str, list[nn.Parameter]]:
@@ -45,11 +45,11 @@ def joint_terms(
 def optimizers(
     groups: dict[str, list[nn.Parameter]],
     settings: Settings,
-    indexer_optimizer: str = "muon",
-    indexer_lr: float | None = None,
+    indexer_optimizer: str,
+    indexer_lr: float,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for the base; the indexer has an optimizer and a rate of its own (None: the base's)."""
-    indexer = replace(settings, lr=indexer_lr or settings.lr)
+    """AdamW for the base; the indexer has an optimizer and a rate of its own."""
+    indexer = replace(settings, lr=indexer_lr)
     return [adamw(groups["base"], settings), *INDEXER_OPTIMIZERS[indexer_optimizer](groups["indexer"], indexer)]
 
 
@@ -57,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
     result = argument_parser("joint", __doc__ or "", SMALL, REAL, DEFAULT_CHECKPOINT, model_help, trains_indexer=True)
     result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
-    result.add_argument("--indexer-lr", type=float, metavar="LR", help="peak learning rate of the indexer [--lr]")
+    result.add_argument(
+        "--indexer-lr",
+        type=float,
+        metavar="LR",
+        help=f"peak learning rate of the indexer [{REAL.indexer_lr}; small models: {SMALL.indexer_lr}]",
+    )
     add_selection_arguments(result)
     add_adapter_argument(result)
     return result

@@ -1,4 +1,4 @@
-"""The ladder: what a model loses under selection, from the best possible selection down to a sliding window.
+"""The ladder: what a model loses under selection, from the keys of most attention mass down to a sliding window.
 
     dense      everything visible: the model's own ceiling
     full       its selection with k of at least the length: must equal dense, or the figures below mean nothing

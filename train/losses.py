@@ -248,6 +248,7 @@ def attention_moments(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: in
         a_GRC = _mask((q_GRD @ k_CD.T).to(mean.dtype), support, certain).softmax(-1)
         mean += a_GRC.sum(0)
         mean_square += a_GRC.square_().sum(0)
+        del a_GRC  # or it would live on beside the next group's
     return Moments(mean.div_(Hq), mean_square.div_(Hq))
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
 from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, manifest_object, read_manifest
-from dsa_export.model.checkpoint import load_config, load_tokenizer
+from dsa_export.model.checkpoint import has_indexer, load_config, load_tokenizer
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
 from train.data import CACHE, TrainingData, check_source, check_tokenizer, load_data
@@ -40,11 +40,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Recipe:
     """Defaults of a stage for a size of model."""
 
-    steps: int
     batch_size: int
     length: tuple[int, ...]
     lr: float
     min_tokens: int
+    steps: int | None = None
+    max_tokens: int | None = None
+    """Either of the two, as of --steps and --max-tokens."""
+    indexer_lr: float | None = None
     topk: int = 512
     index_heads: int = 8
     index_dim: int = 64
@@ -70,10 +73,7 @@ def argument_parser(
 
     def default(field: str) -> str:
         values = [getattr(recipe, field) for recipe in (real, small) if recipe]
-        shown = [
-            " ".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value)
-            for value in values
-        ]
+        shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
         return f"[{shown[0]}]" if shown[0] == shown[-1] else f"[{shown[0]}; small models: {shown[-1]}]"
 
     parser = argparse.ArgumentParser(
@@ -98,8 +98,17 @@ def argument_parser(
 
     run = parser.add_argument_group("training")
     end = run.add_mutually_exclusive_group()
-    end.add_argument("--steps", type=int, metavar="N", help=f"updates {default('steps')}")
-    end.add_argument("--max-tokens", type=int, metavar="N", help="as many updates as read at most this many tokens")
+    recipes = [recipe for recipe in (real, small) if recipe]
+    length_of_run = "; small models: ".join(
+        f"{recipe.steps} updates" if recipe.steps else f"{recipe.max_tokens} tokens" for recipe in recipes
+    )
+    end.add_argument("--steps", type=int, metavar="N", help="updates")
+    end.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"as many updates as read at most this many tokens [{length_of_run}]",
+    )
     run.add_argument("--batch-size", type=int, metavar="N", help=f"windows per micro-batch {default('batch_size')}")
     run.add_argument(
         "--accumulation",
@@ -121,7 +130,8 @@ def argument_parser(
             type=int,
             metavar="N",
             help="train and judge the indexer on about N queries of each window, evenly spaced: long windows then cost "
-            f"little more than the model itself {default('kl_queries')}",
+            "little more than the model itself "
+            f"[{'all' if real is None or real.kl_queries is None else f'{real.kl_queries}; small models: all'}]",
         )
         run.add_argument(
             "--kl-target",
@@ -230,6 +240,13 @@ def check(args: argparse.Namespace) -> None:
         _require(value is None or 0 < value < math.inf, f"{flag} must be positive and finite, got {value}")
 
 
+def default_lengths(recipe: Recipe, config: PreTrainedConfig, packing: str, steps: int | None) -> list[int]:
+    """The recipe's, as far as the model's positions and the steps (None: enough) go; the shortest for "cut"."""
+    longest = config.max_position_embeddings
+    fitting = [length for length in recipe.length if length <= longest] or [longest]
+    return fitting[:1] if packing == "cut" else fitting[:steps]
+
+
 def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config: PreTrainedConfig) -> None:
     """Fills what was left out from the recipe of the model's size, and checks what hangs together.
 
@@ -237,13 +254,16 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     """
     recipe = small if real is None or config.hidden_size <= SMALL_HIDDEN_SIZE else real
     if args.length is None:
-        fitting = [length for length in recipe.length if length <= config.max_position_embeddings] or recipe.length[:1]
-        args.length = list(fitting if args.packing == "pack" else fitting[-1:])
-    for name in ("steps", "batch_size", "lr", "min_tokens", "held_out", "weight_decay"):
+        args.length = default_lengths(recipe, config, args.packing, args.steps)
+    args.length = list(args.length)
+    for name in ("batch_size", "lr", "min_tokens", "held_out", "weight_decay"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
-    if hasattr(args, "kl_queries") and args.kl_queries is None:
-        args.kl_queries = recipe.kl_queries
+    for name in ("kl_queries", "indexer_lr"):
+        if hasattr(args, name) and getattr(args, name) is None:
+            setattr(args, name, getattr(recipe, name))
+    if args.steps is None and args.max_tokens is None:
+        args.steps, args.max_tokens = recipe.steps, recipe.max_tokens
     if args.max_tokens is not None:
         per_update = len(args.length) / sum(1 / length for length in args.length) * args.batch_size * args.accumulation
         args.steps = int(args.max_tokens / per_update)
@@ -267,7 +287,22 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
 
 
 def indexer_options(args: argparse.Namespace, small: Recipe, real: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
-    """The indexer of a plain model: the arguments, completed by the recipe."""
+    """The indexer that is trained, as fields of DSAConfig: the checkpoint's own, or a new one of the recipe's size.
+
+    Raises UserError for arguments that would change the weights of one that is there.
+    """
+    given = {"index_heads": args.index_heads, "index_dim": args.index_dim, "index_queries": args.index_queries}
+    if has_indexer(config):
+        for name, value in given.items():
+            own = getattr(config, name)
+            flag = f"--{name.replace('_', '-')}"
+            _require(
+                value in (None, own), f"{flag} {value}: the checkpoint's indexer has {own}, which cannot be changed"
+            )
+        return {name: getattr(config, name) for name in given} | {
+            "index_topk": args.topk or config.index_topk,
+            **selection_options(args),
+        }
     recipe = small if config.hidden_size <= SMALL_HIDDEN_SIZE else real
     shared = args.index_queries == "shared"
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

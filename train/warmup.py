@@ -36,9 +36,15 @@ MEASURE_EVERY = 8
 
 SMALL = Recipe(steps=150, batch_size=2, length=(512,), lr=1e-2, min_tokens=64, topk=64, index_heads=4, index_dim=32)
 REAL = Recipe(
-    steps=114, batch_size=1, length=(1024, 2048, 4096, 8192), lr=3e-3, min_tokens=1024, held_out=1, kl_queries=1024
+    max_tokens=250_880,
+    batch_size=1,
+    length=(1024, 2048, 4096, 8192),
+    lr=3e-3,
+    min_tokens=1024,
+    held_out=1,
+    kl_queries=1024,
 )
-"""250,880 tokens, 45 minutes on one core for Qwen2.5-0.5B. Measured in docs/results.md."""
+"""45 minutes on one core for Qwen2.5-0.5B. Measured in docs/results.md."""
 
 
 def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -135,6 +135,17 @@ def test_latent_attention_equals_the_stock_model(variant: str, tokens: torch.Ten
 
 
 @torch.no_grad()
+def test_a_new_indexer_starts_from_heads_times_the_weights_of_their_norm(tmp_path: Path) -> None:
+    folder = build(STOCK["qwen3"], tmp_path)
+    attention = load_model(folder, index_heads=2, index_dim=16).model.layers[0].self_attn
+    for name, heads in (("k", slice(None)), ("q", [0, attention.query_heads - 1])):
+        projection, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm")
+        scaled = (projection.weight.unflatten(0, (-1, 16)) * norm.weight[:, None])[heads]
+        expected = scaled.mean(0) if name == "k" else scaled.flatten(0, 1)
+        torch.testing.assert_close(getattr(attention.indexer, f"{name}_proj").weight, expected)
+
+
+@torch.no_grad()
 def test_the_peer_is_the_familys_stock_model(family: tuple[str, Path], tokens: torch.Tensor, tmp_path: Path) -> None:
     """On a checkpoint of ours too; and a cache of random rows has the stock cache's shapes."""
     _, folder = family

@@ -345,7 +345,7 @@ def joint_of(warm: Path, records: Path, out: Path, *arguments: str) -> Path:
 def test_the_indexer_can_learn_at_a_rate_of_its_own(warm: Path, records: Path, tmp_path: Path) -> None:
     """After one update the base is the same bit for bit, and the indexer has moved ten times as far."""
     options = ["--steps", "1", "--lr", "1e-4"]
-    same = weights(joint_of(warm, records, tmp_path / "same", *options))
+    same = weights(joint_of(warm, records, tmp_path / "same", *options, "--indexer-lr", "1e-4"))
     own = weights(joint_of(warm, records, tmp_path / "own", *options, "--indexer-lr", "1e-3"))
     before = weights(warm)
     for name, weight in before.items():
@@ -515,13 +515,31 @@ def test_muon_takes_the_matrices_of_the_indexer_and_adamw_the_rest(tiny: Path) -
 
 
 @pytest.mark.parametrize(
-    "positions, packing, lengths",
-    [(32768, "pack", [1024, 2048, 4096, 8192]), (4096, "pack", [1024, 2048, 4096]), (32768, "cut", [8192])],
+    "positions, given, lengths, steps",
+    [
+        (32768, [], [1024, 2048, 4096, 8192], 114),
+        (4096, [], [1024, 2048, 4096], 142),
+        (512, [], [512], 490),
+        (32768, ["--packing", "cut"], [1024], 245),
+        (32768, ["--steps", "3"], [1024, 2048, 4096], 3),
+    ],
 )
-def test_a_real_model_grows_its_windows_as_far_as_its_positions(positions: int, packing: str, lengths: list[int]):
-    args = warmup.parser().parse_args(["--packing", packing, "--accumulation", "1"])
+def test_a_real_model_reads_so_many_tokens_in_windows_that_grow_as_far_as_its_positions(
+    positions: int, given: list[str], lengths: list[int], steps: int
+) -> None:
+    args = warmup.parser().parse_args([*given, "--accumulation", "1"])
     resolve(args, warmup.SMALL, warmup.REAL, Qwen2Config(hidden_size=896, max_position_embeddings=positions))
-    assert (args.length, args.kl_queries) == (lengths, 1024)
+    assert (args.length, args.steps, args.kl_queries) == (lengths, steps, 1024)
+    assert steps == 3 or 240_000 < settings_of(args).tokens_before(steps) <= 250_880
+
+
+def test_a_warm_up_goes_on_with_the_indexer_that_is_there(warm: Path, records: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(warm), "--data", str(records), *SHORT]
+    warmup.main([*arguments, "--out", str(tmp_path / "on")])
+    kept = load_config(tmp_path / "on")
+    assert (kept.index_heads, kept.index_dim, kept.index_topk) == (2, 16, 8)
+    with pytest.raises(UserError, match=r"--index-heads 4: the checkpoint's indexer has 2"):
+        warmup.main([*arguments, "--out", str(tmp_path / "other"), "--index-heads", "4"])
 
 
 @pytest.mark.parametrize("lengths, steps", [([64], 15), ([32, 64], 23), ([2, 4, 8, 64], 221)])

@@ -2,7 +2,8 @@
 
 The warm-up attends to everything: the whole model learns by cross-entropy, and DSA's indexer, which starts from
 nothing, learns the attention beside it (its input is detached: the base does not notice). The main stage attends as the
-variant does: DSA goes on as in train.joint, NSA and dense by cross-entropy. NSA's warm-up is its own attention already.
+variant does: DSA by the losses of train.joint (the indexer by AdamW at the base's rate), NSA and dense by
+cross-entropy. NSA's warm-up is its own attention already.
 
 All twins of a seed start from the same weights, read the same windows in the same order, and make the same number of
 updates with the same learning rates: whatever is counted for one is counted for all, the warm-up included.
@@ -39,6 +40,7 @@ from train.trainer import Batch, Settings, Stage, Trainer
 
 SCRATCH = {"path": "from scratch", "sha256": None}
 MEASURE_EVERY = 8
+KL_TARGET = "rms"
 ALLOCATION_WINDOWS = 32
 K_STEPS = 8
 """--k auto gives k out in steps of an eighth of its mean."""
@@ -72,6 +74,7 @@ class Twin:
         """What a finished or stopped run must share with this one to be used."""
         facts = {"attention": self.attention, "seed": self.seed, "data": plan.data_source}
         facts["auto_k"] = plan.auto_k and self.attention == "dsa"
+        facts["kl_target"] = KL_TARGET
         return {"stage": "experiment", "arguments": {**asdict(self.preset), **facts, "dtype": str(plan.dtype)}}
 
 
@@ -80,7 +83,7 @@ def terms(model: Any, batch: Batch, indexer: bool, sparse: bool) -> dict[str, Te
     observer = None
     if indexer:
         model.sparse = sparse
-        observer = IndexerObserver(model.config.topk_per_layer, MEASURE_EVERY)
+        observer = IndexerObserver(model.config.topk_per_layer, MEASURE_EVERY, target=KL_TARGET)
     return cross_entropy_terms(model, batch, observer)
 
 

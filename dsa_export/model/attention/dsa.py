@@ -16,6 +16,7 @@ from dsa_export.config import DSAConfig
 from dsa_export.model.attention.base import NOTHING, AttentionTrace, Call
 from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.cache import CacheEntry
+from dsa_export.model.norm import HeadRMSNorm
 from dsa_export.model.standard_ops import dense_attention, rotary, visible_attention
 from dsa_export.selection import KEY_TYPES
 from dsa_export.topk import topk_per_layer
@@ -58,18 +59,24 @@ class Indexer(nn.Module):
     def start_from(self, attention: DenseAttention) -> None:
         """Starts from query heads of the attention, evenly spread, and the mean of its KV heads: less is left to learn.
 
-        Of a head larger than the indexer's every D/Di-th rotation is taken, whose frequencies are the indexer's. Where
-        there is no such part (Di does not divide D) the indexer stays random.
+        Of a head larger than the indexer's every D/Di-th rotation is taken: the indexer's frequencies (with YaRN nearly
+        so). Where there is no such part (Di does not divide D) the indexer stays random. It has no biases to take.
         """
         D = attention.head_size
         if D % self.dim:
             return
         first_of_pairs = torch.arange(0, D // 2, D // self.dim)
         rows = torch.cat([first_of_pairs, first_of_pairs + D // 2])
-        self.k_proj.weight.copy_(attention.k_proj.weight.unflatten(0, (-1, D))[:, rows].mean(0))
+
+        def part(projection: nn.Linear, norm: nn.Module) -> Tensor:
+            """[heads, Di, E], times the weights of Qwen3's norm over each head."""
+            heads = projection.weight.unflatten(0, (-1, D))[:, rows]
+            return heads * norm.weight[rows, None] if isinstance(norm, HeadRMSNorm) else heads
+
+        self.k_proj.weight.copy_(part(attention.k_proj, attention.k_norm).mean(0))
         if self.own_queries:
             heads = torch.linspace(0, attention.query_heads - 1, min(self.heads, attention.query_heads)).round().long()
-            queries = attention.q_proj.weight.unflatten(0, (-1, D))[heads][:, rows].flatten(0, 1)
+            queries = part(attention.q_proj, attention.q_norm)[heads].flatten(0, 1)
             self.q_proj.weight[: len(queries)] = queries
 
 
