@@ -201,7 +201,7 @@ WITHOUT_EFFECT = {
     "--compute-capability 8.9 --backend ort tensorrt": "--compute-capability is for --backend tensorrt-rtx",
     "--plans two --backend ort torch": "--plans is for --backend tensorrt-rtx or --backend tensorrt or --print-trtexec",
     "--serialize-plugins": "--serialize-plugins is for --backend tensorrt or --print-trtexec",
-    "--timing-cache times --print-trtexec": "--timing-cache is for --backend tensorrt",
+    "--timing-cache times --print-trtexec": "--timing-cache is for --backend tensorrt, not for --print-trtexec",
 }
 WRONG = [["--backend", "abacus"], ["--max-batch", "0"], ["--compute-capability", "8"], ["--dense-slots", "0"]]
 

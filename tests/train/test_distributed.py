@@ -55,7 +55,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     weights = load_file(b / "model.safetensors")
     for name, tensor in load_file(a / "model.safetensors").items():
         # A step of Adam moves a weight by about the learning rate, whatever its gradient: where that is noise, apart.
-        assert (weights[name] - tensor).abs().mean() < 0.01 * 1e-2, name
+        # Muon, which computes in bf16, moves matrices by a fifth of the rate, and by some percent of that differently.
+        assert (weights[name] - tensor).abs().mean() < 0.03 * 1e-2, name
 
 
 @pytest.fixture(scope="module")
