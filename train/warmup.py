@@ -44,7 +44,7 @@ REAL = Recipe(
     held_out=1,
     kl_queries=1024,
 )
-"""45 minutes on one core for Qwen2.5-0.5B. Measured in docs/results.md."""
+"""50 minutes on one core for Qwen2.5-0.5B. Measured in docs/results.md."""
 
 
 def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -46,7 +46,8 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(a: Path, b: Path) -> None:
+def assert_same_run(a: Path, b: Path, apart: float = 0.01 * 1e-2) -> None:
+    """apart: of the weights, in the mean of a tensor."""
     assert len(metrics(a)) == len(metrics(b))
     for one, other in zip(metrics(a), metrics(b), strict=True):
         assert one.keys() == other.keys()
@@ -55,8 +56,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     weights = load_file(b / "model.safetensors")
     for name, tensor in load_file(a / "model.safetensors").items():
         # A step of Adam moves a weight by about the learning rate, whatever its gradient: where that is noise, apart.
-        # Muon, which computes in bf16, moves matrices by a fifth of the rate, and by some percent of that differently.
-        assert (weights[name] - tensor).abs().mean() < 0.03 * 1e-2, name
+        assert (weights[name] - tensor).abs().mean() < apart, name
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,8 @@ def test_layers_that_follow_another_ones_indexer(tiny: Path, records: Path, tmp_
     options = ["--out", str(tmp_path / "two"), "--parallel", parallel]
     result = launch([*TORCHRUN, "-m", "train.warmup"], [*settings, *options])
     assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    # Muon computes in bf16: where shards are summed in another order, its steps differ by some percent.
+    assert_same_run(tmp_path / "one", tmp_path / "two", apart=0.03 * 1e-2)
 
 
 def stop_during(step: int) -> str:
