@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import serve
 from engines.app import Server, create_app
+from engines.ort import OrtRunner
 from engines.sampling import Sampler, Sampling
 from engines.scheduler import SMALLEST_CAPACITY, Event, Request, Scheduler
 from engines.session import Runner, Session
@@ -32,6 +33,7 @@ from tests.engines import toy
 from tests.engines.commands import copy_tree, one_line, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
+Process = subprocess.Popen[str]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -60,6 +62,30 @@ def serving(
             server.should_exit = True
             thread.join(30)
     assert not thread.is_alive() and not scheduler.alive
+
+
+def slowly(run: Any) -> Any:
+    """OrtRunner.run that takes at least 10 ms: so that 4,000 tokens outlast a test on a fast machine too."""
+
+    def slow_run(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return run(*arguments)
+
+    return slow_run
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OrtRunner, "run", slowly(OrtRunner.run))
+
+
+SLOW_SERVER = """
+from dsa_export.cli import run
+from engines import serve
+from tests.engines.test_serve import OrtRunner, slowly
+OrtRunner.run = slowly(OrtRunner.run)
+run(serve.main)
+"""
 
 
 def wait_until(condition: Any, seconds: float = 60) -> None:
@@ -455,7 +481,7 @@ def test_200_clients_that_leave_cost_neither_rows_nor_memory(runners: dict[str, 
         )
 
 
-def test_a_waiting_client_that_leaves_gives_up_its_place(runners: dict[str, Runner]):
+def test_a_waiting_client_that_leaves_gives_up_its_place(runners: dict[str, Runner], slow: None):
     with serving(runners["sparse"], slots=1, queue=1, endless=True) as client:
         body = {"prompt": "abc", "max_tokens": 4000, "stream": True, "temperature": 0}
         with client.stream("POST", COMPLETIONS, json=body) as running:
@@ -471,10 +497,10 @@ def test_a_waiting_client_that_leaves_gives_up_its_place(runners: dict[str, Runn
 
 
 @contextmanager
-def command(engine: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def command(engine: Path, program: Sequence[str] = ("-m", "engines.serve")) -> Iterator[tuple[Process, str]]:
     """The server in a process of its own, on a free port."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "engines.serve", "--engine", str(engine), "--port", "0", *options],
+        [sys.executable, *program, "--engine", str(engine), "--port", "0"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
@@ -502,7 +528,7 @@ def test_a_stop_lets_running_requests_finish(engines: Path):
         assert "Stopped" in output
 
 
-def test_what_runs_on_after_the_grace_ends_with_an_error(runners: dict[str, Runner], capsys):
+def test_what_runs_on_after_the_grace_ends_with_an_error(runners: dict[str, Runner], slow: None, capsys):
     body = {"prompt": "abc", "max_tokens": 4000, "temperature": 0, "stream": True}
     with ThreadPoolExecutor(2) as pool, serving(runners["dense"], endless=True, grace=1) as client:
         whole = pool.submit(client.post, COMPLETIONS, json={**body, "stream": False})
@@ -524,7 +550,7 @@ def test_a_second_interrupt_ends_the_grace(engines: Path, tmp_path: Path):
     manifest["model"]["eos_token_id"] = []
     (endless / MANIFEST).write_text(json.dumps(manifest))
     body = {"prompt": "abc", "max_tokens": 4000, "temperature": 0, "stream": True}
-    with command(endless) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+    with command(endless, ("-c", SLOW_SERVER)) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
         wait_until(lambda: reachable(client))
         with client.stream("POST", COMPLETIONS, json=body) as response:
             lines = response.iter_lines()
