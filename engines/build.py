@@ -59,7 +59,7 @@ DEFAULT_MAX_BATCH = 8
 ONE_KV_HEAD = "; models with a single KV head are known to need --max-batch 1"
 OPTIONS_OF = {
     "dense_slots": ["--backend ort"],
-    "triton_repository": [f"--backend {name}" for name in BACKENDS],  # which of them: triton.check_options
+    "triton_repository": [f"--backend {name}" for name in triton.PLATFORMS],
     "compile": ["--backend torch"],
     "compute_capability": ["--backend tensorrt-rtx"],
     "plans": ["--backend tensorrt-rtx", "--backend tensorrt", "--print-trtexec"],

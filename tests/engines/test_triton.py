@@ -51,7 +51,7 @@ def test_the_model_lies_beside_it(repository: Path, export: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backend", "tensorrt-rtx"], "has no backend for tensorrt-rtx"),
+        (["--backend", "ort", "tensorrt-rtx"], "has no backend for tensorrt-rtx"),
         (["--backend", "tensorrt", "--plans", "two"], "is one plan with both profiles"),
     ],
 )
