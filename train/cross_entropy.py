@@ -5,11 +5,12 @@ Of 8,192 tokens and Qwen2.5's 151,936 words they would take 5 GB, and as much ag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 from torch.utils.checkpoint import checkpoint
 
 from dsa_export.model.attention.base import Observer
@@ -19,34 +20,51 @@ ROWS = 512
 """Tokens whose logits are held at a time; where there are more, the backward pass makes them again."""
 
 
-def cross_entropy_terms(model: Any, batch: dict[str, Tensor], observer: Observer | None = None) -> dict[str, Tensor]:
-    """{"cross_entropy"} of a batch (input_ids, attention_mask, labels), and what its layers report."""
-    output = model.model(batch["input_ids"], batch["attention_mask"], observer=observer)
-    loss = next_token_loss(model.lm_head, output.last_hidden_state, batch["labels"])
-    return {"cross_entropy": loss, **output.aux_losses}
+def cross_entropy_terms(
+    model: Any, batch: dict[str, Tensor], observer: Observer | None = None, teacher: Any = None
+) -> dict[str, Tensor]:
+    """{"cross_entropy"} of a batch (input_ids, attention_mask, labels), and what its layers report.
+
+    teacher: a model of the same vocabulary, constant. With it {"distillation"} as well.
+    """
+    inputs = batch["input_ids"], batch["attention_mask"]
+    output = model.model(*inputs, observer=observer)
+    heads, hidden = [model.lm_head], [output.last_hidden_state]
+    if teacher is not None:
+        with torch.no_grad():
+            hidden.append(teacher.model(*inputs).last_hidden_state)
+        heads.append(teacher.lm_head)
+    return {**next_token_losses(heads, hidden, batch["labels"]), **output.aux_losses}
 
 
-def next_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy per label: the loss of model(…, labels=labels), but 0 if there are none.
+def next_token_losses(heads: Sequence[nn.Module], hidden: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
+    """Means per label, 0 if there are none: {"cross_entropy"}, the loss of model(…, labels=labels).
 
     Args:
-        head: [E] → logits [V].
-        hidden: [B, T, E], the last hidden states.
+        heads: of the model and, if there is one, of its teacher: [E] → logits [V].
+        hidden: [B, T, E] of each, the last hidden states. With a teacher's {"distillation"} as well:
+            Σ_v p(v) (log p(v) − log q(v)), p what the teacher predicts and q what the model does.
         labels: [B, T] int64, -100 is ignored; shifted here.
     """
     labelled = labels[:, 1:] != IGNORED
-    states, targets = hidden[:, :-1][labelled], labels[:, 1:][labelled]
-    if len(targets) <= ROWS:
-        total = _sum(head, states, targets)
+    inputs = [labels[:, 1:][labelled], *(states[:, :-1][labelled] for states in hidden)]
+    count = len(inputs[0])
+    if count <= ROWS:
+        total = _sums(heads, *inputs)
     else:
+        pieces = zip(*(tensor.split(ROWS) for tensor in inputs), strict=True)
         total = torch.stack(
-            [
-                checkpoint(_sum, head, some, target, use_reentrant=False, preserve_rng_state=False)
-                for some, target in zip(states.split(ROWS), targets.split(ROWS), strict=True)
-            ]
-        ).sum()
-    return total / max(1, len(targets))
+            [checkpoint(_sums, heads, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        ).sum(0)
+    return dict(zip(("cross_entropy", "distillation"), total / max(1, count), strict=False))
 
 
-def _sum(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(head(states).float(), targets, reduction="sum")
+def _sums(heads: Sequence[nn.Module], targets: Tensor, *hidden: Tensor) -> Tensor:
+    """[1] or [2]: cross-entropy and divergence from the teacher, summed over the rows."""
+    log_q = log_softmax(heads[0](hidden[0]).float(), dim=-1)
+    sums = [nll_loss(log_q, targets, reduction="sum")]
+    for head, states in zip(heads[1:], hidden[1:], strict=True):
+        with torch.no_grad():
+            log_p = log_softmax(head(states).float(), dim=-1)
+        sums.append(kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return torch.stack(sums)

@@ -1,5 +1,6 @@
-"""Stage 2, joint training: attention over the selection; cross-entropy trains the base, the KL on the selected keys
-trains the indexer. The two do not mix: the indexer's input and the teacher are detached."""
+"""Stage 2, joint training: attention over the selection. The base learns what the checkpoint predicts with dense
+attention (or, as published, the next token); the indexer learns the attention on the selected keys. The two do not mix:
+the indexer's input and its target are detached."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
-from train.options import INDEXER_OPTIMIZERS, Recipe, argument_parser, resolve, start, train_from
+from train.options import DTYPES, INDEXER_OPTIMIZERS, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Settings, Stage, adamw
 
 SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64, indexer_lr=2e-3)
 REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=1e-5, min_tokens=1024, indexer_lr=5e-4)
+OBJECTIVES = ("distillation", "next-token")
 
 
 def parameter_groups(model: nn.Module, lora: bool = False) -> dict[str, list[nn.Parameter]]:
@@ -35,11 +37,24 @@ def parameter_groups(model: nn.Module, lora: bool = False) -> dict[str, list[nn.
 
 
 def joint_terms(
-    model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None, kl_target: str = "rms"
+    model: Any,
+    batch: dict[str, Tensor],
+    topk: int,
+    kl_queries: int | None = None,
+    kl_target: str = "rms",
+    teacher: Any = None,
 ) -> dict[str, Tensor]:
-    """{"cross_entropy", "kl", "recall", …} of a batch under selection."""
+    """{"cross_entropy", "kl", "recall", …} of a batch under selection.
+
+    teacher: a model of the same vocabulary, which adds {"distillation"}: the divergence from what it predicts.
+    """
     model.sparse = True
-    return cross_entropy_terms(model, batch, warmup.observer(batch, topk, kl_queries, kl_target))
+    return cross_entropy_terms(model, batch, warmup.observer(batch, topk, kl_queries, kl_target), teacher)
+
+
+def dense_teacher(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The checkpoint as it is before this stage, attending to everything; constant, and a whole copy per process."""
+    return load_model(name, attention="dense", dtype=dtype).requires_grad_(False).train().to(device)
 
 
 def optimizers(
@@ -63,6 +78,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="LR",
         help=f"peak learning rate of the indexer [{REAL.indexer_lr}; small models: {SMALL.indexer_lr}]",
     )
+    result.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default=OBJECTIVES[0],
+        help="what the base learns: what the checkpoint predicts with dense attention, so that it keeps what it knows "
+        "whatever the data (holds the weights once more), or, as published, the next token of the data "
+        f"[{OBJECTIVES[0]}]",
+    )
     add_selection_arguments(result)
     add_adapter_argument(result)
     return result
@@ -80,11 +103,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def prepare() -> tuple[Any, Stage]:
         model = load_model(name, index_topk=args.topk, **selection_options(args))
+        distils = args.objective == "distillation"
+        teacher = dense_teacher(name, DTYPES[args.dtype], processes.device) if distils else None
         stage = Stage(
             name="joint",
             groups=partial(parameter_groups, lora=args.lora_rank is not None),
-            terms=partial(joint_terms, topk=args.topk, kl_queries=args.kl_queries, kl_target=args.kl_target),
-            losses=("cross_entropy", "kl", *feed_forward.VARIANTS[model.config.feed_forward].LOSSES),
+            terms=partial(
+                joint_terms,
+                topk=args.topk,
+                kl_queries=args.kl_queries,
+                kl_target=args.kl_target,
+                teacher=teacher,
+            ),
+            losses=(
+                "distillation" if distils else "cross_entropy",
+                "kl",
+                *feed_forward.VARIANTS[model.config.feed_forward].LOSSES,
+            ),
             evaluate=warmup.evaluation(args),
             optimizers=partial(optimizers, indexer_optimizer=args.indexer_optimizer, indexer_lr=args.indexer_lr),
         )

@@ -21,8 +21,9 @@ from dsa_export.model.checkpoint import has_indexer, load_config, load_tokenizer
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
 from train.data import CACHE, TrainingData, check_source, check_tokenizer, load_data
-from train.distributed import Processes
+from train.distributed import Processes, pick_device
 from train.losses import TARGETS
+from train.precision import is_fast_in_bf16
 from train.trainer import Settings, Stage, Trainer, adamw, first_difference, muon
 
 SMALL_HIDDEN_SIZE = 256
@@ -150,7 +151,12 @@ def argument_parser(
     run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="[cosine]")
     run.add_argument("--warmup-steps", type=int, metavar="N", help="linear rise of the learning rate [steps / 20]")
     run.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm [1.0]")
-    run.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the computation; weights stay fp32 [fp32]")
+    run.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the computation; weights stay fp32 [bf16 on GPUs since Ampere and CPUs with AVX512-BF16 or AMX, else "
+        "fp32; small models: fp32]",
+    )
     run.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     run.add_argument(
@@ -262,6 +268,8 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     for name in ("kl_queries", "indexer_lr"):
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
+    if args.dtype is None:
+        args.dtype = "bf16" if recipe is not small and is_fast_in_bf16(pick_device(args.device)) else "fp32"
     if args.steps is None and args.max_tokens is None:
         args.steps, args.max_tokens = recipe.steps, recipe.max_tokens
     if args.max_tokens is not None:

@@ -280,7 +280,7 @@ class Trainer:
                 terms = self.spread.run(self.stage.terms, batch)
             loss = torch.zeros((), device=self.device)
             for name, term in terms.items():
-                unit = "labels" if name == "cross_entropy" else "tokens"
+                unit = "labels" if name in ("cross_entropy", "distillation") else "tokens"
                 share = count[unit] / totals[unit]
                 sums[name] += term.item() * share
                 if name in self.stage.losses:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dsa_export.model import load_model
 from tests.conftest import Largest
 from train import cross_entropy
-from train.cross_entropy import cross_entropy_terms, next_token_loss
+from train.cross_entropy import cross_entropy_terms, next_token_losses
 from train.data import IGNORED
 
 
@@ -48,9 +48,37 @@ def test_without_labels_there_is_no_loss(tiny: Path) -> None:
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_distillation_is_the_divergence_from_the_teacher(tiny: Path) -> None:
+    """Beside the cross-entropy, over the labelled tokens only; nothing of it reaches the teacher."""
+    model, teacher = (load_model(tiny, attention="dense").train() for _ in range(2))
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1.2)
+        teacher.model.norm.weight.add_(0.1)
+    terms = cross_entropy_terms(model, batch(), teacher=teacher)
+    labelled = batch()["labels"][:, 1:] != IGNORED
+    log_q, log_p = (m(**batch(), use_cache=False).logits[:, :-1][labelled].log_softmax(-1) for m in (model, teacher))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    torch.testing.assert_close(terms["distillation"], expected)
+    torch.testing.assert_close(terms["cross_entropy"], model(**batch(), use_cache=False).loss)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(terms["distillation"], parameters, retain_graph=True),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    (terms["distillation"] + terms["cross_entropy"]).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_nobody_diverges_from_itself(tiny: Path) -> None:
+    model = load_model(tiny, attention="dense").train()
+    assert cross_entropy_terms(model, batch(), teacher=model)["distillation"].abs() < 1e-6
+
+
 def test_only_so_many_logits_are_held() -> None:
     head = torch.nn.Linear(4, 1000, bias=False)
     hidden = torch.randn(2, 60, 4, requires_grad=True)
     with Largest() as largest:
-        next_token_loss(head, hidden, torch.randint(1000, (2, 60))).backward()
+        next_token_losses([head], [hidden], torch.randint(1000, (2, 60)))["cross_entropy"].backward()
     assert largest.numel == 8 * 1000

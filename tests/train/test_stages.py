@@ -226,6 +226,31 @@ def test_the_joint_loss_is_over_the_selected_keys(warm: Path) -> None:
     torch.testing.assert_close(terms["cross_entropy"], output.loss)
 
 
+def divergence(model: Path, teacher: Path) -> float:
+    """Of what `model` predicts with 8 keys from what `teacher` does with all."""
+    dense = joint.dense_teacher(str(teacher), torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        return joint.joint_terms(load_model(model).train(), batch(seed=1), 8, teacher=dense)["distillation"].item()
+
+
+def test_the_base_learns_what_the_checkpoint_predicts_with_dense_attention(
+    warm: Path, records: Path, tmp_path: Path
+) -> None:
+    options = ["--steps", "60", "--lr", "2e-3", "--batch-size", "4"]
+    own = joint_of(warm, records, tmp_path / "own", *options)
+    published = joint_of(warm, records, tmp_path / "published", *options, "--objective", "next-token")
+    assert divergence(own, warm) < divergence(warm, warm) < divergence(published, warm)
+    steps = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()][1:-1]
+    first, last = (sum(step["distillation"] for step in some) for some in (steps[:10], steps[-10:]))
+    assert last < 0.75 * first
+
+
+def test_with_everything_selected_there_is_nothing_to_distil(warm: Path) -> None:
+    model = load_model(warm, index_topk=64).train()
+    dense = joint.dense_teacher(str(warm), torch.float32, torch.device("cpu"))
+    assert joint.joint_terms(model, batch(), 64, teacher=dense)["distillation"].abs() < 1e-5
+
+
 def test_joint_training_trains_everything_and_writes_a_checkpoint(
     warm: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -550,6 +575,24 @@ def test_max_tokens_sets_the_steps(lengths: list[int], steps: int, tiny: Path) -
     assert args.steps == steps
     tokens = settings_of(args).tokens_before(steps)
     assert 2000 - 3 * 2 * lengths[-1] < tokens <= 2000
+
+
+@pytest.mark.parametrize(
+    "hidden_size, fast, given, dtype",
+    [
+        (896, True, [], "bf16"),
+        (896, False, [], "fp32"),
+        (896, True, ["--dtype", "fp32"], "fp32"),
+        (256, True, [], "fp32"),
+    ],
+)
+def test_real_models_compute_in_bf16_where_that_is_fast(
+    hidden_size: int, fast: bool, given: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "is_fast_in_bf16", lambda device: fast)
+    args = joint.parser().parse_args([*given, "--accumulation", "1"])
+    resolve(args, joint.SMALL, joint.REAL, Qwen2Config(hidden_size=hidden_size, max_position_embeddings=32768))
+    assert args.dtype == dtype
 
 
 def test_bf16_computation_keeps_fp32_weights(tiny: Path, records: Path, tmp_path: Path) -> None:
