@@ -1,4 +1,4 @@
-"""The next token's cross-entropy without the logits of a whole batch.
+"""What a model loses on the next token, by the data or by a teacher, without the logits of a whole batch.
 
 Of 8,192 tokens and Qwen2.5's 151,936 words they would take 5 GB, and as much again for each step of the softmax.
 """
@@ -17,7 +17,8 @@ from dsa_export.model.attention.base import Observer
 from train.data import IGNORED
 
 ROWS = 512
-"""Tokens whose logits are held at a time; where there are more, the backward pass makes them again."""
+"""Rows of logits that are held at a time, the teacher's counted too; where there are more, the backward pass makes them
+again."""
 
 
 def cross_entropy_terms(
@@ -25,15 +26,17 @@ def cross_entropy_terms(
 ) -> dict[str, Tensor]:
     """{"cross_entropy"} of a batch (input_ids, attention_mask, labels), and what its layers report.
 
-    teacher: a model of the same vocabulary, constant. With it {"distillation"} as well.
+    teacher: a model of the same vocabulary, constant. With it {"distillation"} as well, which takes the gradient: the
+    cross-entropy is then reported only.
     """
     inputs = batch["input_ids"], batch["attention_mask"]
-    output = model.model(*inputs, observer=observer)
-    heads, hidden = [model.lm_head], [output.last_hidden_state]
-    if teacher is not None:
+    heads, hidden = [model.lm_head], []
+    if teacher is not None:  # first: later the model's activations would take the memory
         with torch.no_grad():
             hidden.append(teacher.model(*inputs).last_hidden_state)
         heads.append(teacher.lm_head)
+    output = model.model(*inputs, observer=observer)
+    hidden.insert(0, output.last_hidden_state)
     return {**next_token_losses(heads, hidden, batch["labels"]), **output.aux_losses}
 
 
@@ -43,16 +46,18 @@ def next_token_losses(heads: Sequence[nn.Module], hidden: Sequence[Tensor], labe
     Args:
         heads: of the model and, if there is one, of its teacher: [E] → logits [V].
         hidden: [B, T, E] of each, the last hidden states. With a teacher's {"distillation"} as well:
-            Σ_v p(v) (log p(v) − log q(v)), p what the teacher predicts and q what the model does.
+            Σ_v p(v) (log p(v) − log q(v)), p what the teacher predicts and q what the model does. Only it has a
+            gradient then.
         labels: [B, T] int64, -100 is ignored; shifted here.
     """
     labelled = labels[:, 1:] != IGNORED
     inputs = [labels[:, 1:][labelled], *(states[:, :-1][labelled] for states in hidden)]
     count = len(inputs[0])
-    if count <= ROWS:
+    rows = ROWS // len(heads)
+    if count <= rows:
         total = _sums(heads, *inputs)
     else:
-        pieces = zip(*(tensor.split(ROWS) for tensor in inputs), strict=True)
+        pieces = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
         total = torch.stack(
             [checkpoint(_sums, heads, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
         ).sum(0)
@@ -62,7 +67,8 @@ def next_token_losses(heads: Sequence[nn.Module], hidden: Sequence[Tensor], labe
 def _sums(heads: Sequence[nn.Module], targets: Tensor, *hidden: Tensor) -> Tensor:
     """[1] or [2]: cross-entropy and divergence from the teacher, summed over the rows."""
     log_q = log_softmax(heads[0](hidden[0]).float(), dim=-1)
-    sums = [nll_loss(log_q, targets, reduction="sum")]
+    reported = log_q if len(heads) == 1 else log_q.detach()
+    sums = [nll_loss(reported, targets, reduction="sum")]
     for head, states in zip(heads[1:], hidden[1:], strict=True):
         with torch.no_grad():
             log_p = log_softmax(head(states).float(), dim=-1)

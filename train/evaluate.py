@@ -62,11 +62,14 @@ def evaluate(
     compute_dtype: torch.dtype = torch.float32,
     kl_target: str = "rms",
     kl_queries: int | None = None,
+    teacher: Any = None,
 ) -> dict[str, float]:
     """Evaluates a model with an indexer on windows it was not trained on, and leaves its switches as they were.
 
     Returns:
         loss_dense, loss_sparse: cross-entropy per label with everything attended to, and with the k selected.
+        distillation: divergence, per label, of what the model predicts with the k selected from what the teacher does;
+            reported if there is one.
         kl: of the indexer against the dense attention, over all visible keys, per token; it and the shares are taken
             over about kl_queries tokens of each row (None: all).
         recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
@@ -98,7 +101,10 @@ def evaluate(
             for name in ("recall", "recall_window", "recall_best"):
                 means[name].add(dense[name], crowded)
             model.sparse = True
-            means["loss_sparse"].add(cross_entropy_terms(model, batch)["cross_entropy"], labels)
+            sparse = cross_entropy_terms(model, batch, teacher=teacher)
+            means["loss_sparse"].add(sparse["cross_entropy"], labels)
+            if teacher is not None:
+                means["distillation"].add(sparse["distillation"], labels)
             progress.advance(task)
         result = {name: mean.value for name, mean in means.items() if mean.weight}
         result |= decoding_speed(model, windows.input_ids.shape[1])

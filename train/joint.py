@@ -53,8 +53,16 @@ def joint_terms(
 
 
 def dense_teacher(name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The checkpoint as it is before this stage, attending to everything; constant, and a whole copy per process."""
-    return load_model(name, attention="dense", dtype=dtype).requires_grad_(False).train().to(device)
+    """The checkpoint as it is before this stage, attending to everything; constant, and a whole copy per process.
+
+    dtype: of the computation. The matrices of the layers are kept in it. What autocast leaves in fp32 must stay in
+    fp32, so that where nothing is left out the teacher predicts what the model does.
+    """
+    teacher = load_model(name, attention="dense").requires_grad_(False).train()
+    for module in teacher.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return teacher.to(device)
 
 
 def optimizers(
@@ -83,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
         choices=OBJECTIVES,
         default=OBJECTIVES[0],
         help="what the base learns: what the checkpoint predicts with dense attention, so that it keeps what it knows "
-        "whatever the data (holds the weights once more), or, as published, the next token of the data "
-        f"[{OBJECTIVES[0]}]",
+        "whatever the data (holds the weights once more, whole in every process), or, as published, the next token of "
+        f"the data [{OBJECTIVES[0]}]",
     )
     add_selection_arguments(result)
     add_adapter_argument(result)
@@ -120,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "kl",
                 *feed_forward.VARIANTS[model.config.feed_forward].LOSSES,
             ),
-            evaluate=warmup.evaluation(args),
+            evaluate=warmup.evaluation(args, teacher),
             optimizers=partial(optimizers, indexer_optimizer=args.indexer_optimizer, indexer_lr=args.indexer_lr),
         )
         if args.lora_rank is not None:

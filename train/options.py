@@ -154,8 +154,12 @@ def argument_parser(
     run.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the computation; weights stay fp32 [bf16 on GPUs since Ampere and CPUs with AVX512-BF16 or AMX, else "
-        "fp32; small models: fp32]",
+        help="of the computation; weights stay fp32 "
+        + (
+            "[bf16 on GPUs since Ampere and CPUs with AVX512-BF16 or AMX, else fp32; small models: fp32]"
+            if real
+            else "[fp32]"
+        ),
     )
     run.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")

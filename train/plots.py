@@ -12,7 +12,7 @@ def plot_metrics(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     steps = [m for m in metrics if "evaluation" not in m]
-    names = [name for name in ("cross_entropy", "kl") if any(name in m for m in steps)]
+    names = [name for name in ("distillation", "cross_entropy", "kl") if any(name in m for m in steps)]
     recalls = [name for name in ("recall", "recall_best", "recall_window") if any(name in m for m in steps)]
     panels = [[name] for name in names] + ([recalls] if recalls else [])
     figure = Figure(figsize=(5 * max(1, len(panels)), 4), layout="constrained")

@@ -258,7 +258,7 @@ class Trainer:
         return self.max_minutes is not None and self.seconds >= 60 * self.max_minutes
 
     def _step(self) -> dict[str, Any]:
-        """One update. Terms are averaged over the whole step: cross-entropy by labels, the others by valid tokens."""
+        """One update. Terms are means over the step: by labels of what is predicted, by valid tokens of the rest."""
         settings = self.settings
         factor = settings.lr_factor(self.step)
         for optimizer, peaks in zip(self.optimizers, self.peak_lrs, strict=True):

@@ -65,7 +65,7 @@ def warmup_terms(
     return model.model(**inputs, observer=observer(batch, topk, kl_queries, kl_target)).aux_losses
 
 
-def evaluation(args: argparse.Namespace) -> Callable[[nn.Module, Windows], dict[str, float]]:
+def evaluation(args: argparse.Namespace, teacher: Any = None) -> Callable[[nn.Module, Windows], dict[str, float]]:
     """How the stages that train an indexer judge their model."""
     return partial(
         evaluate,
@@ -73,6 +73,7 @@ def evaluation(args: argparse.Namespace) -> Callable[[nn.Module, Windows], dict[
         compute_dtype=DTYPES[args.dtype],
         kl_target=args.kl_target,
         kl_queries=args.kl_queries,
+        teacher=teacher,
     )
 
 

@@ -197,6 +197,7 @@ def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys
 WITHOUT_EFFECT = {
     "--dense-slots 64 --backend tensorrt-rtx": "--dense-slots is for --backend ort",
     "--dense-slots 64 --variant dense": "--dense-slots is for the sparse engine",
+    "--triton-repository models --backend torch": "--triton-repository is for --backend ort or --backend tensorrt",
     "--compile": "--compile is for --backend torch",
     "--compute-capability 8.9 --backend ort tensorrt": "--compute-capability is for --backend tensorrt-rtx",
     "--plans two --backend ort torch": "--plans is for --backend tensorrt-rtx or --backend tensorrt or --print-trtexec",

@@ -79,13 +79,16 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OrtRunner, "run", slowly(OrtRunner.run))
 
 
-SLOW_SERVER = """
+SLOWLY = (
+    "-c",
+    """
 from dsa_export.cli import run
 from engines import serve
 from tests.engines.test_serve import OrtRunner, slowly
 OrtRunner.run = slowly(OrtRunner.run)
 run(serve.main)
-"""
+""",
+)
 
 
 def wait_until(condition: Any, seconds: float = 60) -> None:
@@ -516,7 +519,7 @@ def command(engine: Path, program: Sequence[str] = ("-m", "engines.serve")) -> I
 
 def test_a_stop_lets_running_requests_finish(engines: Path):
     body = {"prompt": "abc", "max_tokens": 60, "temperature": 0, "stream": True}
-    with command(engines / "ort/sparse") as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+    with command(engines / "ort/sparse", SLOWLY) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
         wait_until(lambda: reachable(client))
         with client.stream("POST", COMPLETIONS, json=body) as response:
             lines = response.iter_lines()
@@ -550,7 +553,7 @@ def test_a_second_interrupt_ends_the_grace(engines: Path, tmp_path: Path):
     manifest["model"]["eos_token_id"] = []
     (endless / MANIFEST).write_text(json.dumps(manifest))
     body = {"prompt": "abc", "max_tokens": 4000, "temperature": 0, "stream": True}
-    with command(endless, ("-c", SLOW_SERVER)) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+    with command(endless, SLOWLY) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
         wait_until(lambda: reachable(client))
         with client.stream("POST", COMPLETIONS, json=body) as response:
             lines = response.iter_lines()

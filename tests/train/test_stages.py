@@ -15,7 +15,7 @@ from transformers import Qwen2Config
 from dsa_export.cli import UserError
 from dsa_export.model import AttentionTrace, load_model
 from dsa_export.model.checkpoint import load_config
-from train import finetune, joint, options, warmup
+from train import finetune, joint, options, precision, warmup
 from train.data import IGNORED, Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
@@ -236,19 +236,25 @@ def divergence(model: Path, teacher: Path) -> float:
 def test_the_base_learns_what_the_checkpoint_predicts_with_dense_attention(
     warm: Path, records: Path, tmp_path: Path
 ) -> None:
-    options = ["--steps", "60", "--lr", "2e-3", "--batch-size", "4"]
+    options = ["--steps", "60", "--lr", "2e-3", "--batch-size", "4", "--seed", "1"]
     own = joint_of(warm, records, tmp_path / "own", *options)
     published = joint_of(warm, records, tmp_path / "published", *options, "--objective", "next-token")
     assert divergence(own, warm) < divergence(warm, warm) < divergence(published, warm)
     steps = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()][1:-1]
     first, last = (sum(step["distillation"] for step in some) for some in (steps[:10], steps[-10:]))
     assert last < 0.75 * first
+    manifest = json.loads((own / "manifest.json").read_text())
+    assert manifest["after"]["distillation"] < 0.75 * manifest["before"]["distillation"]
 
 
-def test_with_everything_selected_there_is_nothing_to_distil(warm: Path) -> None:
-    model = load_model(warm, index_topk=64).train()
-    dense = joint.dense_teacher(str(warm), torch.float32, torch.device("cpu"))
-    assert joint.joint_terms(model, batch(), 64, teacher=dense)["distillation"].abs() < 1e-5
+@pytest.mark.parametrize("dtype", options.DTYPES)
+def test_with_everything_selected_there_is_nothing_to_distil(warm: Path, dtype: str) -> None:
+    """In bf16 too: the teacher rounds as the model does."""
+    cpu, compute = torch.device("cpu"), options.DTYPES[dtype]
+    model, dense = load_model(warm, index_topk=64).train(), joint.dense_teacher(str(warm), compute, cpu)
+    precision.prepare(model, compute)
+    with precision.autocast(cpu, compute):
+        assert joint.joint_terms(model, batch(), 64, teacher=dense)["distillation"].abs() < 1e-5
 
 
 def test_joint_training_trains_everything_and_writes_a_checkpoint(
@@ -595,6 +601,22 @@ def test_real_models_compute_in_bf16_where_that_is_fast(
     assert args.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "capabilities, fast",
+    [({"avx512_f": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), (None, False)],
+)
+def test_which_cpus_are_fast_in_bf16(
+    capabilities: dict[str, bool] | None, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: a torch that cannot tell."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if capabilities is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert precision.is_fast_in_bf16(torch.device("cpu")) == fast
+
+
 def test_bf16_computation_keeps_fp32_weights(tiny: Path, records: Path, tmp_path: Path) -> None:
-    out = trained(tiny, records, tmp_path / "w", "--dtype", "bf16")
+    warm = trained(tiny, records, tmp_path / "w", "--dtype", "bf16")
+    assert {tensor.dtype for tensor in weights(warm).values()} == {torch.float32}
+    out = joint_of(warm, records, tmp_path / "j", "--dtype", "bf16")
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}

@@ -2,8 +2,8 @@
 
 The warm-up attends to everything: the whole model learns by cross-entropy, and DSA's indexer, which starts from
 nothing, learns the attention beside it (its input is detached: the base does not notice). The main stage attends as the
-variant does: DSA by the losses of train.joint (the indexer by AdamW at the base's rate), NSA and dense by
-cross-entropy. NSA's warm-up is its own attention already.
+variant does: DSA by the losses of train.joint --objective next-token (the indexer by AdamW at the base's rate), NSA and
+dense by cross-entropy. NSA's warm-up is its own attention already.
 
 All twins of a seed start from the same weights, read the same windows in the same order, and make the same number of
 updates with the same learning rates: whatever is counted for one is counted for all, the warm-up included.
