@@ -50,7 +50,7 @@ from train.trainer import first_difference
 
 OUT = Path("out/evaluation")
 KIND, RESULTS = "evaluation", "results.json"
-TABLE_WIDTH = 112
+TABLE_WIDTH = 132
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"checkpoint with an indexer, folder or hub name [{DEFAULT_CHECKPOINT}]",
     )
     where.add_argument(
-        "--base", metavar="NAME", help="the checkpoint before training: dense, to tell drift from sparsity"
+        "--base", metavar="NAME", help="the checkpoint before training, dense: what all else is compared with as well"
     )
     where.add_argument(
         "--data", metavar="SOURCE", help="as in training [what the checkpoint was trained on, else stdlib]"
@@ -469,7 +469,11 @@ def text_table(record: Record) -> Table:
         f"{record['tokens_per_s_sparse']:.1f} sparse.",
         caption_justify="left",
     )  # fmt: skip
-    for name in ("selection", "k", "loss", "vs dense", "perplexity", "KL", "top-1", "recall", "normalised"):
+    columns = ["selection", "k", "loss", "vs dense", "perplexity", "KL", "top-1", "recall", "normalised"]
+    compared_with_base = "from_base" in dense  # older versions did not
+    if compared_with_base:
+        columns += ["vs base", "KL, base"]
+    for name in columns:
         table.add_column(name, justify="left" if name == "selection" else "right")
     recalls = {item["k"]: item for item in record["attention"]}
     shown = [("dense", "all", dense), *([("dense, base", "all", record["base"])] if record["base"] else [])]
@@ -488,6 +492,7 @@ def text_table(record: Record) -> Table:
             f"{row['top1']:.1%}" if row is not dense else "",
             f"{mass[recall]:.3f}" if mass and recall else "",
             f"{mass['normalised']:.3f}" if mass and rung == "trained" else "",
+            *([_increase(row["from_base"]), f"{row['from_base']['kl']:.4f}"] if compared_with_base else []),
         )
     return table
 

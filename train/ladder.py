@@ -43,8 +43,8 @@ Qwen2.5-0.5B single tokens, taken as independent, give a standard error about a 
 
 @dataclass
 class Score:
-    """Sums over labelled tokens: cross-entropy, KL(dense ‖ this) in nats, tokens that both predict alike; and by how
-    much the cross-entropy of each block of BLOCK tokens is above that of dense."""
+    """Sums over labelled tokens: cross-entropy, KL(reference ‖ this) in nats, tokens both predict alike; and by how
+    much the cross-entropy of each block of BLOCK tokens is above that of the reference."""
 
     loss: float = 0.0
     kl: float = 0.0
@@ -122,8 +122,10 @@ def random_indexers(model: DSAForCausalLM, seed: int = 0) -> Iterator[None]:
 
 
 @torch.no_grad()
-def score(heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: Tensor) -> dict[str, Score]:
-    """Scores hidden states [T, E] by name against those named "dense"; labels [T], -100 ignored, are shifted here.
+def score(
+    heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: Tensor, reference: str = "dense"
+) -> dict[str, Score]:
+    """Scores hidden states [T, E] by name against those named `reference`; labels [T], -100 ignored, are shifted here.
 
     heads: the output layer of every name that does not use that of "dense".
     """
@@ -131,18 +133,18 @@ def score(heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: 
     scores = {name: Score() for name in hidden}
     for chunk in rows.split(HEAD_ROWS):
         target = labels[chunk + 1]
-        dense = _log_probabilities(heads["dense"], hidden["dense"][chunk])
-        probabilities, predicted = dense.exp(), dense.argmax(-1)
-        dense_losses = -dense.gather(1, target[:, None]).double()
+        wanted = _log_probabilities(heads.get(reference, heads["dense"]), hidden[reference][chunk])
+        probabilities, predicted = wanted.exp(), wanted.argmax(-1)
+        wanted_losses = -wanted.gather(1, target[:, None]).double()
         for name, states in hidden.items():
-            other = dense if name == "dense" else _log_probabilities(heads.get(name, heads["dense"]), states[chunk])
+            other = wanted if name == reference else _log_probabilities(heads.get(name, heads["dense"]), states[chunk])
             losses = -other.gather(1, target[:, None]).double()
             scores[name] += Score(
                 loss=float(losses.sum()),
-                kl=float((probabilities * (dense - other)).sum()),
+                kl=float((probabilities * (wanted - other)).sum()),
                 agree=int((predicted == other.argmax(-1)).sum()),
                 tokens=len(chunk),
-                increases=[float(block.sum()) for block in (losses - dense_losses).split(BLOCK)],
+                increases=[float(block.sum()) for block in (losses - wanted_losses).split(BLOCK)],
             )
     return scores
 

@@ -100,7 +100,7 @@ class Study:
         meter = self.meter([choice.ks[0] for choice in uniform], maps=True)
         self.meters.append(meter)
         plan = self._plan(choices, length)
-        sums: dict[str, Score] = defaultdict(Score)
+        sums: dict[str, dict[str, Score]] = {reference: defaultdict(Score) for reference in heads}
         check: Record = {}
         for row in range(len(windows)):
             batch = windows.batch(torch.tensor([row]), self.device)
@@ -117,9 +117,13 @@ class Study:
                 with torch.no_grad():
                     hidden["base"] = self.base.model(input_ids).last_hidden_state[0]
                 self.tick()
-            for name, one in score(heads, hidden, batch["labels"][0]).items():
-                sums[name] += one
-        means = {name: _means(one, sums["dense"]) for name, one in sums.items()}
+            for reference, scores in sums.items():
+                for name, one in score(heads, hidden, batch["labels"][0], reference).items():
+                    scores[name] += one
+        means = {name: _means(one, sums["dense"]["dense"]) for name, one in sums["dense"].items()}
+        for name, one in sums.get("base", {}).items():
+            from_base = _means(one, sums["base"]["base"])
+            means[name]["from_base"] = {term: from_base[term] for term in ("increase", "increase_error", "kl", "top1")}
         ladder = [
             {
                 "rung": "auto" if choice.label == "auto" else rung,
@@ -132,7 +136,7 @@ class Study:
         record: Record = {
             "length": length,
             "windows": len(windows),
-            "tokens": sums["dense"].tokens,
+            "tokens": sums["dense"]["dense"].tokens,
             "full_selection": check,
             "dense": means["dense"],
             "base": means.get("base"),
@@ -202,13 +206,13 @@ class Study:
         return {int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
-def _means(one: Score, dense: Score) -> Record:
+def _means(one: Score, reference: Score) -> Record:
     loss, error = one.loss / one.tokens, one.increase_error
     return {
         "loss": loss,
         "perplexity": exp(loss),
-        "increase": one.loss / dense.loss - 1,
-        "increase_error": None if error is None else error / dense.loss,
+        "increase": one.loss / reference.loss - 1,
+        "increase_error": None if error is None else error / reference.loss,
         "kl": one.kl / one.tokens,
         "top1": one.agree / one.tokens,
     }

@@ -108,6 +108,10 @@ def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor)
     assert scores["dense"].kl == 0 and scores["dense"].agree == 28
     assert sum(scores["window"].increases) == pytest.approx(scores["window"].loss - scores["dense"].loss, rel=1e-4)
     assert scores["window"].increase_error is None  # one block tells no spread
+    other_way = score({"dense": model.lm_head}, states, labels, "window")
+    kl = torch.nn.functional.kl_div(dense, window, reduction="sum", log_target=True)
+    assert other_way["dense"].kl == pytest.approx(float(kl), rel=1e-4) and other_way["window"].kl == 0
+    assert other_way["dense"].increases == pytest.approx([-each for each in scores["window"].increases])
 
 
 def test_the_standard_error_of_an_increase_is_that_of_its_blocks(model) -> None:
@@ -212,7 +216,12 @@ def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, 
     options += ["--tasks", "passkey", "--task-lengths", "400", "--samples", "1"]
     command.main(arguments(checkpoint, records, out, *options))
     shown = capsys.readouterr().out
-    assert "Everything selected equals dense" in shown and "dense, base" in shown and "passkey" in shown
+    assert (
+        "Everything selected equals dense" in shown
+        and "dense, base" in shown
+        and "vs base" in shown
+        and "passkey" in shown
+    )
 
     assert json.loads((out / "manifest.json").read_text())["kind"] == "evaluation"
     results = json.loads((out / "results.json").read_text())
@@ -224,6 +233,9 @@ def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, 
     assert ("auto", json.dumps(chosen)) in rows and ("window", "24") in rows
     assert rows["best", "24"]["kl"] < rows["trained", "24"]["kl"]
     assert text["base"]["loss"] == pytest.approx(text["dense"]["loss"], rel=1e-6), "nothing was trained: no drift"
+    for row in (text["dense"], *text["ladder"]):
+        assert row["from_base"]["kl"] == pytest.approx(row["kl"], rel=1e-4, abs=1e-6)
+        assert row["from_base"]["increase"] == pytest.approx(row["increase"], rel=1e-4, abs=1e-6)
     assert text["full_selection"]["max_abs_error"] < 1e-3
     assert [record["k"] for record in text["attention"]] == [12, 24]
     assert results["tasks"][0]["answers"][0]["prompt_tokens"] <= 400
