@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -63,9 +64,14 @@ class Processes:
             dist.barrier()
 
     def leave(self) -> None:
-        """Ends the run together with the other processes."""
+        """Ends the run together with the other processes. DDP's wrapper may not be alive any more.
+
+        gloo's thread needs Python's lock to free the tensors of what it did last. If the process group goes, with the
+        lock held, before that (as in the destructor of DDP's reducer), both wait forever; if Python ends, it aborts.
+        """
         if self.count > 1:
             dist.barrier()
+            time.sleep(0.1)  # without the lock
             dist.destroy_process_group()
 
     @contextmanager

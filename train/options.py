@@ -394,6 +394,7 @@ def train(
     trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity, processes)
     trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
     trainer.run()
+    del trainer  # see leave()
     processes.leave()
 
 

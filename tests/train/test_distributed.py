@@ -77,14 +77,34 @@ def test_the_warm_up_under_accelerate_launch(tiny: Path, records: Path, warm: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
+LEAVING_ALONE = """
+import gc
+from torch.nn.parallel import DistributedDataParallel
+from dsa_export.cli import run
+from train import distributed, warmup
+
+leave = distributed.Processes.leave
+
+def leave_alone(self):
+    assert not [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+    leave(self)
+
+distributed.Processes.leave = leave_alone
+run(warmup.main)
+"""
+"""A warm-up that checks what Processes.leave() asks for."""
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_layers_that_follow_another_ones_indexer(tiny: Path, records: Path, tmp_path: Path, parallel: str) -> None:
     """The follower's loss reaches its leader's indexer, whose shards another layer gathered."""
+    script = tmp_path / "warmup.py"
+    script.write_text(LEAVING_ALONE)
     settings = ["--model", str(tiny), "--data", str(records), "--steps", "3", "--index-share", "2"]
     settings += [*SETTINGS, *INDEXER]
     warmup.main([*settings, "--out", str(tmp_path / "one")])
     options = ["--out", str(tmp_path / "two"), "--parallel", parallel]
-    result = launch([*TORCHRUN, "-m", "train.warmup"], [*settings, *options])
+    result = launch([*TORCHRUN, str(script)], [*settings, *options])
     assert result.returncode == 0, result.stderr
     # Muon computes in bf16: where shards are summed in another order, its steps differ by some percent.
     assert_same_run(tmp_path / "one", tmp_path / "two", apart=0.03 * 1e-2)
