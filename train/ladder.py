@@ -15,7 +15,7 @@ Shapes: T tokens of a window (one row), E hidden size, V vocabulary, N labelled 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from math import sqrt
@@ -123,29 +123,33 @@ def random_indexers(model: DSAForCausalLM, seed: int = 0) -> Iterator[None]:
 
 @torch.no_grad()
 def score(
-    heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: Tensor, reference: str = "dense"
-) -> dict[str, Score]:
-    """Scores hidden states [T, E] by name against those named `reference`; labels [T], -100 ignored, are shifted here.
+    heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: Tensor, references: Sequence[str] = ("dense",)
+) -> dict[str, dict[str, Score]]:
+    """Scores hidden states [T, E] by name against those of each reference: {reference: {name: Score}}.
 
     heads: the output layer of every name that does not use that of "dense".
+    labels: [T], -100 ignored; shifted here.
     """
     rows = (labels[1:] != IGNORED).nonzero()[:, 0]
-    scores = {name: Score() for name in hidden}
+    scores = {reference: {name: Score() for name in hidden} for reference in references}
     for chunk in rows.split(HEAD_ROWS):
-        target = labels[chunk + 1]
-        wanted = _log_probabilities(heads.get(reference, heads["dense"]), hidden[reference][chunk])
-        probabilities, predicted = wanted.exp(), wanted.argmax(-1)
-        wanted_losses = -wanted.gather(1, target[:, None]).double()
+        target = labels[chunk + 1][:, None]
+        wanted = {name: _log_probabilities(heads.get(name, heads["dense"]), hidden[name][chunk]) for name in references}
+        probabilities = {name: log_p.exp() for name, log_p in wanted.items()}
         for name, states in hidden.items():
-            other = wanted if name == reference else _log_probabilities(heads.get(name, heads["dense"]), states[chunk])
-            losses = -other.gather(1, target[:, None]).double()
-            scores[name] += Score(
-                loss=float(losses.sum()),
-                kl=float((probabilities * (wanted - other)).sum()),
-                agree=int((predicted == other.argmax(-1)).sum()),
-                tokens=len(chunk),
-                increases=[float(block.sum()) for block in (losses - wanted_losses).split(BLOCK)],
+            log_q = (
+                wanted[name] if name in wanted else _log_probabilities(heads.get(name, heads["dense"]), states[chunk])
             )
+            losses, predicted = -log_q.gather(1, target).double(), log_q.argmax(-1)
+            for reference, log_p in wanted.items():
+                increases = losses + log_p.gather(1, target).double()
+                scores[reference][name] += Score(
+                    loss=float(losses.sum()),
+                    kl=float((probabilities[reference] * (log_p - log_q)).sum()),
+                    agree=int((log_p.argmax(-1) == predicted).sum()),
+                    tokens=len(chunk),
+                    increases=[float(block.sum()) for block in increases.split(BLOCK)],
+                )
     return scores
 
 

@@ -117,9 +117,9 @@ class Study:
                 with torch.no_grad():
                     hidden["base"] = self.base.model(input_ids).last_hidden_state[0]
                 self.tick()
-            for reference, scores in sums.items():
-                for name, one in score(heads, hidden, batch["labels"][0], reference).items():
-                    scores[name] += one
+            for reference, scores in score(heads, hidden, batch["labels"][0], tuple(heads)).items():
+                for name, one in scores.items():
+                    sums[reference][name] += one
         means = {name: _means(one, sums["dense"]["dense"]) for name, one in sums["dense"].items()}
         for name, one in sums.get("base", {}).items():
             from_base = _means(one, sums["base"]["base"])

@@ -95,7 +95,8 @@ def test_random_indexers_are_new_repeatable_and_gone_afterwards(model) -> None:
 def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor) -> None:
     labels = ids[0].masked_fill(torch.arange(T) < 20, IGNORED)
     states = {"dense": hidden_states(model, ids, "dense", K), "window": hidden_states(model, ids, "window", K)}
-    scores = score({"dense": model.lm_head}, states, labels)
+    by_reference = score({"dense": model.lm_head}, states, labels, ("dense", "window"))
+    scores, other_way = by_reference["dense"], by_reference["window"]
     with torch.no_grad():
         dense, window = (model.lm_head(states[name])[19:-1].log_softmax(-1) for name in ("dense", "window"))
     target = labels[20:]
@@ -108,7 +109,6 @@ def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor)
     assert scores["dense"].kl == 0 and scores["dense"].agree == 28
     assert sum(scores["window"].increases) == pytest.approx(scores["window"].loss - scores["dense"].loss, rel=1e-4)
     assert scores["window"].increase_error is None  # one block tells no spread
-    other_way = score({"dense": model.lm_head}, states, labels, "window")
     kl = torch.nn.functional.kl_div(dense, window, reduction="sum", log_target=True)
     assert other_way["dense"].kl == pytest.approx(float(kl), rel=1e-4) and other_way["window"].kl == 0
     assert other_way["dense"].increases == pytest.approx([-each for each in scores["window"].increases])
@@ -118,7 +118,7 @@ def test_the_standard_error_of_an_increase_is_that_of_its_blocks(model) -> None:
     """The sum of independent blocks is spread by sqrt(blocks) times one; scores add up to the same."""
     hidden = torch.randn(2, 40 * BLOCK + 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(hidden.shape[1], dtype=torch.long)
-    both = score({"dense": model.lm_head}, {"dense": hidden[0], "other": hidden[1]}, labels)["other"]
+    both = score({"dense": model.lm_head}, {"dense": hidden[0], "other": hidden[1]}, labels)["dense"]["other"]
     with torch.no_grad():
         dense, other = (-model.lm_head(states[:-1]).log_softmax(-1)[:, 0] for states in hidden)
     blocks = (other - dense).view(40, BLOCK).sum(1)
