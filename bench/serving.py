@@ -3,8 +3,9 @@
     python -m engines.serve --engine out/engines/ort/sparse --port 8000
     python -m bench.serving --url http://127.0.0.1:8000 [--clients 1 2 4 8] [--prompt-characters 2000] [--max-tokens 64]
 
-Every client sends its requests one after the other, each with a text of its own (the standard library), greedy.
-One JSON line per number of clients goes to --out.
+Every client sends its requests one after the other, each with a text of its own (the standard library), greedy. With
+--turns a request becomes a conversation about its text: the next prompts are the text so far, the answer and a further
+line. One JSON line per number of clients goes to --out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,19 @@ def connect(url: str) -> httpx.Client:
     return httpx.Client(base_url=address, timeout=TIMEOUT)
 
 
-def answer(client: httpx.Client, prompt: str, max_tokens: int) -> tuple[int, int, float]:
-    """Prompt tokens, new tokens and seconds of one completion. Raises UserError unless the server gives one."""
+@dataclass(frozen=True)
+class Answer:
+    """What one completion took. cached: tokens of the prompt that the server had computed before."""
+
+    text: str
+    prompt: int
+    cached: int
+    new: int
+    seconds: float
+
+
+def answer(client: httpx.Client, prompt: str, max_tokens: int) -> Answer:
+    """One completion. Raises UserError unless the server gives one."""
     start = time.perf_counter()
     try:
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
@@ -64,36 +77,51 @@ def answer(client: httpx.Client, prompt: str, max_tokens: int) -> tuple[int, int
         said = f"{response.status_code} {response.reason_phrase}: {response.text[:300]}"
         raise UserError(f"{client.base_url} answers {said}; is --url what `python -m engines.serve` printed?")
     try:
-        usage = response.json()["usage"]
-        return int(usage["prompt_tokens"]), int(usage["completion_tokens"]), seconds
-    except (ValueError, KeyError, TypeError):
+        content = response.json()
+        text, usage = str(content["choices"][0]["text"]), content["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0  # not every server tells
+        return Answer(text, int(usage["prompt_tokens"]), int(cached), int(usage["completion_tokens"]), seconds)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(
-            f"{client.base_url} answers without a count of tokens: {response.text[:300]!r}; is --url what "
+            f"{client.base_url} answers without a text or a count of tokens: {response.text[:300]!r}; is --url what "
             "`python -m engines.serve` printed?"
         ) from None
 
 
-def measure(
-    client: httpx.Client, clients: int, requests: int, prompts: Sequence[str], max_tokens: int
-) -> dict[str, Any]:
-    """`clients` at once, `requests` of each."""
+def converse(client: httpx.Client, text: str, turns: int, max_tokens: int) -> list[Answer]:
+    """The answers to a text and to what follows from each of them."""
+    answers = []
+    for turn in range(turns):
+        answers.append(answer(client, text, max_tokens))
+        text += f"{answers[-1].text}\n\n# {turn + 2}. And what does the following do?\n"
+    return answers
 
-    def one(number: int) -> list[tuple[int, int, float]]:
-        own = prompts[number * requests : (number + 1) * requests]
-        return [answer(client, prompt, max_tokens) for prompt in own]
+
+def measure(
+    client: httpx.Client, clients: int, requests: int, turns: int, prompts: Sequence[str], max_tokens: int
+) -> dict[str, Any]:
+    """`clients` at once, `requests` conversations of each."""
+
+    def one(number: int) -> list[list[Answer]]:
+        own = range(number * requests, (number + 1) * requests)
+        # No server has seen a text that begins like this one.
+        return [converse(client, f"# {clients}.{i}\n{prompts[i]}", turns, max_tokens) for i in own]
 
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        answers = [one_answer for answers in pool.map(one, range(clients)) for one_answer in answers]
+        conversations = [conversation for of_one in pool.map(one, range(clients)) for conversation in of_one]
     wall = time.perf_counter() - start
+    answers = [answer for conversation in conversations for answer in conversation]
+    new = sum(answer.new for answer in answers)
     return {
         "clients": clients,
         "requests": len(answers),
-        "prompt_tokens": sum(prompt for prompt, _, _ in answers),
-        "new_tokens": sum(new for _, new, _ in answers),
+        "prompt_tokens": sum(answer.prompt for answer in answers),
+        "cached_tokens": sum(answer.cached for answer in answers),
+        "new_tokens": new,
         "seconds": wall,
-        "tokens_per_s": sum(new for _, new, _ in answers) / wall,
-        "answer_s": statistics.median(seconds for _, _, seconds in answers),
+        "tokens_per_s": new / wall,
+        "answer_s": [statistics.median(turn.seconds for turn in same) for same in zip(*conversations, strict=True)],
     }
 
 
@@ -106,21 +134,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--url", default="http://127.0.0.1:8000", help="the server")
     add("--clients", type=positive, nargs="+", default=[1, 2, 4], metavar="N", help="clients at once")
     add("--requests", type=positive, default=2, metavar="N", help="of each client")
+    add("--turns", type=positive, default=1, metavar="N", help="prompts of each request, each with all before it")
     add("--prompt-characters", type=positive, default=2000, metavar="N", help="length of the prompts")
     add("--max-tokens", type=positive, default=64, metavar="N", help="new tokens of each answer")
     add("--out", type=Path, default=Path("out/bench/serving.jsonl"), help="JSON lines")
     args = parser.parse_args(argv)
     check_output_file(args.out)
     prompts = texts(max(args.clients) * args.requests, args.prompt_characters)
-    table = Table("clients", "requests", "prompt tokens", "new tokens", "tokens/s of all", "seconds of an answer")
+    counts = ("clients", "requests", "prompt_tokens", "cached_tokens", "new_tokens")
+    table = Table(*(name.replace("_", " ") for name in counts), "tokens/s of all", "seconds of an answer, by turn")
     records = []
     with connect(args.url) as client:
         answer(client, prompts[0], 1)
         for clients in args.clients:
-            record = measure(client, clients, args.requests, prompts, args.max_tokens)
+            record = measure(client, clients, args.requests, args.turns, prompts, args.max_tokens)
             records.append(record | {"url": args.url, "machine": cpu_name()})
-            counts = [f"{record[name]:,}" for name in ("clients", "requests", "prompt_tokens", "new_tokens")]
-            table.add_row(*counts, f"{record['tokens_per_s']:.1f}", f"{record['answer_s']:.2f}")
+            seconds = ", ".join(f"{seconds:.2f}" for seconds in record["answer_s"])
+            table.add_row(*(f"{record[name]:,}" for name in counts), f"{record['tokens_per_s']:.1f}", seconds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, "".join(json.dumps(record) + "\n" for record in records))
     console.print(table)

@@ -148,14 +148,18 @@ class ChatRequest(GenerationRequest):
 
 @dataclass(frozen=True)
 class Usage:
+    """cached_tokens: those of the prompt that an earlier request had computed."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
 
-    def as_json(self) -> dict[str, int]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

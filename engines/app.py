@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -188,10 +188,19 @@ class Service:
         answers = [Answer(self.text, self._room(prompt, limit), body.stop_strings) for prompt in prompts]
         default = 1.0 if body.temperature is None else body.temperature
         sampling = Sampling(default, 1.0 if body.top_p is None else body.top_p, body.seed)
-        events = self._events(prompts, answers, sampling)
+        arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        requests = [
+            scheduler.Request(prompt, answer, Sampler(sampling, row=i), listener(arrived, i))
+            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+        events = self._events(requests, arrived)
 
         def usage() -> Usage:
-            return Usage(sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers))
+            return Usage(
+                prompt_tokens=sum(map(len, prompts)),
+                completion_tokens=sum(len(answer.tokens) for answer in answers),
+                cached_tokens=sum(request.cached for request in requests),
+            )
 
         try:
             if body.stream:
@@ -218,20 +227,12 @@ class Service:
         return limit or room
 
     async def _events(
-        self, prompts: list[list[int]], answers: list[Answer], sampling: Sampling
+        self, requests: Sequence[scheduler.Request], arrived: asyncio.Queue[tuple[int, Event]]
     ) -> AsyncIterator[tuple[int, Event]]:
-        """(choice, event) of all prompts until the last one ends. Raises ApiError. Closing it frees their rows."""
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        requests: list[scheduler.Request] = []
+        """(choice, event) of all requests until the last one ends. Raises ApiError. Closing it frees their rows."""
         try:
-            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-
-                def listener(event: Event, i: int = i) -> None:
-                    loop.call_soon_threadsafe(arrived.put_nowait, (i, event))
-
-                requests.append(scheduler.Request(prompt, answer, Sampler(sampling, row=i), listener))
-                self._submit(requests[-1])
+            for request in requests:
+                self._submit(request)
             running = len(requests)
             while running:
                 i, event = await arrived.get()
@@ -250,6 +251,16 @@ class Service:
             raise ApiError(429, str(error), code="rate_limit_exceeded") from None
         except Stopped as error:
             raise ApiError(503, str(error), code="unavailable") from None
+
+
+def listener(arrived: asyncio.Queue[tuple[int, Event]], choice: int) -> Callable[[Event], None]:
+    """Takes a request's events from the scheduler's thread to the event loop that is running now."""
+    loop = asyncio.get_running_loop()
+
+    def listen(event: Event) -> None:
+        loop.call_soon_threadsafe(arrived.put_nowait, (choice, event))
+
+    return listen
 
 
 async def in_thread(encode: Any, argument: Any) -> list[int]:

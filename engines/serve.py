@@ -33,7 +33,8 @@ def main() -> None:
     runner = open_runner(args.engine, threads=args.threads)
     engine = runner.engine
     slots = min(args.slots or engine.limits.max_batch, engine.limits.max_batch)
-    scheduler = Scheduler(runner, slots=slots, queue=args.queue)
+    prefix_cache = engine.limits.max_context if args.prefix_cache is None else args.prefix_cache
+    scheduler = Scheduler(runner, slots=slots, queue=args.queue, prefix_cache=prefix_cache)
     model = args.model_name or f"{engine.folder.resolve().name}-{engine.dtype}"
     app = create_app(scheduler, Text(engine), model=model, max_body=args.max_body_bytes)
     host, port = address.getsockname()[:2]
@@ -69,6 +70,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=32,
         metavar="N",
         help="requests that may wait; more get 429 (default: %(default)s)",
+    )
+    add(
+        "--prefix-cache",
+        type=not_negative,
+        metavar="TOKENS",
+        help="tokens of ended requests that are kept, so that a prompt which begins like one of them, as every turn of "
+        "a conversation does, is computed from where it differs; the answer may then differ by rounding; 0: compute "
+        "every prompt anew (default: the engine's context)",
     )
     add(
         "--grace",

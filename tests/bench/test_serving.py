@@ -29,8 +29,21 @@ def test_several_clients(runners: dict[str, Runner], tmp_path: Path, capsys: pyt
     assert [(r["clients"], r["requests"], r["new_tokens"]) for r in records] == [(1, 2, 10), (3, 6, 30)]
     for record in records:
         assert record["tokens_per_s"] == pytest.approx(record["new_tokens"] / record["seconds"])
-        assert 0 < record["answer_s"] <= record["seconds"]
+        assert 0 < record["answer_s"][0] <= record["seconds"]
+        assert record["cached_tokens"] < 5 * record["requests"]  # texts of their own
     assert str(out) in output
+
+
+def test_conversations(runners: dict[str, Runner], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every turn finds the ones before it computed, but for what of the answer becomes other tokens as a text."""
+    out = tmp_path / "serving.jsonl"
+    with server(runners["sparse"]) as client:
+        options = ["--clients", "2", "--requests", "1", "--prompt-characters", "200", "--max-tokens", "1"]
+        options += ["--turns", "3", "--url", str(client.base_url), "--out", str(out)]
+        assert run_command(serving.main, options, capsys)[0] == 0
+    record = json.loads(out.read_text())
+    assert record["requests"] == 6 and len(record["answer_s"]) == 3
+    assert 2 * (200 + 240) < record["cached_tokens"] < record["prompt_tokens"] - 2 * 200
 
 
 def test_no_server_and_too_long_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,12 +87,16 @@ def answering(status: int, body: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     "status, body, message",
     [
-        (200, b"<html>\n<p>hello", "answers without a count of tokens: '<html>"),
-        (200, b"\xff\x00", "answers without a count of tokens"),
-        (200, b'{"choices": []}', "answers without a count of tokens: '{\"choices\": []}'"),
-        (200, b'{"usage": null}', "answers without a count of tokens"),
-        (200, b'{"usage": {"prompt_tokens": 1, "completion_tokens": "many"}}', "answers without a count of tokens"),
-        (200, b"[1]", "answers without a count of tokens"),
+        (200, b"<html>\n<p>hello", "answers without a text or a count of tokens: '<html>"),
+        (200, b"\xff\x00", "answers without a text or a count of tokens"),
+        (200, b'{"choices": []}', "answers without a text or a count of tokens: '{\"choices\": []}'"),
+        (200, b'{"usage": null}', "answers without a text or a count of tokens"),
+        (
+            200,
+            b'{"usage": {"prompt_tokens": 1, "completion_tokens": "many"}}',
+            "answers without a text or a count of tokens",
+        ),
+        (200, b"[1]", "answers without a text or a count of tokens"),
         (404, b"no such\npage", "answers 404 Not Found: no such page; is --url"),
         (503, b"", "answers 503 Service Unavailable"),
     ],

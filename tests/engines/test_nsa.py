@@ -85,6 +85,23 @@ def test_an_engine_generates_what_torch_does(exported, tokens, tmp_path, capsys)
             assert answer == want.tolist()
 
 
+@pytest.mark.parametrize("backend", ["ort", "torch"])
+def test_another_text_after_the_first_tokens(exported, tokens, tmp_path, capsys, backend: str):
+    """Compressed blocks, whole or not, that the forgotten tokens were part of are written anew."""
+    options = ["--onnx", str(exported[1]), "--out", str(tmp_path), "--variant", "sparse", "--backend", backend]
+    assert run_command(engines_build.main, options, capsys)[0::2] == (0, "")
+    runner = open_runner(tmp_path / backend / "sparse")
+    first, second = tokens[0, :45], tokens[1, :45]
+    for common in (1, 7, 16, 30, 44):
+        session, alone = Session(runner), Session(runner)
+        session.prefill([first])
+        session.truncate(common)
+        expected = alone.prefill([torch.cat([first[:common], second[common:]]).numpy()])
+        np.testing.assert_allclose(session.prefill([second[common:].numpy()]), expected, atol=1e-4)
+        for token in first[:6].tolist():
+            np.testing.assert_allclose(session.decode([token]), alone.decode([token]), atol=1e-4)
+
+
 def test_bytes_that_a_call_reads(exported):
     graph = open_export(exported[1]).graphs["sparse"]
     row = 2 * 16 * 4  # one branch's K or V of one token: 2 heads of 16, fp32

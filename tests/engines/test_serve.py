@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from engines import serve
 from engines.app import Server, create_app
 from engines.ort import OrtRunner
 from engines.sampling import Sampler, Sampling
-from engines.scheduler import SMALLEST_CAPACITY, Event, Request, Scheduler
+from engines.scheduler import SMALLEST_CAPACITY, Batch, Event, Request, Row, Scheduler, neighbours
 from engines.session import Runner, Session
 from engines.text import Answer, Text
 from tests.engines import toy
@@ -45,7 +46,7 @@ def serving(
 
     endless: no token ends an answer. grace: seconds that a stop leaves to running requests.
     """
-    scheduler = Scheduler(runner, slots=slots, queue=queue)
+    scheduler = Scheduler(runner, slots=slots, queue=queue, prefix_cache=runner.engine.limits.max_context)
     text = Text(runner.engine)
     if endless:
         text.end_tokens = frozenset()
@@ -169,6 +170,8 @@ def test_a_stream_says_the_same_as_the_whole(client: httpx.Client):
     deltas = [part["choices"][0]["delta"] for part in parts[:-1]]
     assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
     assert deltas[0]["role"] == "assistant" and not any("role" in delta for delta in deltas[1:])
+    for usage in (parts[-1]["usage"], whole["usage"]):
+        del usage["prompt_tokens_details"]  # the stream finds the prompt computed
     assert parts[-1]["usage"] == whole["usage"]
     assert parts[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert {part["object"] for part in parts} == {"chat.completion.chunk"}
@@ -279,6 +282,195 @@ def test_a_long_prompt_does_not_stop_the_others(runners: dict[str, Runner], text
     scheduler.stop(20)
     assert order[:30] == ["short"] * 30
     assert order.index("long") == pytest.approx(4000 / 128, abs=2)
+
+
+# Prompts that begin like others
+
+
+@contextmanager
+def scheduling(runner: Runner, text: Text, **options: Any) -> Iterator[Scheduler]:
+    scheduler = Scheduler(runner, **{"slots": 3, "queue": 64, "prefix_cache": 8192, **options})
+    scheduler.start()
+    yield scheduler
+    scheduler.stop(20)
+
+
+@pytest.fixture
+def endless(text: Text, monkeypatch: pytest.MonkeyPatch) -> Text:
+    monkeypatch.setattr(text, "end_tokens", frozenset())
+    return text
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of every call that takes more than one per row."""
+    sizes: list[int] = []
+    original = OrtRunner.run
+
+    def run(self: OrtRunner, caches: Any, input_ids: np.ndarray, *lengths: np.ndarray) -> np.ndarray:
+        if input_ids.shape[1] > 1:
+            sizes.append(input_ids.shape[1])
+        return original(self, caches, input_ids, *lengths)
+
+    monkeypatch.setattr(OrtRunner, "run", run)
+    return sizes
+
+
+def begin(scheduler: Scheduler, text: Text, prompt: list[int], tokens: int) -> tuple[Request, threading.Event]:
+    """A greedy request, and what is set when it has ended."""
+    ended = threading.Event()
+
+    def listener(event: Event) -> None:
+        if event.finish_reason or event.error:
+            ended.set()
+
+    request = Request(prompt, Answer(text, tokens), Sampler(Sampling(temperature=0)), listener)
+    scheduler.submit(request)
+    return request, ended
+
+
+def ask(scheduler: Scheduler, text: Text, prompt: list[int], tokens: int) -> tuple[list[int], int]:
+    """The tokens of a greedy answer, and how many of the prompt's had been computed before."""
+    request, ended = begin(scheduler, text, prompt, tokens)
+    assert ended.wait(30)
+    return request.answer.tokens, request.cached
+
+
+def greedy(runner: Runner, prompt: list[int], tokens: int) -> list[int]:
+    session = Session(runner)
+    answer = [int(session.prefill([prompt]).argmax())]
+    while len(answer) < tokens:
+        answer.append(int(session.decode(answer[-1:]).argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("variant", ["dense", "sparse"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_conversation_computes_only_what_is_new(
+    runners: dict[str, Runner], endless: Text, variant: str, slots: int, computed: list[int]
+):
+    """Turn by turn, until it outgrows its batch; where there is room, other prompts come in between."""
+    runner, prompt, known = runners[variant], prompt_of(1700, 0), 0
+    with scheduling(runner, endless, slots=slots) as scheduler:
+        for turn in range(1, 6):
+            expected = greedy(runner, prompt, 10)
+            computed.clear()
+            assert ask(scheduler, endless, prompt, 10) == (expected, known)
+            assert sum(computed) == len(prompt) - known
+            known = len(prompt) + 9  # the last token of the answer is drawn, but not computed
+            prompt = [*prompt, *expected, *prompt_of(100, turn)]
+            if slots > 1:
+                other = prompt_of(50, 100 + turn)
+                assert ask(scheduler, endless, other, 3)[0] == greedy(runner, other, 3)
+    assert len(prompt) > SMALLEST_CAPACITY
+
+
+def test_a_prompt_begins_with_that_of_a_running_request(runners: dict[str, Runner], endless: Text):
+    runner, first = runners["sparse"], prompt_of(300, 0)
+    second = [*first[:200], *prompt_of(100, 1)]
+    second[200] = (first[200] + 1) % toy.END_OF_TEXT
+    with scheduling(runner, endless) as scheduler:
+        running, ended = begin(scheduler, endless, first, 400)
+        wait_until(lambda: running.answer.tokens)
+        assert ask(scheduler, endless, second, 20) == (greedy(runner, second, 20), 200)
+        assert ended.wait(30)
+    assert running.answer.tokens == greedy(runner, first, 400)
+
+
+def test_the_longest_unused_prefix_goes_first(runners: dict[str, Runner], endless: Text):
+    """Three prompts in places and tokens for two; the first is used again before the third comes."""
+    runner = runners["sparse"]
+    prompts = [[seed, *prompt_of(299, seed)] for seed in range(3)]
+    with scheduling(runner, endless, prefix_cache=700) as scheduler:
+        for i, known in [(0, 0), (1, 0), (0, 299), (2, 0), (0, 299), (1, 0)]:
+            assert ask(scheduler, endless, prompts[i], 5) == (greedy(runner, prompts[i], 5), known)
+
+
+def test_without_a_prefix_cache_every_prompt_is_computed(runners: dict[str, Runner], endless: Text):
+    with scheduling(runners["sparse"], endless, prefix_cache=0) as scheduler:
+        for _ in range(2):
+            assert ask(scheduler, endless, prompt_of(30, 0), 2)[1] == 0
+        running, ended = begin(scheduler, endless, prompt_of(30, 0), 200)
+        wait_until(lambda: running.answer.tokens)
+        assert ask(scheduler, endless, prompt_of(30, 0), 2)[1] == 0
+        assert ended.wait(30)
+
+
+def test_a_full_place_keeps_a_free_slot_for_the_rows_beside_it(runners: dict[str, Runner], endless: Text):
+    """A prompt fills its row to the last slot, and two rows around it decode on."""
+    runner = runners["sparse"]
+    prompts = [prompt_of(20, 0), prompt_of(SMALLEST_CAPACITY, 1), prompt_of(30, 2)]
+    with scheduling(runner, endless) as scheduler:
+        left, left_ended = begin(scheduler, endless, prompts[0], 600)
+        wait_until(lambda: left.answer.tokens)
+        full, full_ended = begin(scheduler, endless, prompts[1], 1)
+        right, right_ended = begin(scheduler, endless, prompts[2], 600)
+        assert all(ended.wait(60) for ended in (left_ended, full_ended, right_ended))
+        assert ask(scheduler, endless, prompts[1], 1) == (full.answer.tokens, SMALLEST_CAPACITY - 1)
+    for prompt, request in zip(prompts, (left, full, right), strict=True):
+        assert request.answer.tokens == greedy(runner, prompt, len(request.answer.tokens))
+
+
+def test_what_is_kept_goes_before_a_request_lacks_memory(
+    runners: dict[str, Runner], endless: Text, monkeypatch: pytest.MonkeyPatch
+):
+    """Memory for one batch: a long prompt takes that of short ones, which are computed anew."""
+    runner, allocated = runners["sparse"], []
+    original = type(runner).allocate
+
+    def allocate(self: Runner, batch: int, capacity: int) -> Any:
+        if batch > 1 and any(weakly() is not None for weakly in allocated):
+            raise UserError("no memory for the caches")
+        caches = original(self, batch, capacity)
+        if batch > 1:
+            allocated.append(weakref.ref(caches))
+        return caches
+
+    monkeypatch.setattr(type(runner), "allocate", allocate)
+    short, long = prompt_of(40, 0), prompt_of(SMALLEST_CAPACITY + 1, 1)
+    with scheduling(runner, endless) as scheduler:
+        for prompt, known in [(short, 0), (short, 39), (long, 0), (short, 0)]:
+            assert ask(scheduler, endless, prompt, 3) == (greedy(runner, prompt, 3), known)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_requests_with_common_prefixes_in_any_order(runners: dict[str, Runner], endless: Text, slots: int):
+    """Thirty prompts of branching texts at once; some leave early."""
+    runner, rng = runners["sparse"], np.random.default_rng(slots)
+    texts = [prompt_of(260, 0)]
+    for seed in range(1, 8):
+        parent = texts[rng.integers(len(texts))]
+        texts.append([*parent[: rng.integers(1, 260)], *prompt_of(260, seed)])
+    prompts = [texts[rng.integers(len(texts))][: rng.integers(1, 400)] for _ in range(30)]
+    limits = rng.integers(1, 12, 30).tolist()
+    with scheduling(runner, endless, slots=slots, prefix_cache=1000) as scheduler:
+        requests = [begin(scheduler, endless, *pair) for pair in zip(prompts, limits, strict=True)]
+        for request, _ in requests[::7]:
+            request.cancel()
+        assert all(ended.wait(60) for i, (_, ended) in enumerate(requests) if i % 7)
+    assert sum(request.cached for request, _ in requests) > 0
+    for i, (request, _) in enumerate(requests):
+        expected = greedy(runner, prompts[i], limits[i])
+        assert request.answer.tokens == (expected if i % 7 else expected[: len(request.answer.tokens)])
+
+
+def test_rows_far_apart_decode_in_calls_of_their_own(runners: dict[str, Runner], endless: Text):
+    batch = Batch(runners["sparse"], 12, SMALLEST_CAPACITY)
+    for number in (0, 1, 4, 8, 9):
+        row = Row(Request([1], Answer(endless, 1), Sampler(Sampling()), print))
+        row.batch, row.number, batch.places[number] = batch, number, row
+    assert [[row.number for row in group] for group in neighbours(batch.ready())] == [[0, 1, 4], [8, 9]]
+
+
+def test_usage_tells_what_was_cached(runners: dict[str, Runner], text: Text):
+    conversation = [{"role": "user", "content": "What is a KV cache?"}]
+    with serving(runners["sparse"]) as client:
+        for known in (0, len(text.chat(conversation)) - 1):
+            body = {"messages": conversation, "max_tokens": 3, "temperature": 0}
+            whole = client.post(CHAT, json=body).json()["usage"]
+            assert whole["prompt_tokens_details"] == {"cached_tokens": known}
+        *_, last = stream(client, CHAT, {**body, "stream_options": {"include_usage": True}})
+        assert last["usage"] == whole
 
 
 # Limits

@@ -338,6 +338,7 @@ def test_the_default_warm_up_decides_what_the_joint_stage_can_be_asked_for(tmp_p
         (warmup, ["--index-queries", "shared", "--index-heads", "3"], r"needs \(index_heads, index_dim\) = \(4, 16\)"),
         (warmup, ["--index-pool", "7"], "do not fit"),
         (joint, ["--index-pool", "7"], "do not fit"),
+        (joint, ["--topk", "48"], "--topk 48 selects everything in windows of 48 tokens"),
         (finetune, ["--nsa-stride", "7"], "nsa_stride"),
     ],
 )
