@@ -3,8 +3,11 @@
     python -m engines.generate --prompt "Write a haiku about sparse attention."
     python -m engines.generate --file article.txt --max-new-tokens 200
     git diff | python -m engines.generate --system "Summarise this change in one sentence."
+    python -m engines.generate --chat --file article.txt
 
-The answer goes to standard output as it appears, the figures to standard error.
+The answer goes to standard output as it appears, the figures to standard error. With --chat every further line of
+standard input is a message that has all before it in view; only what is new is computed. Ctrl-C ends an answer early,
+Ctrl-D the conversation.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from dsa_export.cli import UserError, errors, positive, progress_bar, run, thread_count
 from engines.sampling import Sampler, Sampling
-from engines.session import Session, open_runner
+from engines.session import Runner, Session, common_prefix, open_runner
 from engines.text import Answer, Text
 
 LONG_PROMPT = 2048
@@ -27,19 +30,20 @@ LONG_PROMPT = 2048
 
 def main() -> None:
     args = parse_arguments()
-    prompt_text = read_prompt(args)
+    message = None if args.chat and not (args.prompt or args.file) else read_prompt(args)
     runner = open_runner(args.engine, threads=args.threads)
     text = Text(runner.engine)
-    prompt = text.encode(prompt_text) if args.raw else text.chat(conversation(args.system, prompt_text))
-    session = Session(runner)
-    # The last token of an answer is shown, but need not fit into the caches.
-    room = runner.engine.limits.max_context - len(prompt) + 1
-    answer = Answer(text, max(1, min(args.max_new_tokens, room)), args.stop)
-    sampler = Sampler(Sampling(args.temperature, args.top_p, args.seed))
+    speaker = Speaker(runner, text, args)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    prefill_seconds, decode_seconds = stream(session, prompt, answer, sampler, write)
-    write("\n")
-    errors.print(figures(len(prompt), len(answer.tokens), prefill_seconds, decode_seconds))
+    if args.raw:
+        speaker.answer(text.encode(message or ""))
+    else:
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        message = message or next_message()
+        while message is not None:
+            messages.append({"role": "user", "content": message})
+            messages.append({"role": "assistant", "content": speaker.answer(text.chat(messages))})
+            message = next_message() if args.chat else None
     if runner.engine.random_indexer and runner.engine.variant == "sparse":
         errors.print(f"The indexer is random: do not trust answers beyond {min(runner.engine.topk)} tokens of context")
 
@@ -57,14 +61,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file")
     add("--system", metavar="TEXT", help="a system message before the prompt")
     add("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
+    add("--chat", action="store_true", help="go on with a line of standard input as the next message, and so on")
     add("--max-new-tokens", type=positive, default=256, metavar="N", help="(default: %(default)s)")
     add("--temperature", type=temperature, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
     add("--top-p", type=probability, default=1.0, metavar="P", help="nucleus sampling (default: %(default)s)")
     add("--seed", type=int, metavar="N", help="makes sampling repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
     args = parser.parse_args(arguments)
-    if args.raw and args.system:
-        parser.error("--system needs the chat template: leave out --raw")
+    if args.raw and (args.system or args.chat):
+        parser.error(f"{'--system' if args.system else '--chat'} needs the chat template: leave out --raw")
     if "" in args.stop:
         parser.error("--stop: an empty text would end every answer")
     return args
@@ -108,9 +113,52 @@ def read_prompt(args: argparse.Namespace) -> str:
     return text
 
 
-def conversation(system: str | None, prompt: str) -> list[dict[str, str]]:
-    first = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": prompt}]
+def next_message() -> str | None:
+    """The next line of standard input that says something; None at its end, or at Ctrl-C."""
+    try:
+        while not (line := input("> " if sys.stdin.isatty() else "").strip()):
+            pass
+        return line
+    except (EOFError, KeyboardInterrupt):
+        return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text (byte {error.start})") from None
+
+
+class Speaker:
+    """Answers prompts on a session; what a prompt has in common with the one before is not computed again."""
+
+    def __init__(self, runner: Runner, text: Text, args: argparse.Namespace):
+        self.session = Session(runner)
+        self.text = text
+        self.args = args
+        self.sampler = Sampler(Sampling(args.temperature, args.top_p, args.seed))
+        self.known: list[int] = []
+
+    def answer(self, prompt: list[int]) -> str:
+        """Writes the answer as it appears, and the figures after it; returns it. With --chat Ctrl-C ends it early."""
+        known = common_prefix(self.known, prompt)
+        self.session.truncate(known)
+        # The last token of an answer is shown, but need not fit into the caches.
+        room = self.session.engine.limits.max_context - len(prompt) + 1
+        answer = Answer(self.text, max(1, min(self.args.max_new_tokens, room)), self.args.stop)
+        shown: list[str] = []
+
+        def show(piece: str) -> None:
+            shown.append(piece)
+            write(piece)
+
+        try:
+            seconds = stream(self.session, prompt[known:], answer, self.sampler, show)
+        except KeyboardInterrupt:
+            if not self.args.chat:
+                raise
+            write(" …\n")
+        else:
+            write("\n")
+            errors.print(figures(known, len(prompt) - known, len(answer.tokens), *seconds))
+        self.known = [*prompt, *answer.tokens][: int(self.session.lengths[0])]
+        return "".join(shown)
 
 
 def stream(
@@ -134,10 +182,12 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def figures(prompt: int, new: int, prefill_seconds: float, decode_seconds: float) -> str:
+def figures(known: int, prompt: int, new: int, prefill_seconds: float, decode_seconds: float) -> str:
+    """known: tokens before the prompt's that were in the caches."""
+    before = f"{known} known + " if known else ""
     decode = f", decode {(new - 1) / decode_seconds:.1f} tokens/s" if new > 1 else ""
     return (
-        f"{prompt} + {new} tokens; time to first token {prefill_seconds:.2f} s, "
+        f"{before}{prompt} + {new} tokens; time to first token {prefill_seconds:.2f} s, "
         f"prefill {prompt / prefill_seconds:.1f} tokens/s{decode}; peak memory {peak_memory() / 2**20:,.0f} MiB"
     )
 

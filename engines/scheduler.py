@@ -25,7 +25,7 @@ import numpy as np
 from dsa_export.cli import UserError
 from engines.memory import chunk_tokens
 from engines.sampling import Sampler
-from engines.session import Runner, bucket
+from engines.session import Runner, bucket, common_prefix
 from engines.text import Answer
 
 SMALLEST_CAPACITY = 2048
@@ -80,12 +80,6 @@ class Prefix:
         self.used = time.monotonic()
         self.batch: Batch
         self.number = -1
-
-    def common(self, prompt: np.ndarray) -> int:
-        """How many tokens of a prompt are in these caches, from the first on; its last one has to be computed."""
-        size = min(self.length, len(prompt) - 1)
-        differ = np.flatnonzero(np.asarray(self.tokens[:size]) != prompt[:size])
-        return int(differ[0]) if len(differ) else size
 
 
 class Row(Prefix):
@@ -296,7 +290,7 @@ class Scheduler:
     def _longest_prefix(self, prompt: np.ndarray) -> tuple[Prefix | None, int]:
         """The caches that have most of a prompt's first tokens, and how many."""
         places = [place for batch in self._batches.values() for place in batch.places if place]
-        found = [(place.common(prompt), place) for place in places] if self.prefix_cache else []
+        found = [(common_prefix(p.tokens[: p.length], prompt), p) for p in places] if self.prefix_cache else []
         tokens, source = max(found, key=lambda pair: pair[0], default=(0, None))
         if not source or not tokens:
             return None, 0

@@ -233,6 +233,13 @@ class Session:
                 raise UserError(f"row {b}: token ids must lie in 0..{self.engine.model.vocab_size - 1}")
 
 
+def common_prefix(known: Tokens, prompt: Tokens) -> int:
+    """How many of a prompt's first tokens are the known ones; its last token has to be computed for its logits."""
+    size = min(len(known), len(prompt) - 1)
+    differ = np.flatnonzero(np.asarray(known[:size]) != np.asarray(prompt[:size]))
+    return int(differ[0]) if len(differ) else size
+
+
 def bucket(engine: Engine, tokens: int, smallest: int = MIN_CAPACITY) -> int:
     """The capacity of caches that are to hold `tokens`: a power of two, at most what the engine was built for."""
     if engine.backend in FIXED_CAPACITY:

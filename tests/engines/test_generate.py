@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +146,73 @@ def test_the_prompt_comes_from_a_file_or_standard_input(engines: Path, tmp_path:
     assert from_file[:2] == from_stdin[:2] == run_command(generate.main, [*options, "--prompt", "häl"], capsys)[:2]
 
 
+def conversation(engines: Path, lines: str, capsys, monkeypatch, *options: str) -> tuple[list[str], str]:
+    """The answers to the lines of standard input, and what is said beside them."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    answers: list[str] = []
+    original = generate.Speaker.answer
+    monkeypatch.setattr(
+        generate.Speaker, "answer", lambda self, prompt: (answers.append(original(self, prompt)), answers[-1])[1]
+    )
+    command = ["--engine", str(engines / "ort/sparse"), "--chat", "--max-new-tokens", "9", *options]
+    code, output, error = run_command(generate.main, command, capsys)
+    assert code == 0
+    assert output == "".join(answer + "\n" for answer in answers)
+    return answers, error
+
+
+def test_a_conversation_computes_what_is_new(engines: Path, capsys, monkeypatch):
+    """Every answer is the one that the whole conversation gets from an engine that knows nothing of it."""
+    answers, error = conversation(engines, "Hi\n\n  what? \nbye", capsys, monkeypatch, "--system", "Be brief")
+    session = Session(open_runner(engines / "ort" / "sparse"))
+    text, messages = Text(session.engine), [{"role": "system", "content": "Be brief"}]
+    for message, answer in zip(("Hi", "what?", "bye"), answers, strict=True):
+        messages.append({"role": "user", "content": message})
+        prompt = text.chat(messages)
+        session.truncate(0)
+        (tokens,) = session.generate([prompt], 9)
+        assert answer == "".join(pieces(text, tokens, limit=9))
+        messages.append({"role": "assistant", "content": answer})
+    figures = re.findall(r"(?:(\d+) known \+ )?(\d+) \+ \d+ tokens;", error)
+    assert len(figures) == 3 and figures[0][0] == ""
+    for known, new in figures[1:]:
+        assert int(known) >= len("system: Be brief\nuser: Hi\nassistant: ") and int(new) < 50
+
+
+def test_a_conversation_begins_with_a_file(engines: Path, tmp_path: Path, capsys, monkeypatch):
+    (tmp_path / "article").write_text("x" * 300)
+    answers, error = conversation(engines, "why?", capsys, monkeypatch, "--file", str(tmp_path / "article"))
+    assert len(answers) == 2 and re.search(r"3\d\d known \+ \d\d \+", error)
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_conversation(engines: Path, capsys, monkeypatch):
+    original, calls = Session.decode, []
+
+    def decode(self: Session, tokens: list[int]) -> np.ndarray:
+        calls.append(tokens)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, tokens)
+
+    monkeypatch.setattr(Session, "decode", decode)
+    monkeypatch.setattr(Text, "__init__", endless(Text.__init__))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\nbye\n")))
+    command = ["--engine", str(engines / "ort/sparse"), "--chat", "--max-new-tokens", "9"]
+    code, output, error = run_command(generate.main, command, capsys)
+    assert code == 0 and " …\n" in output and len(calls) == 4 + 8
+    assert error.count("time to first token") == 1
+
+
+def endless(init: Any) -> Any:
+    """Text whose end tokens end nothing."""
+
+    def without_end(self: Text, engine: Any) -> None:
+        init(self, engine)
+        self.end_tokens = frozenset()
+
+    return without_end
+
+
 def refusal(options: list[str], capsys) -> str:
     code, _, error = run_command(generate.main, options, capsys)
     assert code == 1
@@ -177,7 +246,14 @@ def test_an_engine_without_tokenizer_or_template(engines: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     "options",
-    [["--temperature", "-1"], ["--top-p", "0"], ["--max-new-tokens", "0"], ["--stop", ""], ["--raw", "--system", "x"]],
+    [
+        ["--temperature", "-1"],
+        ["--top-p", "0"],
+        ["--max-new-tokens", "0"],
+        ["--stop", ""],
+        ["--raw", "--system", "x"],
+        ["--raw", "--chat"],
+    ],
 )
 def test_wrong_arguments_exit_with_2(options: list[str], capsys):
     assert run_command(generate.main, options, capsys)[0] == 2
