@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -503,15 +504,20 @@ def _increase(row: Record) -> str:
 
 
 def task_table(records: Sequence[Record]) -> Table:
-    """Scores of dense and sparse in one task, a row per length."""
+    """Scores of dense and sparse in one task, a row per length; in brackets the nats per token of the right answer."""
     name, samples = records[0]["task"], records[0]["samples"]
     ks = list(dict.fromkeys(record["k"] for record in records))
-    table = Table(title=f"{name}, {samples} samples each: share of the expected strings in the answer")
+    table = Table(
+        title=f"{name}, {samples} samples each: share of the expected strings in the answer (nats per token of those)"
+    )
     for column in ("tokens", "dense", *(f"k = {k}" for k in ks)):
         table.add_column(column, justify="right")
     for length in dict.fromkeys(record["length"] for record in records):
         row = {r["k"]: r for r in records if r["length"] == length}
-        table.add_row(f"{length:,}", f"{row[ks[0]]['dense']:.2f}", *(f"{row[k]['sparse']:.2f}" for k in ks))
+        cells = [(row[ks[0]], "dense"), *((row[k], "sparse") for k in ks)]
+        nats = [r.get(f"{of}_nats", math.nan) for r, of in cells]  # older versions measured none
+        scores = [r[of] for r, of in cells]
+        table.add_row(f"{length:,}", *(f"{score:.2f} ({cost:.2f})" for score, cost in zip(scores, nats, strict=True)))
     return table
 
 

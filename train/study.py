@@ -167,26 +167,32 @@ class Study:
         return meter.caught()
 
     def task(self, name: str, length: int, samples: int, choices: Sequence[Choice], tokenizer: Any) -> list[Record]:
-        """One record per k: scores of dense and sparse on the same samples, and every answer."""
+        """One record per k: of dense and sparse on the same samples the score and the nats per token of the right
+        answer, and every answer."""
         model, limit = self.model, tasks.TASKS[name].answer_tokens
         ends = self.ends(tokenizer)
         scores: dict[str, list[float]] = defaultdict(list)
+        nats: dict[str, list[float]] = defaultdict(list)
         answers: list[Record] = []
         for number in range(samples):
             sample, prompt = tasks.fit(name, length, tokenizer, self.seed + number)
-            ids = torch.tensor([prompt], device=self.device)
+            rest = tokenizer(sample.rest, add_special_tokens=False)["input_ids"]
+            ids, right = (torch.tensor([tokens], device=self.device) for tokens in (prompt, rest))
             texts: dict[str, str] = {}
             for label, ks in [("dense", None), *((str(c), c.ks) for c in choices)]:
                 if ks and min(ks) >= length:  # everything is selected: that is dense, see _check_full
                     texts[label] = texts["dense"]
+                    nats[label].append(nats["dense"][-1])
                 else:
                     model.sparse = ks is not None
                     model.set_topk(ks or choices[0].ks)
-                    texts[label] = tokenizer.decode(tasks.answer(model, ids, limit, ends))
+                    found, cost = tasks.answer(model, ids, right, limit, ends)
+                    texts[label] = tokenizer.decode(found)
+                    nats[label].append(cost)
                 scores[label].append(tasks.recall(texts[label], sample.expected))
                 self.tick()
             answers.append({"prompt_tokens": len(prompt), "expected": list(sample.expected), "answers": texts})
-        mean = {label: sum(values) / samples for label, values in scores.items()}
+        mean, cost_of = ({label: sum(of[label]) / samples for label in of} for of in (scores, nats))
         return [
             {
                 "task": name,
@@ -195,6 +201,8 @@ class Study:
                 "k": str(choice),
                 "dense": mean["dense"],
                 "sparse": mean[str(choice)],
+                "dense_nats": cost_of["dense"],
+                "sparse_nats": cost_of[str(choice)],
                 "answers": answers if choice is choices[0] else None,
             }
             for choice in choices

@@ -9,8 +9,9 @@
     frequent    the three most frequent made-up words of a text whose word counts follow Zipf's law
 
 The definitions of the last five are RULER's (Hsieh et al., 2024): needles at random depths, the answer begun by the
-prompt, scored by the share of the expected strings that the answer contains. Running text is the docstrings of the
-standard library. Samples are a function of task, length, seed and tokenizer; dense and sparse answer the same ones.
+prompt, scored by the share of the expected strings that the answer contains. What the right answer costs in nats tells
+two models apart as well where neither finds it, or both always do. Running text is the docstrings of the standard
+library. Samples are a function of task, length, seed and tokenizer; dense and sparse answer the same ones.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dsa_export.cli import UserError
 from dsa_export.model import DSAForCausalLM
@@ -46,6 +48,11 @@ class Sample:
     question: str
     begun: str
     expected: tuple[str, ...]
+
+    @property
+    def rest(self) -> str:
+        """How a right answer goes on after `begun`."""
+        return ("" if self.begun.endswith('"') else " ") + ", ".join(self.expected)
 
 
 @dataclass(frozen=True)
@@ -284,22 +291,29 @@ def fit(name: str, length: int, tokenizer: Any, seed: int) -> tuple[Sample, list
 
 
 @torch.no_grad()
-def answer(model: DSAForCausalLM, prompt: Tensor, tokens: int, ends: set[int]) -> list[int]:
-    """Greedy answer to prompt [1, T] by the model as it is switched (model.sparse), with a KV cache.
+def answer(
+    model: DSAForCausalLM, prompt: Tensor, right: Tensor, tokens: int, ends: set[int]
+) -> tuple[list[int], float]:
+    """Answers prompt [1, T] greedily, as the model is switched (model.sparse), with a KV cache. Returns that, and what
+    the right answer [1, N] costs in its place: nats per token.
 
     On a CPU the prompt is read in the masked form, which is the same function and faster; decoding gathers.
     """
     model.train(prompt.device.type == "cpu")
     output = model(prompt, use_cache=True, logits_to_keep=1)
     model.eval()
+    forced = model(right, cache=output.cache, use_cache=True).logits
+    logits = torch.cat([output.logits, forced[:, :-1]], 1)
+    nats = cross_entropy(logits[0].float(), right[0]).item()
+    output.cache.crop(prompt.shape[1])
     found: list[int] = []
     while True:
         token = output.logits[:, -1:].argmax(-1)
         if int(token) in ends:
-            return found
+            return found, nats
         found.append(int(token))
         if len(found) == tokens:
-            return found
+            return found, nats
         output = model(token, cache=output.cache, use_cache=True)
 
 

@@ -121,6 +121,12 @@ class DSACache(Cache):
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return -1
 
+    def crop(self, max_length: int) -> None:
+        """Forgets what stands behind the first `max_length` tokens of every row, and columns of the batch."""
+        if self.lengths is not None:
+            self.lengths = self.lengths.clamp(max=max_length)
+            self.columns = min(self.columns, max_length)
+
     def reset(self) -> None:
         self.layers, self.lengths, self.columns, self.capacity = [], None, 0, 0
 

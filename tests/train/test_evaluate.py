@@ -360,15 +360,16 @@ def test_decoding_is_timed_with_every_kind_of_cache(checkpoint, options: dict) -
 def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, monkeypatch) -> None:
     asked: list[bool] = []
 
-    def answer(model, *_: object) -> list[int]:
+    def answer(model, *_: object) -> tuple[list[int], float]:
         asked.append(model.sparse)
-        return tokenizer.encode("no idea")
+        return tokenizer.encode("no idea"), 2.0 + model.sparse
 
     monkeypatch.setattr(tasks, "answer", answer)
     choices = [Choice(str(k), (k, k)) for k in (K, 400)]
     few, all_selected = Study(model, ["trained"], 1, 0).task("passkey", 400, 1, choices, tokenizer)
     assert asked == [False, True] and all_selected["k"] == "400"
     assert few["answers"][0]["answers"]["dense"] == few["answers"][0]["answers"]["400"]
+    assert [few["dense_nats"], few["sparse_nats"], all_selected["sparse_nats"]] == [2, 3, 2]
 
 
 AUTO = ["--k", "auto", "--k-budget", "24"]

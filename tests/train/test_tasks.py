@@ -20,6 +20,7 @@ def test_samples_fill_the_length_and_hold_their_answer(name: str, tokenizer) -> 
     assert len(set(sample.expected)) == len(sample.expected)
     text = tokenizer.decode(prompt)
     assert text.startswith("<|im_start|>user") and text.endswith(sample.begun)
+    assert recall(sample.rest, sample.expected) == 1 and (name == "kv") != sample.rest.startswith(" ")
     assert fit(name, 4000, tokenizer, seed=1)[0] == sample != fit(name, 4000, tokenizer, seed=2)[0]
     with pytest.raises(UserError, match=f"too short for the task {name}"):
         fit(name, 80, tokenizer, seed=1)
@@ -56,9 +57,12 @@ def test_answers_are_greedy(tiny: Path, sparse: bool) -> None:
     torch.manual_seed(0)
     model = load_model(tiny, index_heads=2, index_dim=16, index_topk=[6, 12])
     model.sparse = sparse
-    prompt = torch.randint(3, 250, (1, 40))
-    found = answer(model, prompt, 10, ends=set())
+    prompt, right = torch.randint(3, 250, (1, 40)), torch.randint(3, 250, (1, 6))
+    found, nats = answer(model, prompt, right, 10, ends=set())
     with torch.no_grad():
         logits = model.eval()(torch.cat([prompt, torch.tensor([found])], 1), use_cache=False).logits[0]
+        labels = torch.cat([torch.full((1, 40), -100), right], 1)
+        loss = model(torch.cat([prompt, right], 1), labels=labels, use_cache=False).loss
     assert found == logits[39:-1].argmax(-1).tolist() and len(found) == 10
-    assert answer(model, prompt, 10, ends={found[3]}) == found[: found.index(found[3])]
+    assert nats == pytest.approx(float(loss), rel=1e-4)
+    assert answer(model, prompt, right, 10, ends={found[3]})[0] == found[: found.index(found[3])]
