@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -100,12 +101,12 @@ def converse(client: httpx.Client, text: str, turns: int, max_tokens: int) -> li
 def measure(
     client: httpx.Client, clients: int, requests: int, turns: int, prompts: Sequence[str], max_tokens: int
 ) -> dict[str, Any]:
-    """`clients` at once, `requests` conversations of each."""
+    """`clients` at once, `requests` conversations of each, whose texts begin as none that a server has seen."""
+    unseen = uuid.uuid4().hex
 
     def one(number: int) -> list[list[Answer]]:
         own = range(number * requests, (number + 1) * requests)
-        # No server has seen a text that begins like this one.
-        return [converse(client, f"# {clients}.{i}\n{prompts[i]}", turns, max_tokens) for i in own]
+        return [converse(client, f"# {i} {unseen}\n{prompts[i]}", turns, max_tokens) for i in own]
 
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
@@ -115,7 +116,7 @@ def measure(
     new = sum(answer.new for answer in answers)
     return {
         "clients": clients,
-        "requests": len(answers),
+        "answers": len(answers),
         "prompt_tokens": sum(answer.prompt for answer in answers),
         "cached_tokens": sum(answer.cached for answer in answers),
         "new_tokens": new,
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_output_file(args.out)
     prompts = texts(max(args.clients) * args.requests, args.prompt_characters)
-    counts = ("clients", "requests", "prompt_tokens", "cached_tokens", "new_tokens")
+    counts = ("clients", "answers", "prompt_tokens", "cached_tokens", "new_tokens")
     table = Table(*(name.replace("_", " ") for name in counts), "tokens/s of all", "seconds of an answer, by turn")
     records = []
     with connect(args.url) as client:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsa_export.cli import UserError
 from dsa_export.model.cache import fill_randomly
 from engines.artifacts import Engine
+from engines.memory import OutOfMemory
 
 
 @dataclass
@@ -42,7 +42,7 @@ class DeviceRunner:
         except torch.OutOfMemoryError:
             gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
             what = f"{gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)"
-            raise UserError(f"the GPU has no memory for {what}") from None
+            raise OutOfMemory(f"the GPU has no memory for {what}") from None
         return DeviceCaches(batch, capacity, tensors)
 
     def rows(self, caches: DeviceCaches, start: int, stop: int) -> DeviceCaches:
@@ -50,7 +50,7 @@ class DeviceRunner:
 
     def copy(self, source: DeviceCaches, target: DeviceCaches, tokens: int, *, release: bool = False) -> None:
         for name, tensor in target.tensors.items():
-            rows = min(tokens, source.tensors[name].shape[2])
+            rows = min(tokens, source.tensors[name].shape[2], tensor.shape[2])
             tensor[:, :, :rows] = source.tensors[name][:, :, :rows]
             if release:
                 del source.tensors[name]

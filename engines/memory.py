@@ -21,6 +21,10 @@ WORKSPACE_BYTES = 512 * 2**20
 """Bound of what one layer may need for one prefill chunk; the chunk is halved until it fits."""
 
 
+class OutOfMemory(UserError):
+    """There was no memory for caches or for a call: with less in use it may work."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes. caches: what every row's full context takes. workspace: one layer's, for the largest call."""

@@ -18,6 +18,7 @@ from dsa_export.cli import UserError, usable_cpus
 from dsa_export.files import MANIFEST
 from engines import ort_graph
 from engines.artifacts import Engine, Variant, rebuild_command
+from engines.memory import OutOfMemory
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "uint8": np.uint8}
@@ -60,7 +61,7 @@ class OrtRunner:
             }
         except MemoryError:
             gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
-            raise UserError(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
+            raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
         return self._bind(batch, capacity, arrays)
 
     def rows(self, caches: OrtCaches, start: int, stop: int) -> OrtCaches:
@@ -73,7 +74,7 @@ class OrtRunner:
             source.binding.clear_binding_inputs()
             source.binding.clear_binding_outputs()
         for name, _ in self.engine.cache_names():
-            rows = min(tokens, source.arrays[name].shape[2])
+            rows = min(tokens, source.arrays[name].shape[2], target.arrays[name].shape[2])
             target.arrays[name][:, :, :rows] = source.arrays[name][:, :, :rows]
             if release:
                 del source.arrays[name]
@@ -123,7 +124,7 @@ def run_failure(engine: Engine, error: Exception) -> UserError:
     if "Failed to allocate memory" in text or "bad_alloc" in text:
         size = re.search(r"requested buffer of size (\d+)", text)
         wanted = f" of {int(size[1]) / 2**20:,.0f} MiB" if size else ""
-        return UserError(
+        return OutOfMemory(
             f"no memory for the workspace{wanted} of a call of {engine.folder}: fewer or shorter rows need less"
         )
     return UserError(f"ONNX Runtime failed in {engine.folder}: {text}")

@@ -3,10 +3,10 @@
 Every running request has a row in a batch of caches. Batches differ in capacity, so that a long request does not make
 short ones pay for its length; a request that outgrows its batch moves its row to the next. A round pre-fills one chunk
 of one request and then decodes one token of every other: neither kind starves the other. Rows are views of the
-batch's memory, so a call can take any run of neighbouring rows, and nothing is copied.
+batch's memory, so a call can take any run of neighbouring rows, and nothing is copied for it.
 
-A request that has ended leaves its tokens in its place until the place or the memory is needed. The next prompt that
-begins with the same tokens, as every turn of a conversation does, takes them from there and computes only the rest.
+A prompt that begins like that of another request, ended or running, copies what that has computed. If the other is
+still computing it, it waits its turn.
 
 Shapes: B rows of a call, S tokens of a call, V vocabulary.
 """
@@ -14,7 +14,6 @@ Shapes: B rows of a call, S tokens of a call, V vocabulary.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,15 +22,14 @@ from typing import Any
 import numpy as np
 
 from dsa_export.cli import UserError
-from engines.memory import chunk_tokens
+from engines.memory import OutOfMemory, chunk_tokens
+from engines.prefix_cache import SHORTEST, PrefixCache
 from engines.sampling import Sampler
 from engines.session import Runner, bucket, common_prefix
 from engines.text import Answer
 
 SMALLEST_CAPACITY = 2048
 """Fewer batches mean fewer calls: below this, sharing a batch is worth more than short rows."""
-LARGEST_GAP = 2
-"""Rows between two that decode, which a call takes along in vain; more of them cost more than a second call."""
 
 
 class Busy(Exception):
@@ -55,7 +53,7 @@ class Request:
     """A prompt to be continued. `listener` is called from the scheduler's thread and must not block.
 
     The prompt and the answer's limit together must fit into the engine (the answer's last token need not).
-    `cached`: how many of the prompt's tokens an earlier request had computed; known with the first event.
+    `cached`: how many of the prompt's tokens another request had computed; known with the first event.
     """
 
     def __init__(self, prompt: Sequence[int], answer: Answer, sampler: Sampler, listener: Callable[[Event], None]):
@@ -71,42 +69,30 @@ class Request:
         self.cancelled = True
 
 
-class Prefix:
-    """Tokens, of which the first `length` stand in the caches of a place in a batch: what an ended request has left."""
-
-    def __init__(self, tokens: Sequence[int]):
-        self.tokens = list(tokens)
-        self.length = len(self.tokens)
-        self.used = time.monotonic()
-        self.batch: Batch
-        self.number = -1
-
-
-class Row(Prefix):
-    """A running request: its place, its tokens, and how many of them are in the caches.
+class Row:
+    """A running request: its place, the tokens in its caches, and those that are not there yet.
 
     A row with one pending token, be it the last of the prompt or the one just drawn, is decoded with its neighbours.
     """
 
     def __init__(self, request: Request):
-        super().__init__(request.prompt.tolist())
-        self.length = 0
         self.request = request
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.length
+        self.started = False
+        self.length = 0
+        self.pending = request.prompt
+        self.batch: Batch
+        self.number = -1
 
 
 class Batch:
-    """Caches of one capacity, with a place for every slot of the scheduler."""
+    """Caches of one capacity, with a row for every slot of the scheduler."""
 
     def __init__(self, runner: Runner, slots: int, capacity: int):
         self.runner = runner
         self.caches = runner.allocate(slots, capacity)
         self.capacity = capacity
         self.chunk = chunk_tokens(runner.engine, runner.engine.limits.prefill_chunk, 1, capacity)
-        self.places: list[Prefix | None] = [None] * slots
+        self.rows: list[Row | None] = [None] * slots
         self._views: dict[tuple[int, int], Any] = {}
 
     def view(self, start: int, stop: int) -> Any:
@@ -114,96 +100,63 @@ class Batch:
             self._views[start, stop] = self.runner.rows(self.caches, start, stop)
         return self._views[start, stop]
 
-    @property
-    def rows(self) -> list[Row]:
-        """The running requests, in the order of their places."""
-        return [place for place in self.places if isinstance(place, Row)]
+    def take(self, row: Row) -> None:
+        """Gives a row the first free place, with the tokens that it brings from another batch."""
+        number = self.rows.index(None)
+        if row.length:
+            source = row.batch.view(row.number, row.number + 1)
+            self.runner.copy(source, self.view(number, number + 1), row.length)
+            row.batch.free(row)
+        self.rows[number] = row
+        row.batch, row.number = self, number
 
-    @property
-    def kept(self) -> list[Prefix]:
-        """What ended requests have left."""
-        return [place for place in self.places if place and not isinstance(place, Row)]
-
-    def take(self, row: Row, source: Prefix | None, tokens: int) -> None:
-        """Gives a row a place, with the first `tokens` tokens of the caches of `source`.
-
-        A source of which nothing more is wanted gives up its place, or is continued in it.
-        """
-        used_up = source and source.length == tokens and (source is row or not isinstance(source, Row))
-        number = source.number if source and used_up and source.batch is self else self._free_place()
-        if source and (source.batch, source.number) != (self, number):
-            old = source.batch.view(source.number, source.number + 1)
-            self.runner.copy(old, self.view(number, number + 1), tokens)
-            if used_up:
-                source.batch.places[source.number] = None
-        self.places[number] = row
-        row.batch, row.number, row.length = self, number, tokens
-
-    def _free_place(self) -> int:
-        """An empty place, or else the one that has been kept the longest without use."""
-        if None in self.places:
-            return self.places.index(None)
-        return min(self.kept, key=lambda prefix: prefix.used).number
-
-    def leave(self, row: Row, *, keep: bool) -> None:
-        """Ends a row. keep: its tokens stay, but for one if the place is full: a row in between needs a free slot."""
-        self.places[row.number] = None
-        if keep and row.length:
-            kept = Prefix(row.tokens[: min(row.length, self.capacity - 1)])
-            kept.batch, kept.number = self, row.number
-            self.places[row.number] = kept
+    def free(self, row: Row) -> None:
+        self.rows[row.number] = None
 
     def prefill(self, row: Row) -> np.ndarray | None:
         """One chunk of a row's pending tokens. Returns logits [V] when none are left."""
-        S = min(row.pending, self.chunk)
+        S = min(len(row.pending), self.chunk)
         caches = self.view(row.number, row.number + 1)
-        chunk = np.array([row.tokens[row.length : row.length + S]], np.int64)
-        logits = self.runner.run(caches, chunk, np.array([row.length]), np.array([S]))
+        logits = self.runner.run(caches, row.pending[None, :S], np.array([row.length]), np.array([S]))
         row.length += S
-        return None if row.pending else logits[0]
+        row.pending = row.pending[S:]
+        return None if len(row.pending) else logits[0]
 
     def ready(self) -> list[Row]:
         """The rows with one token pending, in the order of their places."""
-        return [row for row in self.rows if row.pending == 1]
+        return [row for row in self.rows if row and len(row.pending) == 1]
 
-    def decode(self, ready: list[Row]) -> list[tuple[Row, np.ndarray]]:
-        """One token of each of these rows. Returns them with their logits [V], valid until the next call.
+    def decode(self) -> list[tuple[Row, np.ndarray]]:
+        """One token of every row that has one pending. Returns them with their logits [V], valid until the next call.
 
         Rows in between take part: their dummy token lands behind their end, where nothing is visible.
         """
+        ready = self.ready()
+        if not ready:
+            return []
         start, stop = ready[0].number, ready[-1].number + 1
         input_ids = np.zeros((stop - start, 1), np.int64)
-        past_lengths = np.array([place.length if place else 0 for place in self.places[start:stop]], np.int64)
+        past_lengths = np.array([row.length if row else 0 for row in self.rows[start:stop]], np.int64)
         for row in ready:
-            input_ids[row.number - start] = row.tokens[-1]
+            input_ids[row.number - start] = row.pending
         logits = self.runner.run(self.view(start, stop), input_ids, past_lengths, np.ones(stop - start, np.int64))
         for row in ready:
             row.length += 1
+            row.pending = row.pending[1:]
         return [(row, logits[row.number - start]) for row in ready]
-
-
-def neighbours(rows: list[Row]) -> list[list[Row]]:
-    """Rows of a batch in groups without gaps of more than LARGEST_GAP: one call each."""
-    groups: list[list[Row]] = []
-    for row in rows:
-        if groups and row.number - groups[-1][-1].number - 1 <= LARGEST_GAP:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
 
 
 class Scheduler:
     """Runs up to `slots` requests at a time; up to `queue` more wait their turn, first come first served.
 
-    prefix_cache: how many tokens of ended requests are kept for prompts that begin alike; 0: none are reused at all.
+    prefix_cache: tokens of ended requests that are kept for prompts that begin alike; 0: no prompt takes from another.
     """
 
     def __init__(self, runner: Runner, *, slots: int, queue: int, prefix_cache: int = 0):
         self.runner = runner
+        self.prefixes = PrefixCache(runner, prefix_cache)
         self.slots = slots
         self.queue = queue
-        self.prefix_cache = prefix_cache
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._rows: list[Row] = []
@@ -268,13 +221,10 @@ class Scheduler:
         with self._changed:
             self._waiting = deque(request for request in self._waiting if not request.cancelled)
         self._admit()
-        prompts = [row for row in self._rows if row.pending > 1]
-        if prompts:
-            self._prefill(prompts[0])
+        self._prefill()
         for batch in list(self._batches.values()):
-            for rows in neighbours(batch.ready()):
-                self._decode(batch, rows)
-        for capacity in [c for c, batch in self._batches.items() if not any(batch.places)]:
+            self._decode(batch)
+        for capacity in [c for c, batch in self._batches.items() if not any(batch.rows)]:
             if capacity > min(self._batches):
                 del self._batches[capacity]
 
@@ -283,65 +233,67 @@ class Scheduler:
             with self._changed:
                 row = Row(self._waiting.popleft())
                 self._rows.append(row)
-            source, tokens = self._longest_prefix(row.request.prompt)
-            row.request.cached = tokens
-            self._place(row, source, tokens)
+            self._place(row)
 
-    def _longest_prefix(self, prompt: np.ndarray) -> tuple[Prefix | None, int]:
-        """The caches that have most of a prompt's first tokens, and how many."""
-        places = [place for batch in self._batches.values() for place in batch.places if place]
-        found = [(common_prefix(p.tokens[: p.length], prompt), p) for p in places] if self.prefix_cache else []
-        tokens, source = max(found, key=lambda pair: pair[0], default=(0, None))
-        if not source or not tokens:
-            return None, 0
-        source.used = time.monotonic()
-        return source, tokens
-
-    def _place(self, row: Row, source: Prefix | None, tokens: int) -> None:
-        """Finds a place in a batch with room for the row's tokens, the first `tokens` of which come from `source`."""
-        capacity = bucket(self.runner.engine, len(row.tokens), SMALLEST_CAPACITY)
+    def _place(self, row: Row) -> None:
+        """Finds a row in a batch with room for the pending tokens."""
+        capacity = bucket(self.runner.engine, row.length + len(row.pending), SMALLEST_CAPACITY)
         try:
             if capacity not in self._batches:
-                self._batches[capacity] = self._allocate(capacity, source)
-            self._batches[capacity].take(row, source, tokens)
+                self._batches[capacity] = self._allocate(capacity)
+            self._batches[capacity].take(row)
         except (UserError, MemoryError) as error:
             self._fail(row, error)
 
-    def _allocate(self, capacity: int, source: Prefix | None) -> Batch:
-        """A new batch; what ended requests have left, but for `source`, goes where there is no memory for it."""
+    def _allocate(self, capacity: int) -> Batch:
         try:
             return Batch(self.runner, self.slots, capacity)
-        except (UserError, MemoryError):
-            if not self._forget(source):
+        except (OutOfMemory, MemoryError):
+            if not self.prefixes.clear():
                 raise
         return Batch(self.runner, self.slots, capacity)
 
-    def _forget(self, wanted: Prefix | None = None) -> bool:
-        """Frees the batches in which no request is running and nothing is wanted. Returns whether there were any."""
-        idle = [c for c, batch in self._batches.items() if not batch.rows and not (wanted and wanted.batch is batch)]
-        for capacity in idle:
-            self._batches.pop(capacity).places.clear()  # they refer to the batch, which would outlive this
-        return bool(idle)
-
-    def _prefill(self, row: Row) -> None:
+    def _prefill(self) -> None:
+        """One chunk of the first prompt that need not wait for another."""
+        prompts = [row for row in self._rows if len(row.pending) > 1]
+        row = next((row for row in prompts if row.started or self._start(row)), None)
+        if row is None or len(row.pending) == 1:
+            return
         with self._changed:  # whose turn it was goes to the end
             self._rows.remove(row)
             self._rows.append(row)
         try:
             logits = row.batch.prefill(row)
         except (UserError, MemoryError) as error:
-            if not self._forget():  # else the next round tries again
-                self._fail(row, error)
+            self._fail(row, error, again=True)
             return
         if logits is not None:
             self._next_token(row, logits)
 
-    def _decode(self, batch: Batch, rows: list[Row]) -> None:
+    def _start(self, row: Row) -> bool:
+        """Copies what others have computed of a prompt. Returns False if it is better to wait for more of that."""
+        prompt = row.request.prompt
+        tokens, prefix = self.prefixes.longest(prompt)
+        source = prefix.caches if prefix else None
+        for other in self._rows if self.prefixes.limit else []:
+            common = common_prefix(other.request.prompt, prompt)
+            if other.started and common >= tokens + SHORTEST:
+                if other.length < common:
+                    return False
+                tokens, prefix, source = common, None, other.batch.view(other.number, other.number + 1)
+        if source:
+            self.runner.copy(source, row.batch.view(row.number, row.number + 1), tokens)
+        if prefix:
+            self.prefixes.taken(prefix, tokens)
+        row.started, row.length, row.pending = True, tokens, prompt[tokens:]
+        row.request.cached = tokens
+        return True
+
+    def _decode(self, batch: Batch) -> None:
         try:
-            decoded = batch.decode(rows)
+            decoded = batch.decode()
         except (UserError, MemoryError) as error:  # the longest row needs most: the others try again without it
-            if not self._forget():
-                self._fail(max(rows, key=lambda row: row.length), error)
+            self._fail(max(batch.ready(), key=lambda row: row.length), error, again=True)
             return
         for row, logits in decoded:
             self._next_token(row, logits)
@@ -359,11 +311,14 @@ class Scheduler:
         if request.answer.finish_reason:
             self._leave(row)
             return
-        row.tokens.append(token)
-        if len(row.tokens) > row.batch.capacity:
-            self._place(row, row, row.length)
+        row.pending = np.array([token], np.int64)
+        if row.length + 1 > row.batch.capacity:
+            self._place(row)
 
-    def _fail(self, row: Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception, *, again: bool = False) -> None:
+        """Ends a request with an error. again: the next round may try again if there will be more memory then."""
+        if again and isinstance(error, (OutOfMemory, MemoryError)) and self.prefixes.clear():
+            return
         self._leave(row, keep=False)
         row.request.listener(Event(error=error))
 
@@ -371,10 +326,7 @@ class Scheduler:
         self._rows.remove(row)
         if row.number < 0:
             return
-        row.batch.leave(row, keep=keep)
-        kept = sorted((p for batch in self._batches.values() for p in batch.kept), key=lambda prefix: prefix.used)
-        surplus = sum(prefix.length for prefix in kept) - self.prefix_cache
-        for prefix in kept:
-            if surplus > 0:
-                prefix.batch.places[prefix.number] = None
-                surplus -= prefix.length
+        if keep:
+            tokens = np.concatenate([row.request.prompt, np.array(row.request.answer.tokens, np.int64)])[: row.length]
+            self.prefixes.keep(tokens, row.batch.view(row.number, row.number + 1))
+        row.batch.free(row)

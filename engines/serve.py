@@ -75,9 +75,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--prefix-cache",
         type=not_negative,
         metavar="TOKENS",
-        help="tokens of ended requests that are kept, so that a prompt which begins like one of them, as every turn of "
-        "a conversation does, is computed from where it differs; the answer may then differ by rounding; 0: compute "
-        "every prompt anew (default: the engine's context)",
+        help="tokens of ended requests whose caches are kept beside those of running ones: a prompt that begins like "
+        "one of them, as every turn of a conversation does, is computed from where it differs. Answers may differ by "
+        "rounding, and usage tells any client what others have sent. 0: compute every prompt anew (default: the "
+        "engine's context)",
     )
     add(
         "--grace",

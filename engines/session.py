@@ -47,7 +47,7 @@ class Runner(Protocol):
         """Rows start..stop-1 of some caches as caches of their own, in the same memory."""
 
     def copy(self, source: Any, target: Any, tokens: int, *, release: bool = False) -> None:
-        """Copies the first `tokens` slots of every cache from one to another of as many rows.
+        """Copies the first `tokens` slots of every cache from one to another of as many rows; both must have them.
 
         release: gives the source's memory back tensor by tensor, where the backend can; it is unusable afterwards.
         """

@@ -23,6 +23,7 @@ from dsa_export.model.cache import fill_randomly
 from dsa_export.onnx.export import StepGraph
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
+from engines.memory import OutOfMemory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -78,7 +79,9 @@ class TorchRunner:
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU allocator raises a RuntimeError
             if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
                 gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
-                raise UserError(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
+                raise OutOfMemory(
+                    f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)"
+                ) from None
             raise
         return TorchCaches(batch, capacity, tensors)
 
@@ -89,7 +92,7 @@ class TorchRunner:
         if release:
             source.capture = None
         for i, tensor in enumerate(target.tensors):
-            rows = min(tokens, source.tensors[i].shape[2])
+            rows = min(tokens, source.tensors[i].shape[2], tensor.shape[2])
             tensor[:, :, :rows] = source.tensors[i][:, :, :rows]
             if release:
                 source.tensors[i] = torch.empty(0)

@@ -14,6 +14,7 @@ from dsa_export.files import read_manifest
 from dsa_export.model import load_model
 from engines import build as engines_build
 from engines.artifacts import open_engine, open_export
+from engines.prefix_cache import PrefixCache
 from engines.session import Session, open_runner
 from tests.conftest import build_tokenizer
 from tests.dsa_export.conftest import Graph, export_command
@@ -100,6 +101,23 @@ def test_another_text_after_the_first_tokens(exported, tokens, tmp_path, capsys,
         np.testing.assert_allclose(session.prefill([second[common:].numpy()]), expected, atol=1e-4)
         for token in first[:6].tolist():
             np.testing.assert_allclose(session.decode([token]), alone.decode([token]), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["ort", "torch"])
+def test_a_short_prompt_takes_the_beginning_of_a_long_one(exported, tokens, tmp_path, capsys, backend: str):
+    """From larger caches to smaller ones, of which the compressed have fewer rows than the prefix tokens."""
+    options = ["--onnx", str(exported[1]), "--out", str(tmp_path), "--variant", "sparse", "--backend", backend]
+    assert run_command(engines_build.main, options, capsys)[0::2] == (0, "")
+    runner = open_runner(tmp_path / backend / "sparse")
+    long, short = np.tile(tokens[0].numpy(), 20)[:700], Session(runner)
+    session, prefixes = Session(runner), PrefixCache(runner, 1000)
+    session.prefill([long])
+    prefixes.keep(long, session.caches)
+    known, prefix = prefixes.longest(long[:200])
+    assert known == 199 and short.capacity < 700
+    runner.copy(prefix.caches, short.caches, known)
+    short.lengths[:] = known
+    np.testing.assert_allclose(short.prefill([long[199:200]]), Session(runner).prefill([long[:200]]), atol=1e-4)
 
 
 def test_bytes_that_a_call_reads(exported):

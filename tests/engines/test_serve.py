@@ -25,9 +25,10 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import serve
 from engines.app import Server, create_app
+from engines.memory import OutOfMemory
 from engines.ort import OrtRunner
 from engines.sampling import Sampler, Sampling
-from engines.scheduler import SMALLEST_CAPACITY, Batch, Event, Request, Row, Scheduler, neighbours
+from engines.scheduler import SMALLEST_CAPACITY, Event, Request, Scheduler
 from engines.session import Runner, Session
 from engines.text import Answer, Text
 from tests.engines import toy
@@ -336,6 +337,25 @@ def ask(scheduler: Scheduler, text: Text, prompt: list[int], tokens: int) -> tup
     return request.answer.tokens, request.cached
 
 
+@contextmanager
+def begun_together(
+    scheduler: Scheduler, text: Text, prompts: list[list[int]], tokens: int, expected: int | None = None
+) -> Iterator[list[Request]]:
+    """Greedy requests that are there when the scheduler starts; waits for the last of them, or for so many."""
+    ended = threading.Semaphore(0)
+
+    def listener(event: Event) -> None:
+        if event.finish_reason or event.error:
+            ended.release()
+
+    requests = [Request(p, Answer(text, tokens), Sampler(Sampling(temperature=0)), listener) for p in prompts]
+    scheduler._waiting.extend(requests)
+    scheduler.start()
+    yield requests
+    assert all(ended.acquire(timeout=30) for _ in range(expected or len(prompts)))
+    scheduler.stop(20)
+
+
 def greedy(runner: Runner, prompt: list[int], tokens: int) -> list[int]:
     session = Session(runner)
     answer = [int(session.prefill([prompt]).argmax())]
@@ -345,30 +365,26 @@ def greedy(runner: Runner, prompt: list[int], tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("variant", ["dense", "sparse"])
-@pytest.mark.parametrize("slots", [1, 3])
 def test_a_conversation_computes_only_what_is_new(
-    runners: dict[str, Runner], endless: Text, variant: str, slots: int, computed: list[int]
+    runners: dict[str, Runner], endless: Text, variant: str, computed: list[int]
 ):
-    """Turn by turn, until it outgrows its batch; where there is room, other prompts come in between."""
+    """Turn by turn, until it outgrows its batch; other prompts come in between."""
     runner, prompt, known = runners[variant], prompt_of(1700, 0), 0
-    with scheduling(runner, endless, slots=slots) as scheduler:
+    with scheduling(runner, endless) as scheduler:
         for turn in range(1, 6):
-            expected = greedy(runner, prompt, 10)
+            expected, other = greedy(runner, prompt, 10), prompt_of(50, 100 + turn)
             computed.clear()
             assert ask(scheduler, endless, prompt, 10) == (expected, known)
             assert sum(computed) == len(prompt) - known
             known = len(prompt) + 9  # the last token of the answer is drawn, but not computed
             prompt = [*prompt, *expected, *prompt_of(100, turn)]
-            if slots > 1:
-                other = prompt_of(50, 100 + turn)
-                assert ask(scheduler, endless, other, 3)[0] == greedy(runner, other, 3)
+            assert ask(scheduler, endless, other, 3) == (greedy(runner, other, 3), 0)
     assert len(prompt) > SMALLEST_CAPACITY
 
 
 def test_a_prompt_begins_with_that_of_a_running_request(runners: dict[str, Runner], endless: Text):
     runner, first = runners["sparse"], prompt_of(300, 0)
-    second = [*first[:200], *prompt_of(100, 1)]
-    second[200] = (first[200] + 1) % toy.END_OF_TEXT
+    second = [*first[:200], (first[200] + 1) % toy.END_OF_TEXT, *prompt_of(100, 1)]
     with scheduling(runner, endless) as scheduler:
         running, ended = begin(scheduler, endless, first, 400)
         wait_until(lambda: running.answer.tokens)
@@ -377,13 +393,63 @@ def test_a_prompt_begins_with_that_of_a_running_request(runners: dict[str, Runne
     assert running.answer.tokens == greedy(runner, first, 400)
 
 
-def test_the_longest_unused_prefix_goes_first(runners: dict[str, Runner], endless: Text):
-    """Three prompts in places and tokens for two; the first is used again before the third comes."""
+def test_prompts_that_come_together_compute_what_they_share_once(
+    runners: dict[str, Runner], endless: Text, computed: list[int]
+):
+    """Six questions to one text of several chunks; the first of them ends early."""
+    runner, shared = runners["sparse"], prompt_of(500, 0)
+    prompts = [[*shared, i, *prompt_of(20, i)] for i in range(6)]
+    expected = [greedy(runner, prompt, 5) for prompt in prompts]
+    computed.clear()
+    scheduler = Scheduler(runner, slots=6, queue=0, prefix_cache=4096)
+    with begun_together(scheduler, endless, prompts, 5) as requests:
+        pass
+    assert [request.answer.tokens for request in requests] == expected
+    assert sorted(request.cached for request in requests) == [0, *[500] * 5]
+    assert sum(computed) == 521 + 5 * 21
+
+
+def test_those_who_wait_for_a_prompt_go_on_when_it_is_cancelled(runners: dict[str, Runner], endless: Text, slow: None):
+    runner, shared = runners["sparse"], prompt_of(1500, 0)
+    prompts = [[*shared, i] for i in range(3)]
+    scheduler = Scheduler(runner, slots=3, queue=0, prefix_cache=4096)
+    with begun_together(scheduler, endless, prompts, 2, expected=2) as requests:
+        wait_until(lambda: scheduler._rows and any(row.length for row in scheduler._rows))
+        requests[0].cancel()
+    for prompt, request in list(zip(prompts, requests, strict=True))[1:]:
+        assert request.answer.tokens == greedy(runner, prompt, 2)
+    assert requests[1].cached >= 128 and requests[2].cached == 1500
+
+
+def test_the_oldest_prefix_goes_first(runners: dict[str, Runner], endless: Text):
+    """Room for two of three prompts; the first is used again before the third comes."""
     runner = runners["sparse"]
     prompts = [[seed, *prompt_of(299, seed)] for seed in range(3)]
     with scheduling(runner, endless, prefix_cache=700) as scheduler:
         for i, known in [(0, 0), (1, 0), (0, 299), (2, 0), (0, 299), (1, 0)]:
             assert ask(scheduler, endless, prompts[i], 5) == (greedy(runner, prompts[i], 5), known)
+            assert sum(prefix.caches.capacity for prefix in scheduler.prefixes._kept) <= 700
+
+
+def test_a_conversation_whose_answers_change_leaves_room_for_others(runners: dict[str, Runner], endless: Text):
+    """An answer that comes back as other tokens: every turn replaces the one before all the same."""
+    runner, other, prompt = runners["sparse"], prompt_of(200, 9), prompt_of(400, 0)
+    with scheduling(runner, endless, prefix_cache=1200) as scheduler:
+        ask(scheduler, endless, other, 2)
+        for turn in range(5):
+            found, known = ask(scheduler, endless, prompt, 5)
+            assert turn == 0 or known == len(prompt) - 35
+            prompt = [*prompt, (found[0] + 1) % toy.END_OF_TEXT, *found[1:], *prompt_of(30, turn + 1)]
+        assert ask(scheduler, endless, other, 2) == (greedy(runner, other, 2), 199)
+
+
+def test_of_what_exceeds_the_limit_the_beginning_is_kept(runners: dict[str, Runner], endless: Text):
+    with scheduling(runners["sparse"], endless, prefix_cache=100) as scheduler:
+        for known in (0, 100):
+            assert ask(scheduler, endless, prompt_of(300, 0), 2) == (
+                greedy(runners["sparse"], prompt_of(300, 0), 2),
+                known,
+            )
 
 
 def test_without_a_prefix_cache_every_prompt_is_computed(runners: dict[str, Runner], endless: Text):
@@ -396,41 +462,52 @@ def test_without_a_prefix_cache_every_prompt_is_computed(runners: dict[str, Runn
         assert ended.wait(30)
 
 
-def test_a_full_place_keeps_a_free_slot_for_the_rows_beside_it(runners: dict[str, Runner], endless: Text):
-    """A prompt fills its row to the last slot, and two rows around it decode on."""
-    runner = runners["sparse"]
-    prompts = [prompt_of(20, 0), prompt_of(SMALLEST_CAPACITY, 1), prompt_of(30, 2)]
-    with scheduling(runner, endless) as scheduler:
-        left, left_ended = begin(scheduler, endless, prompts[0], 600)
-        wait_until(lambda: left.answer.tokens)
-        full, full_ended = begin(scheduler, endless, prompts[1], 1)
-        right, right_ended = begin(scheduler, endless, prompts[2], 600)
-        assert all(ended.wait(60) for ended in (left_ended, full_ended, right_ended))
-        assert ask(scheduler, endless, prompts[1], 1) == (full.answer.tokens, SMALLEST_CAPACITY - 1)
-    for prompt, request in zip(prompts, (left, full, right), strict=True):
-        assert request.answer.tokens == greedy(runner, prompt, len(request.answer.tokens))
-
-
+@pytest.mark.parametrize("prompt, tokens", [(SMALLEST_CAPACITY + 1, 3), (SMALLEST_CAPACITY - 3, 10)])
 def test_what_is_kept_goes_before_a_request_lacks_memory(
-    runners: dict[str, Runner], endless: Text, monkeypatch: pytest.MonkeyPatch
+    runners: dict[str, Runner], endless: Text, monkeypatch: pytest.MonkeyPatch, prompt: int, tokens: int
 ):
-    """Memory for one batch: a long prompt takes that of short ones, which are computed anew."""
+    """Memory for two batches and nothing else: one that begins, or grows, takes that of what was kept."""
     runner, allocated = runners["sparse"], []
     original = type(runner).allocate
 
     def allocate(self: Runner, batch: int, capacity: int) -> Any:
-        if batch > 1 and any(weakly() is not None for weakly in allocated):
-            raise UserError("no memory for the caches")
+        held = [caches.batch * caches.capacity for weakly in allocated if (caches := weakly())]
+        if batch * capacity + sum(held) > 3 * 3 * SMALLEST_CAPACITY + 100:
+            raise OutOfMemory("no memory for the caches")
         caches = original(self, batch, capacity)
-        if batch > 1:
-            allocated.append(weakref.ref(caches))
+        allocated.append(weakref.ref(caches))
         return caches
 
+    short, long = prompt_of(150, 0), prompt_of(prompt, 1)
+    expected = {0: greedy(runner, short, 3), 1: greedy(runner, long, tokens)}
     monkeypatch.setattr(type(runner), "allocate", allocate)
-    short, long = prompt_of(40, 0), prompt_of(SMALLEST_CAPACITY + 1, 1)
     with scheduling(runner, endless) as scheduler:
-        for prompt, known in [(short, 0), (short, 39), (long, 0), (short, 0)]:
-            assert ask(scheduler, endless, prompt, 3) == (greedy(runner, prompt, 3), known)
+        assert ask(scheduler, endless, short, 3) == (expected[0], 0)
+        assert ask(scheduler, endless, short, 3) == (expected[0], 149)
+        assert ask(scheduler, endless, long, tokens) == (expected[1], 0)
+        assert ask(scheduler, endless, short, 3) == (expected[0], 0)
+
+
+@pytest.mark.parametrize("failure, known", [(OutOfMemory("no memory"), 0), (UserError("ONNX Runtime failed"), 199)])
+def test_a_call_that_lacks_memory_is_made_again_without_what_is_kept(
+    runners: dict[str, Runner], endless: Text, monkeypatch: pytest.MonkeyPatch, failure: UserError, known: int
+):
+    """Once; a call that fails for another reason costs nobody else's caches."""
+    runner, kept, prompt = runners["sparse"], prompt_of(200, 0), prompt_of(300, 1)
+    original, failed = type(runner).run, []
+
+    def run(self: Runner, caches: Any, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        if past.max() == 256 and not failed:
+            failed.append(True)
+            raise failure
+        return original(self, caches, input_ids, past, lengths)
+
+    with scheduling(runner, endless) as scheduler:
+        ask(scheduler, endless, kept, 2)
+        expected = greedy(runner, prompt, 2)
+        monkeypatch.setattr(type(runner), "run", run)
+        assert ask(scheduler, endless, prompt, 2)[0] == ([] if known else expected)
+        assert failed and ask(scheduler, endless, kept, 2)[1] == known
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -452,14 +529,6 @@ def test_requests_with_common_prefixes_in_any_order(runners: dict[str, Runner], 
     for i, (request, _) in enumerate(requests):
         expected = greedy(runner, prompts[i], limits[i])
         assert request.answer.tokens == (expected if i % 7 else expected[: len(request.answer.tokens)])
-
-
-def test_rows_far_apart_decode_in_calls_of_their_own(runners: dict[str, Runner], endless: Text):
-    batch = Batch(runners["sparse"], 12, SMALLEST_CAPACITY)
-    for number in (0, 1, 4, 8, 9):
-        row = Row(Request([1], Answer(endless, 1), Sampler(Sampling()), print))
-        row.batch, row.number, batch.places[number] = batch, number, row
-    assert [[row.number for row in group] for group in neighbours(batch.ready())] == [[0, 1, 4], [8, 9]]
 
 
 def test_usage_tells_what_was_cached(runners: dict[str, Runner], text: Text):
@@ -773,7 +842,9 @@ def test_an_address_that_is_taken_is_one_line(engines: Path, capsys: pytest.Capt
         assert code == 1 and "cannot listen on 127.0.0.1:" in one_line(error)
 
 
-@pytest.mark.parametrize("options", [["--queue", "-1"], ["--grace", "-1"], ["--slots", "0"], ["--port", "x"]])
+@pytest.mark.parametrize(
+    "options", [["--queue", "-1"], ["--grace", "-1"], ["--prefix-cache", "-1"], ["--slots", "0"], ["--port", "x"]]
+)
 def test_wrong_arguments_exit_with_2(options: list[str], capsys: pytest.CaptureFixture[str]):
     assert run_command(serve.main, options, capsys)[0] == 2
 
