@@ -17,6 +17,7 @@ import copy
 import shutil
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +48,26 @@ def parity_text() -> str:
 
 
 def check_parity(
-    model: DSAForCausalLM, graph_folder: Path, text: list[int], scratch: Path, unquantised: Tensor | None = None
+    model: DSAForCausalLM, graph_folder: Path, text: list[int], scratch: Path, unquantised: Reference | None = None
 ) -> dict[str, Any]:
     """Runs the check for one variant (model and graph_folder/model.onnx) and returns its figures, "passed" among them.
 
     text: the last DECODED_TOKENS are fed one at a time. `scratch` is a folder for temporary graphs. unquantised:
-    decoded_logits() of the model before its weights were quantised. Memory: the torch model and one ONNX Runtime
+    reference() of the model before its weights were quantised. Memory: the torch model and one ONNX Runtime
     session.
     """
     session = _session(model, graph_folder, scratch, fuse=False)
     ort_logits, ort_indices = _run_onnx(model, session, text)
     del session
     wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    expected, sets = _run_torch(wide, text, ort_indices)
+    logits, sets = _run_torch(wide, text, ort_indices)
+    expected, text_loss = logits[-DECODED_TOKENS:].clone(), _loss(logits, text)
+    del logits
     error = float((ort_logits - expected).abs().max())
     tolerance = TOLERANCE
     if model.dtype == torch.float16:
-        own_error = float((_run_torch(model, text, ort_indices)[0] - expected).abs().max())
+        own = _run_torch(model, text, ort_indices)[0][-DECODED_TOKENS:]
+        own_error = float((own - expected).abs().max())
         tolerance = max(TOLERANCE, 2 * own_error)
     best = expected.topk(2).values
     wrong = (ort_logits.argmax(-1) != expected.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * tolerance)
@@ -80,28 +84,45 @@ def check_parity(
         # In fp16 the scores themselves are rounded: which sets differ is reported, the logits decide.
         result["passed"] &= sets["different"] == 0 or model.dtype == torch.float16
     if unquantised is not None:
-        expected = unquantised
+        expected = unquantised.logits
         ort_logits, _ = _run_onnx(model, _session(model, graph_folder, scratch, fuse=True), text)
-    result["quality"] = _quality(ort_logits, expected, text)
+    result["quality"] = {
+        **_quality(ort_logits, expected, text),
+        "text_tokens": len(text) - 1,
+        "text_loss": text_loss,
+        "text_reference_loss": unquantised.text_loss if unquantised else text_loss,
+    }
     return result
 
 
-def decoded_logits(model: DSAForCausalLM, text: list[int]) -> Tensor:
-    """Torch's logits [DECODED_TOKENS, V] fp32 that predict the last tokens of the text."""
+@dataclass(frozen=True)
+class Reference:
+    """What a torch model makes of a text: logits [DECODED_TOKENS, V] fp32 of its last tokens, loss over all of it."""
+
+    logits: Tensor
+    text_loss: float
+
+
+def reference(model: DSAForCausalLM, text: list[int]) -> Reference:
     wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    return _run_torch(wide, text)[0]
+    logits, _ = _run_torch(wide, text)
+    return Reference(logits[-DECODED_TOKENS:].clone(), _loss(logits, text))
+
+
+def _loss(logits: Tensor, text: list[int]) -> float:
+    """Of logits [N, V] that predict the last N tokens of the text."""
+    return float(cross_entropy(logits, torch.tensor(text[-len(logits) :])))
 
 
 def _quality(logits: Tensor, reference: Tensor, text: list[int]) -> dict[str, float]:
     """What the graph as deployed gives away against the unquantised torch model, over the text's last tokens."""
-    targets = torch.tensor(text[-DECODED_TOKENS:])
     return {
-        "tokens": len(targets),
+        "tokens": len(logits),
         "max_abs_error": float((logits - reference).abs().max()),
         "mean_abs_error": float((logits - reference).abs().mean()),
         "greedy_agreement": float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
-        "loss": float(cross_entropy(logits, targets)),
-        "reference_loss": float(cross_entropy(reference, targets)),
+        "loss": _loss(logits, text),
+        "reference_loss": _loss(reference, text),
     }
 
 
@@ -179,7 +200,7 @@ def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[i
 def _run_torch(
     model: DSAForCausalLM, text: list[int], selected: Sequence[Tensor] = ()
 ) -> tuple[Tensor, dict[str, int]]:
-    """Logits [DECODED_TOKENS, V] fp32 of one whole call without cache.
+    """Logits [T - 1, V] fp32 of one whole call without cache.
 
     In the training mode's masked form of selection: the same function, which does not gather k rows for every token.
 
@@ -200,7 +221,6 @@ def _run_torch(
         torch.tensor([text[:-1]]),
         use_cache=False,
         selector=select if selected else None,
-        logits_to_keep=DECODED_TOKENS,
     )
     model.train(was_training)
     return output.logits[0].float(), counts

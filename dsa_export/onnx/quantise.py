@@ -2,8 +2,8 @@
 
 A block is `block_size` consecutive input features of one output feature; it has one scale and no zero point. ONNX
 Runtime fuses the pair into its MatMulNBits kernel when it loads the graph, NVIDIA's parsers read the int4 form. The
-integers come from ONNX Runtime's own quantiser. The indexer keeps its type, or takes int8 at most: what it loses, no
-later layer can mend. A router of experts keeps its type: it is tiny, and it decides.
+integers come from ONNX Runtime's own quantiser, or from calibrate.py. The indexer keeps its type, or takes int8 at
+most: what it loses, no later layer can mend. A router of experts keeps its type: it is tiny, and it decides.
 """
 
 from __future__ import annotations
@@ -44,8 +44,20 @@ class Scheme:
         return None if name == LM_HEAD and not self.lm_head else BITS[self.weights]
 
 
-def quantise(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme) -> int:
+@dataclass(frozen=True)
+class Rounded:
+    """A weight [K, N] in int4: integers [K, N] int8 in -8..7, scales [⌈K / block⌉, N] fp32, values of its type."""
+
+    integers: Tensor
+    scales: Tensor
+
+
+def quantise(
+    graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme, rounded: Mapping[str, Rounded]
+) -> int:
     """Quantises the weights of all MatMul nodes that the scheme names, the same weight of several graphs once.
+
+    rounded: those that are rounded already, by name; all others are rounded to the nearest.
 
     Requires weights [K, N] as initializers with the names of `parameters` [N, K], the torch model's, which are
     overwritten with what the integers stand for: the torch model then is the reference of the quantised graphs.
@@ -61,8 +73,13 @@ def quantise(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], schem
             if bits is None:
                 continue
             if weight.name not in done:
-                integers, scales = _quantise(weight.const_value, bits, scheme.block_size)
-                parameters[weight.name].data.copy_(_dequantise(integers, scales, scheme.block_size).T)
+                integers, scales = (
+                    _packed(rounded[weight.name], weight.const_value)
+                    if weight.name in rounded
+                    else _quantise(weight.const_value, bits, scheme.block_size)
+                )
+                wide, factors = (torch.from_numpy(t.numpy().astype(np.float32)) for t in (integers, scales))
+                parameters[weight.name].data.copy_(dequantise(wide, factors, scheme.block_size).T)
                 done[weight.name] = integers, scales
             _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
     return len(done)
@@ -104,10 +121,20 @@ def _quantise(weight: ir.TensorProtocol, bits: int, block_size: int) -> tuple[ir
     return integers, narrow
 
 
-def _dequantise(integers: ir.TensorProtocol, scales: ir.TensorProtocol, block_size: int) -> Tensor:
-    """[K, N] fp32."""
-    values = torch.from_numpy(integers.numpy().astype(np.int8)).float()
-    for block, scale in zip(values.split(block_size), torch.from_numpy(scales.numpy().astype(np.float32)), strict=True):
+def _packed(rounded: Rounded, weight: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
+    """The same as tensors of the graph: two integers to a byte, the first in its lower half."""
+    flat = rounded.integers.numpy().reshape(-1).view(np.uint8) & 0xF
+    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
+    shape = ir.Shape(rounded.integers.shape)
+    integers = ir.PackedTensor(flat[::2] | flat[1::2] << 4, ir.DataType.INT4, shape=shape, name=weight.name)
+    scales = rounded.scales.numpy().astype(weight.dtype.numpy())
+    return integers, ir.tensor(scales, dtype=weight.dtype, name=f"{weight.name}.scales")
+
+
+def dequantise(integers: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """[K, N] and [⌈K / block⌉, N] → [K, N] fp32."""
+    values = integers.float()
+    for block, scale in zip(values.split(block_size), scales, strict=True):
         block *= scale
     return values
 
