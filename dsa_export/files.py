@@ -131,6 +131,10 @@ def read_manifest(folder: Path, kind: str, made_by: str) -> dict[str, Any]:
     """Reads a folder's manifest. Raises UserError, naming the command that makes such a folder, if it is not one."""
     path = folder / MANIFEST
     if not path.is_file():
+        below = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/{MANIFEST}"))]
+        meant = [str(near) for near in (*below, folder.parent) if manifest_kind(near) == kind]
+        if meant:
+            raise UserError(f"{folder} holds no {MANIFEST}: did you mean {' or '.join(meant)}?")
         raise UserError(f"{folder} holds no {MANIFEST}: expected the output of `{made_by}`; run that first")
     try:
         manifest = json.loads(path.read_text())

@@ -346,6 +346,9 @@ class Trainer:
         for name, value in after.items():
             table.add_row(name, f"{self.before[name]:.4f}", f"{value:.4f}")
         console.print(table)
+        if "loss_sparse" in after:
+            change = after["loss_sparse"] / after["loss_dense"] - 1
+            console.print(f"On these windows the selection costs {change:+.2%} of the dense loss")
         console.print(f"written: {self.out}/ (checkpoint, tokenizer, manifest.json, {METRICS}, loss.png)")
 
     # ------------------------------------------------------------ state

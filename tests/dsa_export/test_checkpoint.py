@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig
 
 from dsa_export.cli import UserError
+from dsa_export.files import write_manifest
 from dsa_export.model import load_model, load_tokenizer
+from dsa_export.model.checkpoint import load_config
 
 
 @pytest.fixture
@@ -141,3 +143,20 @@ def test_no_tokenizer(tmp_path, qwen_folder):
     shutil.copy(qwen_folder / "config.json", tmp_path)
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_path_below_a_folder_is_no_hub_name(tmp_path, monkeypatch):
+    """Nobody waits for the hub to hear of a typing error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(
+        "dsa_export.model.checkpoint.AutoConfig.from_pretrained", lambda _: pytest.fail("asked the hub")
+    )
+    with pytest.raises(UserError, match="no such folder: out/nothing"):
+        load_config("out/nothing")
+
+
+def test_a_folder_of_another_kind(tmp_path):
+    write_manifest(tmp_path, "onnx", {})
+    with pytest.raises(UserError, match="holds 'onnx', not a checkpoint"):
+        load_config(str(tmp_path))
