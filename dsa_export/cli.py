@@ -32,9 +32,13 @@ class UserError(Exception):
     """Something that the user can mend. The message is one line: what is wrong, and what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a command as Ctrl-C does, and also where Ctrl-C only ends an answer."""
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command's main and exits: errors that a user can cause end in one line, without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(Terminated()))
     try:
         main()
         sys.stdout.flush()

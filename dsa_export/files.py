@@ -18,7 +18,7 @@ from typing import Any
 from dsa_export.cli import UserError
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+PARTIAL, REPLACED = ".partial", ".replaced"
 
 
 def temporary_name(path: Path, *, shared: bool = False) -> Path:
@@ -91,7 +91,7 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
         if not keep_partial:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    replaced = out.with_name(out.name + ".replaced")
+    replaced = out.with_name(out.name + REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.replace(replaced)
@@ -132,7 +132,8 @@ def read_manifest(folder: Path, kind: str, made_by: str) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         below = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/{MANIFEST}"))]
-        meant = [str(near) for near in (*below, folder.parent) if manifest_kind(near) == kind]
+        finished = [near for near in (*below, folder.parent) if near.suffix not in (PARTIAL, REPLACED)]
+        meant = [str(near) for near in finished if manifest_kind(near) == kind]
         if meant:
             raise UserError(f"{folder} holds no {MANIFEST}: did you mean {' or '.join(meant)}?")
         raise UserError(f"{folder} holds no {MANIFEST}: expected the output of `{made_by}`; run that first")

@@ -57,6 +57,7 @@ PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
 DEFAULT_MAX_BATCH = 8
 # TensorRT-RTX 1.7.1 (an internal check of its compiler; tried with fp32 and fp16 models of two layers).
 ONE_KV_HEAD = "; models with a single KV head are known to need --max-batch 1"
+QUANTISED = "; quantised sparse graphs are known to fail: export without --weights"
 OPTIONS_OF = {
     "dense_slots": ["--backend ort"],
     "triton_repository": [f"--backend {name}" for name in triton.PLATFORMS],
@@ -288,6 +289,8 @@ def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace)
                     )
             except UserError as error:
                 hint = ONE_KV_HEAD if graph.model.kv_heads == 1 and limits.max_batch > 1 else ""
+                if variant == "sparse" and graph.precision != graph.dtype:
+                    hint = QUANTISED
                 raise UserError(f"{error}{hint}") from None
             write_engine_manifest(
                 folder, "tensorrt-rtx", graph, export, limits, dict.fromkeys(plans),

@@ -65,7 +65,10 @@ class DeviceRunner:
         if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
             raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
         step = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
-        inputs = {n: torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device) for n, a in step.items()}
+        try:
+            inputs = {n: torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device) for n, a in step.items()}
+            logits = torch.empty(caches.batch, 1, self.engine.model.vocab_size, device=self.device)
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(f"the GPU has no memory for the logits of {caches.batch} rows") from None
         inputs |= {f"past_key_values.{name}": tensor for name, tensor in caches.tensors.items()}
-        logits = torch.empty(caches.batch, 1, self.engine.model.vocab_size, device=self.device)
         return inputs, {"logits": logits} | {f"present.{name}": tensor for name, tensor in caches.tensors.items()}

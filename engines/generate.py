@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dsa_export.cli import UserError, errors, positive, progress_bar, run, thread_count
+from dsa_export.cli import Terminated, UserError, errors, positive, progress_bar, run, thread_count
 from engines.sampling import Sampler, Sampling
 from engines.session import Runner, Session, common_prefix, open_runner
 from engines.text import Answer, Text
@@ -119,6 +119,8 @@ def next_message() -> str | None:
         while not (line := input("> " if sys.stdin.isatty() else "").strip()):
             pass
         return line
+    except Terminated:
+        raise
     except (EOFError, KeyboardInterrupt):
         return None
     except UnicodeDecodeError as error:
@@ -150,8 +152,8 @@ class Speaker:
 
         try:
             seconds = stream(self.session, prompt[known:], answer, self.sampler, show)
-        except KeyboardInterrupt:
-            if not self.args.chat:
+        except KeyboardInterrupt as interrupt:
+            if not self.args.chat or isinstance(interrupt, Terminated):
                 raise
             write(" …\n")
         else:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from dsa_export.cli import UserError
-from engines.session import Caches, Runner, common_prefix
+from engines.artifacts import Engine
+from engines.session import FIXED_CAPACITY, Caches, Runner, common_prefix
 
 SHORTEST = 16
 """Tokens from which on reuse is worth a copy; shorter beginnings are those of a chat template."""
 REPLACED = 0.75
-"""A prompt that takes as much of a prefix replaces it: the next turn of a conversation, or another question to it."""
+"""Tokens that hold as much of a prefix replace it: the next turn of a conversation, or another question to its text."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,23 @@ class PrefixCache:
     def keep(self, tokens: np.ndarray, caches: Caches) -> None:
         """Copies the row in `caches`, or as much of it as the limit lets in; nothing where memory is short."""
         tokens = tokens[: self.limit]
-        if len(tokens) < SHORTEST:
+        slots = slots_of(self.runner.engine, len(tokens))
+        if len(tokens) < SHORTEST or slots > self.limit:
             return
-        self._make_room(len(tokens))
+        commons = [(common_prefix(prefix.tokens, tokens), prefix) for prefix in self._kept]
+        holding = next((prefix for common, prefix in commons if common >= len(tokens) - 1), None)
+        if holding:
+            self.touch(holding)
+            return
+        self._kept = [prefix for common, prefix in commons if common < REPLACED * len(prefix.tokens)]
+        while self._kept and sum(prefix.caches.capacity for prefix in self._kept) + slots > self.limit:
+            del self._kept[0]
         try:
-            prefix = Prefix(tokens, self.runner.allocate(1, len(tokens)))
+            prefix = Prefix(tokens, self.runner.allocate(1, slots))
         except (UserError, MemoryError):
             return
         self.runner.copy(caches, prefix.caches, len(tokens))
         self._kept.append(prefix)
-        self._make_room(0)  # some backends allocate an engine's whole context
 
     def longest(self, prompt: np.ndarray) -> tuple[int, Prefix | None]:
         """The prefix that has most of a prompt's first tokens, and how many: at least SHORTEST, or (0, None)."""
@@ -55,17 +63,17 @@ class PrefixCache:
         tokens, prefix = max(found, key=lambda pair: pair[0], default=(0, None))
         return (tokens, prefix) if tokens >= SHORTEST else (0, None)
 
-    def taken(self, prefix: Prefix, tokens: int) -> None:
-        """A running request has copied the first `tokens` tokens: it will leave them when it ends."""
-        if tokens >= REPLACED * len(prefix.tokens):
-            self._kept = [other for other in self._kept if other is not prefix]
-
-    def _make_room(self, slots: int) -> None:
-        while self._kept and sum(prefix.caches.capacity for prefix in self._kept) + slots > self.limit:
-            del self._kept[0]
+    def touch(self, prefix: Prefix) -> None:
+        """It has been used: the others go first."""
+        self._kept = [*(other for other in self._kept if other is not prefix), prefix]
 
     def clear(self) -> bool:
         """Gives all memory back. Returns whether there was any."""
         had = bool(self._kept)
         self._kept.clear()
         return had
+
+
+def slots_of(engine: Engine, tokens: int) -> int:
+    """The slots that caches of `tokens` tokens have: some backends know but one capacity."""
+    return engine.limits.max_context if engine.backend in FIXED_CAPACITY else tokens

@@ -284,7 +284,7 @@ class Scheduler:
         if source:
             self.runner.copy(source, row.batch.view(row.number, row.number + 1), tokens)
         if prefix:
-            self.prefixes.taken(prefix, tokens)
+            self.prefixes.touch(prefix)
         row.started, row.length, row.pending = True, tokens, prompt[tokens:]
         row.request.cached = tokens
         return True

@@ -204,8 +204,13 @@ class Session:
             return
         capacity = self._capacity(tokens) if exact else bucket(self.engine, tokens)
         larger = self.runner.allocate(self.batch, capacity)
-        self.runner.copy(self.caches, larger, int(self.lengths.max()), release=True)
-        self.caches = larger
+        try:
+            self.runner.copy(self.caches, larger, int(self.lengths.max()), release=True)
+        except BaseException:  # such as Ctrl-C: what the old caches held is gone in part
+            self.lengths[:] = 0
+            raise
+        finally:
+            self.caches = larger
 
     def chunk_tokens(self) -> int:
         """Tokens per row of one prefill call at the present capacity."""

@@ -114,11 +114,17 @@ class TorchRunner:
                     logits = self._call(caches, [tensor.to(self.device) for tensor in inputs])
             return logits[:, 0].cpu().numpy()
         except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU's memory is full: {str(error).splitlines()[0]}") from None
+            raise OutOfMemory(f"the GPU's memory is full: {str(error).splitlines()[0]}") from None
         except torch._dynamo.exc.TorchDynamoException as error:  # whatever torch.compile cannot do, at the first calls
             raise UserError(
                 f"torch.compile failed for {self.engine.folder}: {str(error).splitlines()[0]}; it needs a C++ compiler "
                 "(g++ on the PATH, or CXX): mend that, or build the engine without --compile"
+            ) from None
+        except RuntimeError as error:  # the CPU allocator's
+            if "allocate" not in str(error):
+                raise
+            raise OutOfMemory(
+                f"no memory for a call of {self.engine.folder}: fewer or shorter rows need less"
             ) from None
 
     def _call(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:

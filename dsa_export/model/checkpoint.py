@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
-from dsa_export.files import manifest_kind
+from dsa_export.files import MANIFEST, manifest_kind
 from dsa_export.model import families
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.decoder import DSAForCausalLM
@@ -35,11 +35,10 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     if Path(name) == Path(DEFAULT_CHECKPOINT) and not Path(name).exists():
         raise UserError(f"there is no folder {DEFAULT_CHECKPOINT}: `python -m train.joint` makes it, or name a --model")
     folder = Path(name)
-    kind = manifest_kind(folder)
-    if kind not in (None, "checkpoint"):
+    if (kind := manifest_kind(folder)) and kind != "checkpoint" and not (folder / "config.json").exists():
         raise UserError(f"{name} holds {kind!r}, not a checkpoint")
-    if not folder.exists() and len(folder.parts) > 1 and Path(folder.parts[0]).is_dir():
-        raise UserError(f"no such folder: {name}")  # a path, not a name: nobody need wait for the hub
+    if not folder.exists() and any(folder.parent.glob(f"*/{MANIFEST}")) and folder.parent != Path():
+        raise UserError(f"no such folder: {name}")  # beside outputs of ours: nobody need wait for the hub
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not arguments.weights and (arguments.block_size or arguments.keep_lm_head or arguments.int8_indexer):
         parser.error("--block-size, --keep-lm-head and --int8-indexer say how to quantise: they need --weights")
+    if arguments.calibrate == "":
+        parser.error("--calibrate: name a file, or leave the name out")
     if arguments.calibrate and arguments.weights != "int4":
         parser.error("--calibrate is for --weights int4: int8 loses nothing worth it")
     return arguments
@@ -126,10 +129,12 @@ def main() -> None:
     if arguments.weights:
         lm_head, indexer = not arguments.keep_lm_head, arguments.int8_indexer
         scheme = Scheme(arguments.weights, arguments.block_size or BLOCK_SIZES[0], lm_head, indexer)
-    windows = None
+    windows, calibration = None, None
     if arguments.calibrate:
         path = None if arguments.calibrate == STANDARD_LIBRARY else Path(arguments.calibrate)
         windows = calibration_windows(tokenizer, path, model.config.max_position_embeddings)
+        tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        calibration = {"text": arguments.calibrate, "tokens": windows.numel(), "sha256": tokens}
     if scheme and scheme.lm_head:
         untie(model)
 
@@ -150,9 +155,14 @@ def main() -> None:
             if windows is not None:
                 with progress_bar() as progress:
                     task = progress.add_task("Calibrating", total=len(model.model.layers) + scheme.lm_head)
-                    rounded = calibrate(models["dense"], windows, scheme, lambda: progress.advance(task))
+                    rounded = calibrate(model, windows, scheme, lambda: progress.advance(task))
             with console.status("Quantising the weights"):
-                quantise(graphs.values(), dict(model.named_parameters()), scheme, rounded)
+                names = quantise(graphs.values(), dict(model.named_parameters()), scheme, rounded)
+            if windows is not None:
+                others = sum(scheme.bits(name) == BITS["int4"] for name in names - rounded.keys())
+                console.print(
+                    f"Calibrated {len(rounded)} weights on {windows.numel():,} tokens; rounded to the nearest: {others}"
+                )
         with console.status("Writing the weights"):
             save_graphs(graphs, out)
         del graphs, sparse, dense
@@ -170,7 +180,8 @@ def main() -> None:
             console.print(describe(variant, parity[variant]))
         if not all(result["passed"] for result in parity.values()):
             raise UserError("the exported graphs do not compute what torch computes (figures above): nothing was kept")
-        write_export_manifest(out, arguments, model, models, parity, same, scheme, random_indexer=plain)
+        quantisation = asdict(scheme) | {"calibration": calibration} if scheme else None
+        write_export_manifest(out, arguments, model, models, parity, same, quantisation, random_indexer=plain)
     size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
     console.print(
         f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
@@ -214,7 +225,7 @@ def write_export_manifest(
     models: dict[str, DSAForCausalLM],
     parity: dict[str, Any],
     same: Comparison | SharedWeights,
-    scheme: Scheme | None,
+    quantisation: dict[str, Any] | None,
     *,
     random_indexer: bool,
 ) -> None:
@@ -229,7 +240,7 @@ def write_export_manifest(
         random_indexer=random_indexer,
         dtype=arguments.dtype,
         precision=precision_of(arguments),
-        quantisation=asdict(scheme) | {"calibration": arguments.calibrate} if scheme else None,
+        quantisation=quantisation,
         topk=compact_topk(config.topk_per_layer),
         selection=chosen_options(config),
         model={

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from dsa_export.cli import UserError
 from dsa_export.model.decoder import DSAForCausalLM
+from dsa_export.onnx.parity import PARITY_MODULE
 from dsa_export.onnx.quantise import BITS, LM_HEAD, Rounded, Scheme, dequantise
 
 WINDOW, WINDOWS = 1024, 12
 """Tokens of calibration: more than the widest input of a 0.5B model has features."""
+WIDEST = 32768
+"""Input features of a weight: its second moments take their square."""
 DAMPING = 0.01
 """Added to the second moments, in parts of their mean: features that hardly vary would else take any error."""
 COLUMNS = 128
@@ -43,6 +46,7 @@ def calibration_windows(tokenizer: Any, path: Path | None, limit: int) -> Tensor
         texts: Iterator[str] = (
             p.read_text(encoding="utf-8", errors="replace")
             for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))[::3]
+            if p.name != PARITY_MODULE  # on which the result is judged
         )
     else:
         try:
@@ -68,30 +72,38 @@ def calibrate(
     """Rounds the weights that the scheme wants in int4, by their names. The model's own become what they stand for.
 
     windows: [windows, tokens] int64. on_layer is called after every layer and the output projection. Weights that are
-    not an nn.Linear's, or see none of the tokens, are left out.
+    not an nn.Linear's, see none of the tokens, or have more than WIDEST input features are left out. Raises UserError
+    if inputs are not finite.
     """
+    was_training = model.training
+    model.train()  # selection in its masked form: the same function, and for whole windows faster
     names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     rounded: dict[str, Rounded] = {}
 
     def round_weights(measured: dict[nn.Linear, Tensor]) -> None:
-        for module, second_moments in measured.items():
-            weight = module.weight
-            result = gptq(weight.float(), second_moments, scheme.block_size, weight.dtype)
-            rounded[names[module]] = result
+        for module, sums in measured.items():
+            weight, name = module.weight, names[module]
+            if not sums.isfinite().all():
+                raise UserError(f"the inputs of {name} are not finite in {weight.dtype}: export with --dtype fp32")
+            result = gptq(weight.float(), sums, scheme.block_size, weight.dtype)
+            rounded[name] = result
             weight.copy_(dequantise(result.integers, result.scales, scheme.block_size).T)
         on_layer()
 
     states = first_inputs(model, windows)
     for layer in model.model.layers:
-        linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        linear = [m for m in layer.modules() if isinstance(m, nn.Linear) and m.in_features <= WIDEST]
         with moments([module for module in linear if scheme.bits(names[module]) == BITS["int4"]]) as measured:
             for state in states:
                 layer(*state)
         round_weights(measured)
         states = [(layer(hidden, call)[0], call) for hidden, call in states]
     if scheme.bits(LM_HEAD) == BITS["int4"]:
-        last = [second_moments(model.model.norm(hidden)) for hidden, _ in states]
-        round_weights({model.lm_head: torch.stack(last).sum(0)})
+        total = second_moments(model.model.norm(states[0][0]))
+        for hidden, _ in states[1:]:
+            total += second_moments(model.model.norm(hidden))
+        round_weights({model.lm_head: total})
+    model.train(was_training)
     return rounded
 
 
@@ -191,7 +203,7 @@ def _round_rows(weight: Tensor, rest: Tensor, block_size: int, dtype: torch.dtyp
 def best_scales(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """blocks [N, block] → scales [N]: -8 times it is the value of largest size, or less where clipping costs less."""
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    largest[largest == 0] = 8
     tried = torch.stack([(largest * part / -8).to(dtype).float() for part in SHRINKAGE])
+    tried[tried == 0] = 1  # all are zero, or too small for the type
     errors = ((blocks / tried).round().clamp(-8, 7) * tried - blocks).square().sum(-1, keepdim=True)
     return tried.gather(0, errors.argmin(0, keepdim=True))[0, :, 0]

@@ -42,9 +42,12 @@ In 8 bits a number just at the edge may round to either side, and then is a step
 """
 
 
+PARITY_MODULE = "argparse.py"
+
+
 def parity_text() -> str:
     """Real text on every machine: a module of the standard library."""
-    return (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
+    return (Path(sysconfig.get_paths()["stdlib"]) / PARITY_MODULE).read_text()
 
 
 def check_parity(
@@ -60,14 +63,12 @@ def check_parity(
     ort_logits, ort_indices = _run_onnx(model, session, text)
     del session
     wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    logits, sets = _run_torch(wide, text, ort_indices)
-    expected, text_loss = logits[-DECODED_TOKENS:].clone(), _loss(logits, text)
-    del logits
+    ours, sets = _run_torch(wide, text, ort_indices)
+    expected = ours.logits
     error = float((ort_logits - expected).abs().max())
     tolerance = TOLERANCE
     if model.dtype == torch.float16:
-        own = _run_torch(model, text, ort_indices)[0][-DECODED_TOKENS:]
-        own_error = float((own - expected).abs().max())
+        own_error = float((_run_torch(model, text, ort_indices)[0].logits - expected).abs().max())
         tolerance = max(TOLERANCE, 2 * own_error)
     best = expected.topk(2).values
     wrong = (ort_logits.argmax(-1) != expected.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * tolerance)
@@ -89,8 +90,8 @@ def check_parity(
     result["quality"] = {
         **_quality(ort_logits, expected, text),
         "text_tokens": len(text) - 1,
-        "text_loss": text_loss,
-        "text_reference_loss": unquantised.text_loss if unquantised else text_loss,
+        "text_loss": ours.text_loss,
+        "text_reference_loss": (unquantised or ours).text_loss,
     }
     return result
 
@@ -105,8 +106,7 @@ class Reference:
 
 def reference(model: DSAForCausalLM, text: list[int]) -> Reference:
     wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    logits, _ = _run_torch(wide, text)
-    return Reference(logits[-DECODED_TOKENS:].clone(), _loss(logits, text))
+    return _run_torch(wide, text)[0]
 
 
 def _loss(logits: Tensor, text: list[int]) -> float:
@@ -199,8 +199,8 @@ def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[i
 @torch.no_grad()
 def _run_torch(
     model: DSAForCausalLM, text: list[int], selected: Sequence[Tensor] = ()
-) -> tuple[Tensor, dict[str, int]]:
-    """Logits [T - 1, V] fp32 of one whole call without cache.
+) -> tuple[Reference, dict[str, int]]:
+    """One whole call without cache.
 
     In the training mode's masked form of selection: the same function, which does not gather k rows for every token.
 
@@ -217,13 +217,17 @@ def _run_torch(
         return indices[None]
 
     was_training = model.training
-    output = model.train()(
-        torch.tensor([text[:-1]]),
-        use_cache=False,
-        selector=select if selected else None,
-    )
+    output = model.train().model(
+        torch.tensor([text[:-1]]), use_cache=False, selector=select if selected else None
+    )  # fmt: skip
     model.train(was_training)
-    return output.logits[0].float(), counts
+    hidden, targets = output.last_hidden_state[0], torch.tensor(text[1:])
+    losses = [  # the logits of a whole text would take gigabytes
+        cross_entropy(model.lm_head(states).float(), words, reduction="sum")
+        for states, words in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    logits = model.lm_head(hidden[-DECODED_TOKENS:]).float()
+    return Reference(logits, float(sum(losses)) / len(targets)), counts
 
 
 def _compare_sets(attention: Any, trace: AttentionTrace, theirs: Tensor) -> dict[str, int]:

@@ -54,14 +54,14 @@ class Rounded:
 
 def quantise(
     graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme, rounded: Mapping[str, Rounded]
-) -> int:
+) -> set[str]:
     """Quantises the weights of all MatMul nodes that the scheme names, the same weight of several graphs once.
 
     rounded: those that are rounded already, by name; all others are rounded to the nearest.
 
     Requires weights [K, N] as initializers with the names of `parameters` [N, K], the torch model's, which are
     overwritten with what the integers stand for: the torch model then is the reference of the quantised graphs.
-    Returns the number of quantised weights.
+    Returns their names.
     """
     done: dict[str, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
     for graph in graphs:
@@ -82,7 +82,7 @@ def quantise(
                 parameters[weight.name].data.copy_(dequantise(wide, factors, scheme.block_size).T)
                 done[weight.name] = integers, scales
             _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
-    return len(done)
+    return set(done)
 
 
 def untie(model: DSAForCausalLM) -> None:

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from dsa_export.cli import UserError
 from dsa_export.files import read_manifest
-from dsa_export.model import dense_twin, load_model
+from dsa_export.model import load_model
 from dsa_export.onnx import __main__ as export_main
 from dsa_export.onnx import calibrate as module
 from dsa_export.onnx.calibrate import best_scales, calibrate, calibration_windows, gptq, moments
 from dsa_export.onnx.export import export_graph
-from dsa_export.onnx.quantise import Scheme, dequantise, quantise
+from dsa_export.onnx.parity import parity_text
+from dsa_export.onnx.quantise import Scheme, dequantise, quantise, untie
 from tests.conftest import build_tokenizer
 from tests.dsa_export.conftest import export_command
+from tests.dsa_export.test_nsa import build as build_nsa
 
 FP32 = torch.float32
 
@@ -115,10 +117,12 @@ def test_a_calibrated_model_follows_the_original_better(dsa_folder: Path):
     ids = torch.randint(3, 250, (9, 64), generator=g)
     original = load_model(dsa_folder).eval()
     expected = original(ids[8:]).logits
-    scheme, errors = Scheme("int4", 32, lm_head=False, indexer=True), {}
+    scheme, errors = Scheme("int4", 32, lm_head=True, indexer=True), {}
     for name in ("nearest", "calibrated"):
         model = load_model(dsa_folder).requires_grad_(False).eval()
-        rounded = calibrate(dense_twin(model), ids[:8], scheme) if name == "calibrated" else {}
+        untie(model)
+        rounded = calibrate(model, ids[:8], scheme) if name == "calibrated" else {}
+        assert not model.training
         graph = export_graph(model)
         quantise([graph], dict(model.named_parameters()), scheme, rounded)
         errors[name] = float((model(ids[8:]).logits - expected).square().mean())
@@ -127,8 +131,59 @@ def test_a_calibrated_model_follows_the_original_better(dsa_folder: Path):
             np.testing.assert_array_equal(stored, result.integers.numpy())
             values = dequantise(result.integers, result.scales, 32)
             assert torch.equal(dict(model.named_parameters())[weight], values.T)
-    assert len(rounded) == 2 * 7 and not any("indexer" in name for name in rounded)
+    assert len(rounded) == 2 * 7 + 1 and not any("indexer" in name for name in rounded)
     assert errors["calibrated"] < 0.8 * errors["nearest"]
+
+
+@torch.no_grad()
+def test_every_weight_is_rounded_on_what_the_rounded_layers_before_it_give(dsa_folder: Path):
+    """The second layer's and the output projection's, from a model whose first layers are rounded already."""
+    ids = torch.randint(3, 250, (4, 64), generator=torch.Generator().manual_seed(0))
+    scheme = Scheme("int4", 32, lm_head=True, indexer=True)
+    model = load_model(dsa_folder).requires_grad_(False)
+    untie(model)
+    original = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rounded = calibrate(model, ids, scheme)
+    inputs: dict[str, Tensor] = {}
+    watched = {
+        "model.layers.1.self_attn.q_proj": model.model.layers[1].self_attn.q_proj,
+        "model.layers.1.mlp.gate_proj": model.model.layers[1].mlp.gate_proj,
+        "lm_head": model.lm_head,
+    }
+    for name, part in watched.items():
+        part.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    for name in original:  # before the second layer was rounded, and all of it when the head was
+        if name.startswith("model.layers.1."):
+            dict(model.named_parameters())[name].copy_(original[name])
+    model.train()(ids, use_cache=False)
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"):
+        expected = gptq(original[f"{name}.weight"], module.second_moments(inputs[name]), 32, FP32)
+        assert (rounded[f"{name}.weight"].integers == expected.integers).float().mean() > 0.98
+    for name, result in rounded.items():
+        dict(model.named_parameters())[name].copy_(dequantise(result.integers, result.scales, 32).T)
+    model(ids, use_cache=False)
+    expected = gptq(original["lm_head.weight"], module.second_moments(inputs["lm_head"]), 32, FP32)
+    assert (rounded["lm_head.weight"].integers == expected.integers).float().mean() > 0.98
+
+
+def test_weights_too_small_for_the_type_and_inputs_that_are_not_finite(dsa_folder: Path):
+    weight, inputs = case(4, 64, 100, 3)
+    weight[1, :32] = 1e-9
+    weight[1, 3] = 0
+    result = gptq(weight, module.second_moments(inputs), 32, torch.float16)
+    assert torch.isfinite(result.scales).all() and not result.integers[:32, 1].any()
+    model = load_model(dsa_folder).requires_grad_(False)
+    model.model.layers[1].input_layernorm.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"the inputs of model\.layers\.1\.\S+ are not finite in torch.float32: export"):
+        calibrate(model, torch.randint(3, 250, (1, 16)), Scheme("int4", 32, lm_head=True, indexer=True))
+
+
+def test_all_weights_of_native_sparse_attention(tmp_path: Path):
+    model = build_nsa(layers=1).requires_grad_(False).eval()
+    untie(model)
+    rounded = calibrate(model, torch.randint(3, 250, (2, 64)), Scheme("int4", 32, lm_head=True, indexer=True))
+    linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    assert rounded.keys() == linear and len(linear) > 12
 
 
 def test_windows_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -139,6 +194,8 @@ def test_windows_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tokens = tokenizer("abc " * 200)["input_ids"]
     assert windows.flatten().tolist() == tokens[: windows.numel()] and windows.shape[1] == 32
     library = calibration_windows(tokenizer, None, 4096)
+    judge = tokenizer(parity_text())["input_ids"][: module.WINDOW]
+    assert judge not in library.tolist(), "what is calibrated on cannot judge"
     assert library.shape == (module.WINDOWS, module.WINDOW) and len({tuple(row) for row in library.tolist()}) == 12
     for content, message in ((b"abc", "too short to calibrate with"), (b"h\xe4l", "is not UTF-8 text")):
         path.write_bytes(content)
@@ -146,12 +203,19 @@ def test_windows_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             calibration_windows(tokenizer, path, 4096)
 
 
-@pytest.mark.parametrize("options", [[], ["--weights", "int8"]])
-def test_calibration_is_for_int4(options: list[str], monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["dsa_export.onnx", "--calibrate", *options])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--calibrate"], "--calibrate is for --weights int4"),
+        (["--calibrate", "--weights", "int8"], "--calibrate is for --weights int4"),
+        (["--calibrate", "", "--weights", "int4"], "--calibrate: name a file"),
+    ],
+)
+def test_calibration_is_for_int4(options: list[str], message: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["dsa_export.onnx", *options])
     with pytest.raises(SystemExit) as end:
         export_main.parse_arguments()
-    assert end.value.code == 2 and "--calibrate is for --weights int4" in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_command(dsa_folder: Path, tmp_path: Path):
@@ -162,7 +226,12 @@ def test_the_command(dsa_folder: Path, tmp_path: Path):
     result = export_command(*command, str(text))
     assert (result.returncode, result.stderr) == (0, "")
     manifest = read_manifest(out, "onnx", "")
-    assert manifest["quantisation"]["calibration"] == str(text)
+    assert manifest["quantisation"]["calibration"] | {"sha256": ""} == {"text": str(text), "tokens": 3072, "sha256": ""}
+    assert "Calibrated 15 weights on 3,072 tokens; rounded to the nearest: 0" in result.stdout
+    nearest = export_command(*command[:2], "--out", str(tmp_path / "nearest"), *command[4:-1])
+    assert nearest.returncode == 0, nearest.stderr
+    weights = [(folder / "dense" / "model.onnx.data").read_bytes() for folder in (out, tmp_path / "nearest")]
+    assert weights[0] != weights[1]
     assert all(manifest["parity"][variant]["passed"] for variant in ("dense", "sparse"))
     result = export_command(*command, str(tmp_path / "missing"))
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "missing: No such file" in result.stderr

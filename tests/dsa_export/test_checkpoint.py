@@ -145,10 +145,11 @@ def test_no_tokenizer(tmp_path, qwen_folder):
         load_tokenizer(tmp_path)
 
 
-def test_a_path_below_a_folder_is_no_hub_name(tmp_path, monkeypatch):
+def test_a_path_beside_outputs_of_ours_is_no_hub_name(tmp_path, monkeypatch):
     """Nobody waits for the hub to hear of a typing error."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out/onnx").mkdir(parents=True)
+    write_manifest(tmp_path / "out/onnx", "onnx", {})
     monkeypatch.setattr(
         "dsa_export.model.checkpoint.AutoConfig.from_pretrained", lambda _: pytest.fail("asked the hub")
     )

@@ -27,7 +27,7 @@ def test_the_parent_must_be_writable_for_the_temporary_name(tmp_path, monkeypatc
 
 
 def test_a_folder_too_high_or_too_low_names_the_right_ones(tmp_path):
-    for name in ("ort/dense", "ort/sparse"):
+    for name in ("ort/dense", "ort/sparse", "ort/old.partial"):
         (tmp_path / name / "part").mkdir(parents=True)
         write_manifest(tmp_path / name, "engine", {})
     for near in (tmp_path, tmp_path / "ort"):

@@ -12,8 +12,9 @@ from pathlib import Path
 import onnx
 import pytest
 
+from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
-from engines import build, ort
+from engines import build, nvidia, ort
 from engines.artifacts import open_engine, open_export
 from engines.text import TOKENIZER_FILES
 from tests.engines import toy
@@ -77,6 +78,24 @@ def test_tensorrt_rtx_builds_for_named_gpus(export: Path, tmp_path: Path, capsys
     code, _, error = run_command(build.main, [*options, "--compute-capability", "5.0"], capsys)
     assert code == 1
     assert "compute capability 5.0 is unknown" in one_line(error)
+
+
+@pytest.mark.parametrize("variant, known", [("dense", False), ("sparse", True)])
+def test_a_failed_build_names_what_is_known_to_fail(
+    export: Path, tmp_path: Path, capsys, monkeypatch, variant: str, known: bool
+):
+    quantised = copy_tree(export, tmp_path / "onnx")
+    manifest = json.loads((quantised / MANIFEST).read_text())
+    (quantised / MANIFEST).write_text(json.dumps(manifest | {"precision": "int4"}))
+    monkeypatch.setattr(nvidia, "build_plan", lambda *_, **__: raise_error(UserError("the compiler failed")))
+    options = ["--onnx", str(quantised), "--out", str(tmp_path / "engines"), "--backend", "tensorrt-rtx"]
+    code, _, error = run_command(build.main, [*options, "--variant", variant], capsys)
+    assert code == 1 and error.startswith("error: the compiler failed")
+    assert ("export without --weights" in error) == known
+
+
+def raise_error(error: Exception) -> None:
+    raise error
 
 
 def test_several_backends_in_one_command(export: Path, tmp_path: Path):

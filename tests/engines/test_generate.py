@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_export.cli import UserError
+from dsa_export.cli import Terminated, UserError
 from engines import generate
 from engines.artifacts import open_engine
 from engines.session import Session, open_runner
@@ -201,6 +201,17 @@ def test_an_interrupt_ends_an_answer_and_not_the_conversation(engines: Path, cap
     code, output, error = run_command(generate.main, command, capsys)
     assert code == 0 and " …\n" in output and len(calls) == 4 + 8
     assert error.count("time to first token") == 1
+
+
+def test_a_termination_ends_the_conversation(engines: Path, capsys, monkeypatch):
+    monkeypatch.setattr(Session, "prefill", lambda *_: raise_error(Terminated()))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\nbye\n")))
+    code, _, error = run_command(generate.main, ["--engine", str(engines / "ort/sparse"), "--chat"], capsys)
+    assert code == 1 and "interrupted" in one_line(error)
+
+
+def raise_error(error: BaseException) -> None:
+    raise error
 
 
 def endless(init: Any) -> Any:

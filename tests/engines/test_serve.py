@@ -23,7 +23,7 @@ import pytest
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
-from engines import serve
+from engines import prefix_cache, serve
 from engines.app import Server, create_app
 from engines.memory import OutOfMemory
 from engines.ort import OrtRunner
@@ -441,6 +441,32 @@ def test_a_conversation_whose_answers_change_leaves_room_for_others(runners: dic
             assert turn == 0 or known == len(prompt) - 35
             prompt = [*prompt, (found[0] + 1) % toy.END_OF_TEXT, *found[1:], *prompt_of(30, turn + 1)]
         assert ask(scheduler, endless, other, 2) == (greedy(runner, other, 2), 199)
+
+
+def test_questions_that_come_together_leave_room_for_others(runners: dict[str, Runner], endless: Text):
+    """What six requests to one text leave is one copy, and the same prompt again leaves no second one."""
+    runner, other, shared = runners["sparse"], prompt_of(200, 9), prompt_of(300, 0)
+    with scheduling(runner, endless, prefix_cache=1000) as scheduler:
+        ask(scheduler, endless, other, 2)
+        requests = [begin(scheduler, endless, [*shared, i], 20) for i in range(6)]
+        assert all(ended.wait(30) for _, ended in requests)
+        ask(scheduler, endless, [*shared, 5], 2)
+        assert ask(scheduler, endless, other, 2) == (greedy(runner, other, 2), 199)
+    assert sorted(len(prefix.tokens) for prefix in scheduler.prefixes._kept) == [201, 320]
+
+
+def test_backends_of_one_capacity_count_it(runners: dict[str, Runner], endless: Text, monkeypatch):
+    runner = runners["sparse"]
+    monkeypatch.setattr(prefix_cache, "slots_of", lambda engine, tokens: 1000)
+    with scheduling(runner, endless, prefix_cache=1500) as scheduler:
+        for seed in range(2):
+            ask(scheduler, endless, prompt_of(50, seed), 2)
+        assert ask(scheduler, endless, prompt_of(50, 1), 2) == (greedy(runner, prompt_of(50, 1), 2), 49)
+    (kept,) = scheduler.prefixes._kept
+    assert kept.caches.capacity == 1000 and len(kept.tokens) == 51
+    with scheduling(runner, endless, prefix_cache=999) as scheduler:
+        ask(scheduler, endless, prompt_of(50, 0), 2)
+    assert not scheduler.prefixes._kept
 
 
 def test_of_what_exceeds_the_limit_the_beginning_is_kept(runners: dict[str, Runner], endless: Text):

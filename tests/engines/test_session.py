@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsa_export.cli import UserError
 from engines.memory import chunk_tokens
-from engines.ort import OrtRunner
+from engines.ort import OrtCaches, OrtRunner
 from engines.session import Runner, Session
 from tests.engines import toy
 
@@ -89,6 +89,22 @@ def test_growing_keeps_the_results_and_grows_in_buckets(runner: Runner):
     assert sorted(set(capacities)) == [256, 512, 1024, 2048]
     roomy = Session(runner, capacity=2048).prefill([prompt])
     np.testing.assert_allclose(logits, roomy, atol=TOLERANCE)
+
+
+def test_an_interrupt_while_the_caches_grow_leaves_an_empty_session(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    session, prompt = Session(runner), tokens(40)
+    session.prefill([tokens(250)])
+    original = OrtRunner.copy
+
+    def copy(self: OrtRunner, source: OrtCaches, target: OrtCaches, count: int, **options: bool) -> None:
+        original(self, source, target, count, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OrtRunner, "copy", copy)
+        session.prefill([tokens(10)])
+    assert session.lengths.tolist() == [0]
+    np.testing.assert_allclose(session.prefill([prompt]), whole_prefill(runner, prompt), atol=TOLERANCE)
 
 
 def test_growing_recomputes_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch):
