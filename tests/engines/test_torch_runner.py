@@ -16,6 +16,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from dsa_export.onnx.__main__ import main as export_main
 from engines import build, generate
+from engines.memory import OutOfMemory
 from engines.session import Runner, Session, open_runner
 from tests.engines.commands import copy_tree, one_line, run_command
 
@@ -152,6 +153,29 @@ def test_a_checkpoint_that_changed_or_is_gone(real_export: Path, tmp_path: Path,
         code, _, error = run_command(build.main, options, capsys)
         assert code == 1 and message in one_line(error)
     assert not (tmp_path / "engines" / "torch" / "dense").exists()
+
+
+@pytest.mark.parametrize(
+    "failure, raised",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried …"), OutOfMemory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …"), OutOfMemory),
+        (RuntimeError("an error of ours"), RuntimeError),
+    ],
+)
+def test_no_memory_for_a_call_is_said(
+    pair: tuple[Runner, Runner], failure: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    """So that a server gives up what it keeps, and lives on."""
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    _, runner = pair
+    monkeypatch.setattr(type(runner), "_call", fail)
+    with pytest.raises(raised) as said:
+        Session(runner).prefill([[1, 2, 3]])
+    assert type(said.value) is raised
 
 
 def test_no_memory_for_the_caches_is_said(pair: tuple[Runner, Runner]):
