@@ -16,6 +16,7 @@ import socket
 
 from dsa_export.cli import UserError, console, not_negative, positive, run
 from engines.generate import add_engine_arguments
+from engines.memory import MIB
 from engines.prefix_cache import slots_of
 from engines.session import open_runner
 from engines.text import Text
@@ -41,9 +42,14 @@ def main() -> None:
     model = args.model_name or f"{engine.folder.resolve().name}-{engine.dtype}"
     app = create_app(scheduler, Text(engine), model=model, max_body=args.max_body_bytes)
     host, port = address.getsockname()[:2]
+
+    def size(tokens: int) -> str:
+        return f"{tokens * engine.cache_bytes_per_token() / MIB:,.0f} MiB"
+
     console.print(
         f"Serving {engine.folder} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: {slots} requests at a "
-        f"time, {engine.limits.max_context} tokens each, {args.queue} more may wait. Ctrl-C stops"
+        f"time, {engine.limits.max_context} tokens each, {args.queue} more may wait; caches take "
+        f"up to {size(slots * engine.limits.max_context)}, those of ended requests {size(prefix_cache)}. Ctrl-C stops"
     )
     try:
         Server(app, scheduler, args.grace).run(sockets=[address])

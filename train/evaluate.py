@@ -43,7 +43,7 @@ from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
 from train.ladder import BLOCK, RUNGS
-from train.losses import IndexerObserver, queries_apart
+from train.losses import TARGETS, IndexerObserver, queries_apart
 from train.study import Choice, Record, Study
 from train.tasks import TASKS, fit
 from train.timing import decode_call, in_turn
@@ -61,7 +61,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     compute_dtype: torch.dtype = torch.float32,
-    kl_target: str = "rms",
+    kl_target: str = TARGETS[0],
     kl_queries: int | None = None,
     teacher: Any = None,
 ) -> dict[str, float]:
@@ -150,11 +150,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m train.evaluate",
         description="Measures what a sparse checkpoint loses against its own dense attention, on held-out text (a "
         "ladder of selections at every k) and on retrieval tasks made here, and writes tables, JSON and pictures.",
-        epilog="The ladder, at each k: best (the keys of most attention mass), trained (the checkpoint's indexer), "
-        "random (one of random weights), window (the last k keys); `--base` adds the checkpoint before training. With "
-        "k of the whole length the model must equal its dense self, or the command fails. A stopped run (Ctrl-C, kill, "
-        "power) goes on when the same command is given again: each length of text and each task at each length is kept "
-        "once it is measured.",
+        epilog="The ladder, at each k: best (the keys of most attention mass), output (those that add most to each "
+        "layer's output), trained (the checkpoint's indexer), random (one of random weights), window (the last k "
+        "keys); `--base` adds the checkpoint before training. With k of the whole length the model must equal its "
+        "dense self, or the command fails. A stopped run (Ctrl-C, kill, power) goes on when the same command is given "
+        "again: each length of text and each task at each length is kept once it is measured.",
     )
     where = result.add_argument_group("input and output")
     where.add_argument(

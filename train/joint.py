@@ -20,6 +20,7 @@ from dsa_export.selection import add_selection_arguments, selection_options
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
+from train.losses import TARGETS
 from train.options import DTYPES, INDEXER_OPTIMIZERS, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Settings, Stage, adamw
 
@@ -41,7 +42,7 @@ def joint_terms(
     batch: dict[str, Tensor],
     topk: int,
     kl_queries: int | None = None,
-    kl_target: str = "rms",
+    kl_target: str = TARGETS[0],
     teacher: Any = None,
 ) -> dict[str, Tensor]:
     """{"cross_entropy", "kl", "recall", …} of a batch under selection.

@@ -3,6 +3,7 @@
     dense      everything visible: the model's own ceiling
     full       its selection with k of at least the length: must equal dense, or the figures below mean nothing
     best       the k keys of most attention mass (mean over the heads) in every layer with an indexer
+    output     the k keys that add most to the layer's output (the target of that name, train.losses), likewise
     trained    the checkpoint's indexer
     random     an indexer of the same size with random weights
     window     the last k keys
@@ -30,10 +31,12 @@ from dsa_export.model.attention.dsa import Indexer
 from dsa_export.topk import TopK, topk_per_layer
 from plugins.index_topk.op import topk_lowest_index_first
 from train.data import IGNORED
-from train.losses import attention_moments
+from train.losses import attention_moments, attention_target
 from train.selection import ROWS
 
-RUNGS = ("best", "trained", "random", "window")
+RUNGS = ("best", "output", "trained", "random", "window")
+BEST_BY = {"best": "mean", "output": "output"}
+"""Rungs that select by a target of the indexer."""
 HEAD_ROWS = 256
 """Rows whose logits are held at a time."""
 BLOCK = 64
@@ -69,8 +72,8 @@ def hidden_states(model: DSAForCausalLM, input_ids: Tensor, rung: str, topk: Top
     """input_ids [1, T] → the last hidden states [T, E] at one rung. "random" needs random_indexers() around it."""
     ks = topk_per_layer(topk, len(model.model.layers))
     selector: Selector | None = None
-    if rung == "best":
-        selector = lambda trace: best_selection(trace, ks[trace.layer])  # noqa: E731
+    if rung in BEST_BY:
+        selector = lambda trace: best_selection(trace, ks[trace.layer], BEST_BY[rung])  # noqa: E731
     elif rung == "window":
         selector = lambda trace: window_selection(trace, ks[trace.layer])  # noqa: E731
     model.train()
@@ -79,8 +82,8 @@ def hidden_states(model: DSAForCausalLM, input_ids: Tensor, rung: str, topk: Top
     return model.model(input_ids, selector=selector).last_hidden_state[0]
 
 
-def best_selection(trace: AttentionTrace, k: int) -> Tensor:
-    """The k visible keys of most attention mass, mean over the heads: indices [B, T, K]."""
+def best_selection(trace: AttentionTrace, k: int, target: str) -> Tensor:
+    """The k visible keys that a target of the indexer puts first: indices [B, T, K]."""
     B, _, T, _ = trace.q.shape
     indices = torch.full((B, T, min(k, T)), -1, dtype=torch.int32, device=trace.q.device)
     for b in range(B):
@@ -88,8 +91,9 @@ def best_selection(trace: AttentionTrace, k: int) -> Tensor:
             stop = min(start + ROWS, T)
             positions = torch.arange(start, stop, device=trace.q.device)[:, None]
             visible = torch.arange(stop, device=trace.q.device) <= positions
-            mass = attention_moments(trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :stop], visible).mean
-            best = topk_lowest_index_first(mass.masked_fill(~visible, -1), min(k, stop))
+            q, keys, norms = trace.q[b, :, start:stop], trace.k[b, :, :stop], trace.value_norms[b, :, :stop]
+            p = attention_target(attention_moments(q * trace.scale, keys, visible, norms_HC=norms), target)
+            best = topk_lowest_index_first(p.masked_fill(~visible, -1), min(k, stop))
             indices[b, start:stop, : best.shape[-1]] = torch.where(best <= positions, best, -1).int()
     return indices
 

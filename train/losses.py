@@ -5,8 +5,9 @@ Shapes: B batch, T tokens, Hq/Hkv query/KV heads, D head size, Hi/Di indexer hea
     index_q        [B, T, Hi, Di]  rotated                    } trained by this loss
     index_weights  [B, T, Hi]      Hi^-1/2 Di^-1/2 included   }
     index_k        [B, T, Di]      rotated                    }
-    q              [B, Hq, T, D]   rotated; the teacher, never given a gradient
-    k              [B, Hkv, T, D]  rotated; the teacher, never given a gradient
+    q              [B, Hq, T, D]   rotated  }
+    k              [B, Hkv, T, D]  rotated  } the teacher, never given a gradient
+    value_norms    [B, Hq, T]      ‖W_O,h v‖, what each key of weight 1 adds to the layer's output
     lengths        [B]             int64; valid tokens of each row, which is padded on the right
     indices        [B, T, K]       int32, -1 fills; None: every visible key counts (warm-up)
 
@@ -19,6 +20,7 @@ Targets:
     mean    p = mean_h a_h, as published (DeepSeek-V3.2-Exp, section 2.1).
     rms     p ∝ (mean_h a_h²)^½. A key that one head needs ranks above one that all heads look at a little: of the k
             best keys by either measure, these keep the layer's output better.
+    output  p ∝ (mean_h (a_h ‖W_O,h v‖)²)^½. What heads look at without taking much from it counts for less.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from plugins.index_topk.op import topk_lowest_index_first
 TILE = {"cpu": 128, "cuda": 512}
 """R, query rows handled at a time: little enough for a CPU's caches, enough to fill a GPU. See peak_bytes()."""
 
-TARGETS = ("rms", "mean")
+TARGETS = ("output", "rms", "mean")
 
 LOWEST = -1e30
 """Stands for the logarithm of a probability of 0 where it is multiplied by 0."""
@@ -50,12 +52,13 @@ def indexer_kl_reference(
     index_k: Tensor,
     q: Tensor,
     k: Tensor,
+    value_norms: Tensor,
     lengths: Tensor,
     scale: float,
     indices: Tensor | None = None,
     every: int = 1,
     first: int = 0,
-    target: str = "rms",
+    target: str = TARGETS[0],
 ) -> Tensor:
     """The definition, differentiable by autograd: holds [B, Hq, T, T] scores. For the tests."""
     T = q.shape[2]
@@ -67,7 +70,8 @@ def indexer_kl_reference(
     k_BHTD = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k_BHTD.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
     a = scores.softmax(-1).detach()
-    p = a.mean(1) if target == "mean" else a.square().mean(1).sqrt()
+    weighed = a * value_norms[:, :, None] if target == "output" else a
+    p = a.mean(1) if target == "mean" else weighed.square().mean(1).sqrt()
     p = p / p.sum(-1, keepdim=True)
     activations = torch.relu(torch.einsum("bthd,bsd->bths", index_q, index_k))
     index_scores = torch.einsum("bth,bths->bts", index_weights, activations).masked_fill(~visible, -torch.inf)
@@ -109,11 +113,12 @@ def indexer_kl(
     index_k: Tensor,
     q: Tensor,
     k: Tensor,
+    value_norms: Tensor,
     lengths: Tensor,
     scale: float,
     indices: Tensor | None = None,
     *,
-    target: str = "rms",
+    target: str = TARGETS[0],
     every: int = 1,
     first: int = 0,
     topk: int = 0,
@@ -129,7 +134,8 @@ def indexer_kl(
     """
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (index_q, index_weights, index_k))
     options = (target, every, first, topk, measure_every, with_gradient)
-    kl, shares = _IndexerKL.apply(index_q, index_weights, index_k, q, k, lengths, scale, indices, *options)
+    teacher = (q, k, value_norms)
+    kl, shares = _IndexerKL.apply(index_q, index_weights, index_k, *teacher, lengths, scale, indices, *options)
     return IndexerLoss(kl, *shares.unbind()) if measure_every else IndexerLoss(kl)
 
 
@@ -144,6 +150,7 @@ class _IndexerKL(torch.autograd.Function):
         index_k: Tensor,
         q: Tensor,
         k: Tensor,
+        value_norms: Tensor,
         lengths: Tensor,
         scale: float,
         indices: Tensor | None,
@@ -172,7 +179,8 @@ class _IndexerKL(torch.autograd.Function):
             support = visible if indices is None else _selection_mask(indices[b, rows], stop)
             certain = int(rows[0]) + 1 if indices is None else 0  # so many keys, from the left, count for every row
 
-            attention = attention_moments(q_HRD, k_HCD, support, certain)
+            norms_HC = value_norms[b, :, :stop] if target == "output" else None
+            attention = attention_moments(q_HRD, k_HCD, support, certain, norms_HC)
             p = attention_target(attention, target).to(accumulator)
             activations_RHC = (index_q_RHD @ index_k_CD.T).relu_().to(accumulator)
             scores = _mask(torch.bmm(weights_RH[:, None], activations_RHC)[:, 0], support, certain)
@@ -208,7 +216,7 @@ class _IndexerKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_kl: Tensor, _d_shares: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients = (gradient * d_kl.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (*gradients, *[None] * 11)
+        return (*gradients, *[None] * 12)
 
 
 def _tiles(queries: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
@@ -233,20 +241,29 @@ def _mask(scores: Tensor, support: Tensor, certain: int) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """Of the attention probabilities, over the query heads: [R, C] each, 0 outside the support."""
+    """Of the attention probabilities, over the query heads: [R, C] each, 0 outside the support.
+
+    The squares are those of the probabilities times the norms of the values, if these are given.
+    """
 
     mean: Tensor
     mean_square: Tensor
 
 
-def attention_moments(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0) -> Moments:
+def attention_moments(
+    q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0, norms_HC: Tensor | None = None
+) -> Moments:
     """Attention over the support [R, C] bool, whose first `certain` columns are all True. q is scaled already."""
     Hq, R, D = q_HRD.shape
     Hkv, C, _ = k_HCD.shape
     mean, mean_square = torch.zeros(2, R, C, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
-    for q_GRD, k_CD in zip(q_HRD.view(Hkv, Hq // Hkv, R, D), k_HCD, strict=True):  # one KV head's group at a time
+    groups = q_HRD.view(Hkv, Hq // Hkv, R, D)
+    norms = [None] * Hkv if norms_HC is None else norms_HC.view(Hkv, Hq // Hkv, 1, C)
+    for q_GRD, k_CD, norms_G1C in zip(groups, k_HCD, norms, strict=True):  # one KV head's group at a time
         a_GRC = _mask((q_GRD @ k_CD.T).to(mean.dtype), support, certain).softmax(-1)
         mean += a_GRC.sum(0)
+        if norms_G1C is not None:
+            a_GRC *= norms_G1C
         mean_square += a_GRC.square_().sum(0)
         del a_GRC  # or it would live on beside the next group's
     return Moments(mean.div_(Hq), mean_square.div_(Hq))
@@ -307,7 +324,7 @@ class IndexerObserver:
     """
 
     def __init__(
-        self, topk: TopK, measure_every: int = 0, every: int = 1, target: str = "rms", first: int | None = None
+        self, topk: TopK, measure_every: int = 0, every: int = 1, target: str = TARGETS[0], first: int | None = None
     ):
         self.topk = topk
         self.target = target
@@ -323,6 +340,7 @@ class IndexerObserver:
                 trace.scored_k,
                 trace.q.detach(),
                 trace.k.detach(),
+                trace.value_norms,
                 trace.lengths,
                 trace.scale,
                 trace.indices,

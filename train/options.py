@@ -138,7 +138,8 @@ def argument_parser(
             "--kl-target",
             choices=TARGETS,
             default=TARGETS[0],
-            help="what of the heads' attention the indexer learns: the root of its mean square, or, as published, its "
+            help="what of the heads' attention the indexer learns: the root of its mean square (rms), this weighed by "
+            "what each key's value adds to the layer's output (output), or, as published, its "
             f"mean [{TARGETS[0]}]",
         )
         run.add_argument(

@@ -28,6 +28,7 @@ def plot_metrics(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
 
 RUNG_STYLES = {
     "best": ("tab:green", "most attention mass"),
+    "output": ("tab:olive", "most of the output"),
     "trained": ("tab:blue", "trained indexer"),
     "auto": ("tab:purple", "trained indexer, k by layer"),
     "random": ("tab:orange", "random indexer"),

@@ -16,7 +16,7 @@ from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attenti
 from train import base
 from train.data import Windows
 from train.evaluate import evaluate
-from train.losses import IndexerObserver, queries_apart
+from train.losses import TARGETS, IndexerObserver, queries_apart
 from train.options import (
     DTYPES,
     INDEXER_OPTIMIZERS,
@@ -57,7 +57,7 @@ def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None, kl_tar
 
 
 def warmup_terms(
-    model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None, kl_target: str = "rms"
+    model: Any, batch: dict[str, Tensor], topk: int, kl_queries: int | None = None, kl_target: str = TARGETS[0]
 ) -> dict[str, Tensor]:
     """{"kl", "recall", …} of a batch under dense attention. The head is not run: no cross-entropy is trained."""
     model.sparse = False

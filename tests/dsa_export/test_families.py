@@ -162,6 +162,28 @@ def test_the_peer_is_the_familys_stock_model(family: tuple[str, Path], tokens: t
         assert peers.torch_bytes(str(checkpoint), 100) > peers.torch_bytes(str(checkpoint), 10)
 
 
+@torch.no_grad()
+def test_an_observer_is_told_what_each_key_can_add_to_the_output(
+    family: tuple[str, Path], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norms are those of the layer's output where one head attends to the query's own key alone."""
+    model = load_model(family[1], index_topk=12, index_heads=2, index_dim=16)
+    attention: Any = model.model.layers[1].self_attn
+    attend, outputs, norms = type(attention).attend, [], []
+
+    def one_head(self: Any, hidden: Any, q_BSE: Any, q: torch.Tensor, k: Any, v: torch.Tensor, call: Any) -> Any:
+        head = len(outputs)
+        alone = torch.zeros(*q.shape[:-1], v.shape[-1])
+        alone[:, head] = v[:, head // (q.shape[1] // v.shape[1])]
+        return alone, attend(self, hidden, q_BSE, q, k, v, call)[1]
+
+    monkeypatch.setattr(attention, "attend", one_head.__get__(attention))
+    attention.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].norm(dim=-1)))
+    for _ in range(attention.query_heads):
+        model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms) or {})
+    torch.testing.assert_close(norms[-1], torch.stack(outputs, dim=1), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("form", ["dense", "sparse", "sparse with options"])
 @torch.no_grad()
 def test_causal_and_the_same_in_any_cut(family: tuple[str, Path], tokens: torch.Tensor, form: str) -> None:

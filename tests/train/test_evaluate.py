@@ -60,15 +60,20 @@ def test_best_and_window_select_what_they_say(model, ids: torch.Tensor) -> None:
     for t in traces:
         keys = t.k.repeat_interleave(2, dim=1)
         hidden = ~torch.ones(T, T, dtype=torch.bool).tril()
-        mass = (t.q @ keys.transpose(-1, -2) * t.scale).masked_fill(hidden, -torch.inf).softmax(-1).mean(1)[0]
-        best, window = best_selection(t, K)[0], window_selection(t, K)[0]
+        mass = (t.q @ keys.transpose(-1, -2) * t.scale).masked_fill(hidden, -torch.inf).softmax(-1)[0]
+        added = (mass * t.value_norms[0, :, None]).square().sum(0)
+        mass = mass.mean(0)
+        output = best_selection(t, K, "output")[0]
+        best, window = best_selection(t, K, "mean")[0], window_selection(t, K)[0]
         for row in range(T):
             expected = set(mass[row, : row + 1].topk(min(K, row + 1)).indices.tolist())
             assert set(best[row].tolist()) - {-1} == expected
+            expected = set(added[row, : row + 1].topk(min(K, row + 1)).indices.tolist())
+            assert set(output[row].tolist()) - {-1} == expected
             assert set(window[row].tolist()) - {-1} == set(range(max(0, row - K + 1), row + 1))
 
 
-@pytest.mark.parametrize("rung", ["best", "trained", "random", "window"])
+@pytest.mark.parametrize("rung", ["best", "output", "trained", "random", "window"])
 def test_no_rung_sees_the_future_and_all_are_dense_when_k_covers_the_text(model, ids, rung: str) -> None:
     changed = ids.clone()
     changed[:, 30:] = (changed[:, 30:] + 5) % 240 + 3
@@ -229,7 +234,7 @@ def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, 
     rows = {(row["rung"], json.dumps(row["k"])): row for row in text["ladder"]}
     chosen = results["auto"]["topk"]
     assert sum(chosen) <= 2 * 24 and all(k % 4 == 0 for k in chosen)
-    assert {rung for rung, _ in rows} == {"best", "trained", "random", "window", "auto"}
+    assert {rung for rung, _ in rows} == {"best", "output", "trained", "random", "window", "auto"}
     assert ("auto", json.dumps(chosen)) in rows and ("window", "24") in rows
     assert rows["best", "24"]["kl"] < rows["trained", "24"]["kl"]
     assert text["base"]["loss"] == pytest.approx(text["dense"]["loss"], rel=1e-6), "nothing was trained: no drift"

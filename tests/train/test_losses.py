@@ -22,11 +22,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(B: int = 3, T: int = 50, Hi: int = 3, Di: int = 8, Hq: int = 6, Hkv: int = 2, dtype=torch.float32, seed=0):
-    """index_q, index_weights, index_k (to be trained), q, k (the teacher)."""
+    """index_q, index_weights, index_k (to be trained), q, k, value_norms (the teacher)."""
     g = torch.Generator().manual_seed(seed)
     student = [torch.randn(*shape, generator=g, dtype=dtype) for shape in ((B, T, Hi, Di), (B, T, Hi), (B, T, Di))]
     teacher = [torch.randn(B, heads, T, 8, generator=g, dtype=dtype) for heads in (Hq, Hkv)]
-    return [*(x.requires_grad_() for x in student), *teacher]
+    norms = torch.rand(B, Hq, T, generator=g, dtype=dtype)
+    return [*(x.requires_grad_() for x in student), *teacher, norms]
 
 
 def selection(tensors: list[Tensor], k: int) -> Tensor:
@@ -86,13 +87,17 @@ def test_the_target_ranks_what_one_head_needs_above_what_all_look_at_a_little() 
     roots = a.square().mean(0).sqrt()
     torch.testing.assert_close(rms, roots / roots.sum())
     assert mean[0] < mean[1] and rms[0] > rms[1]
+    # The first head's value of key 0 is nothing, nor is its output then changed by it.
+    norms = torch.tensor([[1e-9, 1, 1], [1, 1, 1]])
+    output = attention_target(attention_moments(q, k, everything, norms_HC=norms), "output")[0]
+    assert output[0] < 1e-6 and output[1] / output[2] == pytest.approx(float(rms[1] / rms[2]))
 
 
 def test_the_warm_up_sees_keys_that_the_indexer_did_not_choose() -> None:
     """Bug of the original: the KL looks only at the keys that the indexer itself chose."""
     tensors = inputs(B=1, T=30)
     missed = sorted(set(range(30)) - set(selection(tensors, 4)[0, -1].tolist()))
-    teacher_moved = [tensors[3], tensors[4].clone()]
+    teacher_moved = [tensors[3], tensors[4].clone(), tensors[5]]
     teacher_moved[1][:, :, missed] += 1.0
     lengths, indices = torch.tensor([30]), selection(tensors, 4)
     dense = [indexer_kl(*tensors[:3], *teacher, lengths, SCALE) for teacher in (tensors[3:], teacher_moved)]
@@ -152,7 +157,8 @@ def test_a_perfect_indexer_has_no_loss_and_no_gradient() -> None:
     q, k = torch.rand(1, 1, 30, 8, generator=g), torch.rand(1, 1, 30, 8, generator=g)
     index_q, index_k = q.transpose(1, 2).clone().requires_grad_(), k[:, 0].clone().requires_grad_()
     weights = torch.full((1, 30, 1), SCALE, requires_grad=True)
-    loss = indexer_kl(index_q, weights, index_k, q, k, torch.tensor([30]), SCALE, topk=4, measure_every=1)
+    norms = torch.full((1, 1, 30), 0.5)
+    loss = indexer_kl(index_q, weights, index_k, q, k, norms, torch.tensor([30]), SCALE, topk=4, measure_every=1)
     assert abs(loss.kl.item()) < 1e-6
     torch.testing.assert_close(loss.recall, loss.best)
     for gradient in torch.autograd.grad(loss.kl, [index_q, weights, index_k]):

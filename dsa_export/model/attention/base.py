@@ -21,12 +21,14 @@ NOTHING = torch.empty(0)
 class AttentionTrace:
     """What observers and selectors see of one layer of a call without cache (C = S). Tensors are not detached.
 
-    A layer without an indexer has q and k of its own beside what its leader has of the indexer and the selection.
+    A layer without an indexer has q, k and value_norms of its own beside what its leader has of the indexer and the
+    selection.
     """
 
     layer: int
     q: Tensor  # [B, Hq, S, D], rotated
     k: Tensor  # [B, Hkv, S, D], rotated
+    value_norms: Tensor  # [B, Hq, S] fp32, ‖W_O,h v‖: what a key of weight 1 adds to the layer's output
     index_q: Tensor  # [B, S, Hi, Di], rotated
     index_weights: Tensor  # [B, S, Hi], scale included
     index_k: Tensor  # [B, S, Di], rotated
@@ -37,7 +39,7 @@ class AttentionTrace:
 
     def for_followers(self, *, observed: bool) -> AttentionTrace:
         """What the layers that follow need of it: the selection, and for an observer what made it."""
-        selection = replace(self, q=NOTHING, k=NOTHING)
+        selection = replace(self, q=NOTHING, k=NOTHING, value_norms=NOTHING)
         if observed:
             return selection
         return replace(selection, index_q=NOTHING, index_weights=NOTHING, index_k=NOTHING, scored_k=NOTHING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dsa_export.config import DSAConfig
@@ -83,3 +84,16 @@ class DenseAttention(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The core: q [B, Hq, S, D] (also as q_BSE, heads not split), k and v [B, Hkv, C, D] → [B, Hq, S, D]."""
         return dense_attention(q, k, v, call.kv_lengths, self.scale), {}
+
+    @torch.no_grad()
+    def value_norms(self, v: Tensor) -> Tensor:
+        """‖W_O,h v‖ of each query head h and row of v [B, Hkv, C, D]: [B, Hq, C] fp32, at least 1e-9."""
+        with torch.autocast(v.device.type, enabled=False):
+            maps = self.value_maps().float()
+            squares = maps.transpose(-1, -2) @ maps  # ‖M v‖² = v · MᵀM v: little work, however large the output
+            rows = v.float().repeat_interleave(len(maps) // v.shape[1], dim=1)
+            return (rows @ squares * rows).sum(-1).clamp(min=1e-18).sqrt()
+
+    def value_maps(self) -> Tensor:
+        """What takes each query head's sum of rows of v to the layer's output: [Hq, E, D]."""
+        return self.o_proj.weight.unflatten(1, (self.query_heads, -1)).transpose(0, 1)

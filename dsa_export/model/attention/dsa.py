@@ -156,6 +156,7 @@ class SparseAttention(DenseAttention):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if call.caches is not None and (call.observer or call.selector):
             raise ValueError("an observer or a selector needs a call without cache")
+        value_norms = self.value_norms(v) if call.observer or call.selector else NOTHING
         if self.leads:
             index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
             scored = self.scored(index_q, index_weights, index_k, call)
@@ -163,8 +164,8 @@ class SparseAttention(DenseAttention):
             if self.pool > 1 and call.caches is None:
                 scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : index_k.shape[1]]
             trace = AttentionTrace(
-                self.layer, q, k, index_q, index_weights, index_k, scored_k, None, call.lengths, self.scale
-            )  # fmt: skip
+                self.layer, q, k, value_norms, index_q, index_weights, index_k, scored_k, None, call.lengths, self.scale
+            )
             if self.sparse:
                 with torch.no_grad():
                     indices = self.select(scored, call) if call.selector is None else call.selector(trace)
@@ -172,7 +173,7 @@ class SparseAttention(DenseAttention):
             if self.followed:  # set once: gradient checkpointing runs a layer twice
                 call.handed_on.setdefault(self.layer, trace.for_followers(observed=call.observer is not None))
         else:
-            trace = replace(call.handed_on[self.leader], layer=self.layer, q=q, k=k)
+            trace = replace(call.handed_on[self.leader], layer=self.layer, q=q, k=k, value_norms=value_norms)
         if self.sparse:
             assert trace.indices is not None
             core = masked_attention if self.training else sparse_attention

@@ -99,6 +99,11 @@ class LatentAttention(DenseAttention):
         values = output[..., : self.latent_size] @ expand_values.transpose(-1, -2)  # [B, H, S, V]
         return self.o_proj(values.transpose(1, 2).flatten(-2)), aux
 
+    def value_maps(self) -> Tensor:
+        expand_values = self.kv_b_proj.weight.unflatten(0, (self.query_heads, -1))[:, self.nope_size :]
+        maps = super().value_maps() @ expand_values  # [H, E, R]
+        return nn.functional.pad(maps, (0, self.rope_size))
+
     def queries(self, hidden: Tensor) -> Tensor:
         """hidden [B, S, E] → [B, S, H * (N + P)], neither rotated nor absorbed."""
         if self.low_rank_queries:
