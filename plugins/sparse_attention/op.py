@@ -184,9 +184,9 @@ def check_cuda(q: Tensor, k_cache: Tensor, indices: Tensor) -> None:
     Hkv, C = k_cache.shape[1:3]
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"sparse_attention on a GPU needs fp32, fp16 or bf16, got {q.dtype}")
-    if D not in kernel.TORCH_HEAD_SIZES:
-        sizes = ", ".join(map(str, kernel.TORCH_HEAD_SIZES))
-        raise ValueError(f"sparse_attention on a GPU needs a head size among {sizes}, got {D}")
+    if D % kernel.HEAD_SIZE_STEP or not kernel.MIN_HEAD_SIZE <= D <= kernel.MAX_HEAD_SIZE:
+        sizes = f"{kernel.MIN_HEAD_SIZE} to {kernel.MAX_HEAD_SIZE}, a multiple of {kernel.HEAD_SIZE_STEP}"
+        raise ValueError(f"sparse_attention on a GPU needs a head size of {sizes}, got {D}")
     if Hq // Hkv > kernel.MAX_GROUP:
         limit = f"at most {kernel.MAX_GROUP} query heads per KV head"
         raise ValueError(f"sparse_attention on a GPU takes {limit}, got {Hq // Hkv}")

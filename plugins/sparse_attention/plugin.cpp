@@ -42,7 +42,8 @@ Shape shapeOf(Dims const& q, Dims const& keys, Dims const& values, Dims const& i
     require(sameCaches && keys.d[0] == shape.B && keys.d[3] == shape.D && indices.d[0] == shape.B && indices.d[1] == shape.S,
         "q " + text(q) + ", k_cache " + text(keys) + ", v_cache " + text(values) + " and indices " + text(indices)
             + " do not fit together");
-    require(shape.D == 64 || shape.D == 128, "the head size D must be 64 or 128, got " + std::to_string(shape.D));
+    require(shape.D == 64 || shape.D == 128 || shape.D == 576,
+        "the head size D must be 64, 128 or 576, got " + std::to_string(shape.D));
     require(shape.Hkv >= 1 && shape.Hq % shape.Hkv == 0 && shape.Hq / shape.Hkv >= 1 && shape.Hq / shape.Hkv <= size::MAX_GROUP,
         "query heads per KV head must be 1 to " + std::to_string(size::MAX_GROUP) + ", got " + std::to_string(shape.Hq) + " / "
             + std::to_string(shape.Hkv));
@@ -156,7 +157,7 @@ public:
             require(nbInputs == kInputs, "4 inputs are needed");
             Shape const most = shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max);
             int64_t const rows
-                = std::min(most.B * most.S * size::MAX_SPLITS, std::max<int64_t>(programsOf(most) / most.Hkv, 1));
+                = std::min(most.B * most.S * size::MAX_SPLITS, std::max<int64_t>(programsOf(most) / gathersOf(most), 1));
             return static_cast<std::size_t>(4 * rows * most.Hq * (most.D + 2));
         });
     }
@@ -214,13 +215,19 @@ private:
         return size::ATTEND_PROGRAMS * 64 / shape.D;
     }
 
+    // Programs per token and share of K.
+    static int64_t gathersOf(Shape const& shape)
+    {
+        return shape.Hkv * ceilDiv(shape.Hq / shape.Hkv, int64_t{size::GROUP_PADDED});
+    }
+
     void launch(Shape const& shape, void const* const* inputs, void* output, float* workspace, cudaStream_t stream) const
     {
         // The same numbers as `plan` in kernel.py.
         int64_t const tokens64 = shape.B * shape.S;
         int64_t const wanted = std::min<int64_t>(
-            std::max<int64_t>(programsOf(shape) / (tokens64 * shape.Hkv), 1), size::MAX_SPLITS);
-        int64_t const block = size::BLOCK_K * shape.D / 64;
+            std::max<int64_t>(programsOf(shape) / (tokens64 * gathersOf(shape)), 1), size::MAX_SPLITS);
+        int64_t const block = shape.D <= size::LONG_ROW ? size::BLOCK_K * shape.D / 64 : size::WIDE_BLOCK_K;
         int64_t const share64 = ceilDiv(ceilDiv(shape.K, wanted), block) * block;
         int64_t const splits64 = ceilDiv(shape.K, share64);
 
@@ -231,13 +238,13 @@ private:
         int32_t const queryHeads = static_cast<int32_t>(shape.Hq), heads = static_cast<int32_t>(shape.Hkv);
         int32_t const group = queryHeads / heads, share = static_cast<int32_t>(share64);
         int32_t const splits = static_cast<int32_t>(splits64);
-        mAttend.launch(static_cast<unsigned>(tokens64 * shape.Hkv * splits64), 1,
+        mAttend.launch(static_cast<unsigned>(tokens64 * gathersOf(shape) * splits64), 1,
             {&inputs[kQ], &inputs[kKeys], &inputs[kValues], &inputs[kIndices], &output, &sums, &statistics, &mScale, &tokens,
                 &S, &C, &heads, &group, &K, &share, &splits},
             stream);
         if (splits > 1)
         {
-            mCombine.launch(static_cast<unsigned>(tokens64 * shape.Hq), 1,
+            mCombine.launch(static_cast<unsigned>(tokens64 * shape.Hq * ceilDiv(shape.D, int64_t{size::CHUNK})), 1,
                 {&sums, &statistics, &output, &tokens, &S, &queryHeads, &splits}, stream);
         }
     }

@@ -557,9 +557,9 @@ int check(Library& library)
     checkPlugin(attention, "SparseAttention", heads, "scale=0.125", 1);
     Descriptions narrow = changed(heads, 0, {2, 14, 3, 32}, kH);
     narrow[1] = narrow[2] = describe(kH, {2, 2, 500, 32});
-    checkRefused(attention, narrow, "head size D must be 64 or 128, got 32");
-    checkRefused(attention, changed(heads, 0, {2, 13, 3, 64}, kH), "query heads per KV head must be 1 to 16, got 13 / 2");
-    checkRefused(attention, changed(heads, 0, {2, 34, 3, 64}, kH), "query heads per KV head must be 1 to 16, got 34 / 2");
+    checkRefused(attention, narrow, "head size D must be 64, 128 or 576, got 32");
+    checkRefused(attention, changed(heads, 0, {2, 13, 3, 64}, kH), "query heads per KV head must be 1 to 128, got 13 / 2");
+    checkRefused(attention, changed(heads, 0, {2, 258, 3, 64}, kH), "query heads per KV head must be 1 to 128, got 258 / 2");
     checkRefused(attention, changed(heads, 0, {2, 14, 64}, kH), "q must be [B, Hq, S, D], got [2, 14, 64]");
     checkRefused(attention, changed(heads, 1, {2, 500, 64}, kH), "k_cache must be [B, Hkv, C, D]");
     checkRefused(attention, changed(heads, 2, {2, 2, 400, 64}, kH), "do not fit together");

@@ -211,6 +211,8 @@ def test_workspace_is_the_documented_formula(
         assert int(run_host(host, "workspace", library, case)) == topk_plan.largest_workspace(B, S, C // 4, k // 4)
     case = attention_case(tmp_path, B, S, C, 2, 7, 64, k)
     assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 14, 2, 64, k)
+    case = attention_case(tmp_path, B, S, C, 1, 40, 576, k)
+    assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 40, 1, 576, k)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +317,13 @@ def test_topk_launches_with_options_are_those_of_torch(
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90", "120"])
 @pytest.mark.parametrize(
     "B, S, C, Hkv, group, D, K",
-    [(1, 1, 5000, 2, 7, 64, 2048), (3, 5, 90, 4, 8, 128, 100), (200, 3, 90, 1, 1, 64, 9)],
+    [
+        (1, 1, 5000, 2, 7, 64, 2048),
+        (3, 5, 90, 4, 8, 128, 100),
+        (200, 3, 90, 1, 1, 64, 9),
+        (1, 1, 5000, 1, 128, 576, 2048),
+        (3, 5, 90, 1, 20, 576, 100),
+    ],
 )
 def test_attention_launches_are_those_of_torch(
     host: Path, library: Path, fake_driver: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -94,8 +94,9 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> N
 @pytest.mark.parametrize(
     ("q", "cache", "K", "message"),
     [
-        ((1, 4, 1, 96), (1, 2, 8, 96), 4, "head size among 16, 32, 64, 128, got 96"),
-        ((1, 34, 1, 64), (1, 2, 8, 64), 4, "at most 16 query heads per KV head, got 17"),
+        ((1, 4, 1, 20), (1, 2, 8, 20), 4, "head size of 16 to 576, a multiple of 8, got 20"),
+        ((1, 4, 1, 584), (1, 2, 8, 584), 4, "head size of 16 to 576, a multiple of 8, got 584"),
+        ((1, 258, 1, 64), (1, 2, 8, 64), 4, "at most 128 query heads per KV head, got 129"),
         ((1, 4, 1, 64), (1, 2, 8, 64), 4097, "1 to 4096 indices per token, got 4097"),
         ((1, 4, 1, 64), (1, 2, 2**20 + 1, 64), 4, "capacity up to 1048576"),
         ((2, 4, 2**16 + 1, 64), (2, 2, 8, 64), 4, "up to 131072 query tokens"),
