@@ -42,7 +42,7 @@ from train.allocation import allocate, check_budget, check_topk_output, write_to
 from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
 from train.distributed import pick_device
-from train.ladder import BLOCK, RUNGS
+from train.ladder import BLOCK, RUNGS, WINDOWS
 from train.losses import TARGETS, IndexerObserver, queries_apart
 from train.study import Choice, Record, Study
 from train.tasks import TASKS, fit
@@ -461,9 +461,11 @@ def show(table: Table) -> None:
 def text_table(record: Record) -> Table:
     """The ladder at one length, with the shares of attention mass beside the trained indexer."""
     check, dense = record["full_selection"], record["dense"]
+    few = f"blocks of {BLOCK} tokens (of fewer than {WINDOWS} windows: rather too small)"
+    spread = few if record["windows"] < WINDOWS else "the windows"
     table = Table(
         title=f"{record['length']:,} tokens, {record['windows']} windows, {record['tokens']:,} predictions",
-        caption=f"±: standard error, from blocks of {BLOCK} tokens. Everything selected equals dense: logits within "
+        caption=f"±: standard error, from {spread}. Everything selected equals dense: logits within "
         f"{check['max_abs_error']:.1e} (allowed {check['tolerance']:.1e}). Recall: share of the attention "
         "mass; normalised: 0 a window, 1 the keys of most mass. "
         f"Decoding in torch: {record['tokens_per_s_dense']:.1f} tokens/s dense, "

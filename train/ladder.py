@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from math import sqrt
-from statistics import stdev
 from typing import Any
 
 import torch
@@ -39,21 +38,26 @@ BEST_BY = {"best": "mean", "output": "output"}
 """Rungs that select by a target of the indexer."""
 HEAD_ROWS = 256
 """Rows whose logits are held at a time."""
-BLOCK = 64
-"""Tokens whose losses are added before their spread is taken: what one selection misses, neighbours miss together (on
-Qwen2.5-0.5B single tokens, taken as independent, give a standard error about a fifth too small)."""
+BLOCK, WINDOWS = 64, 8
+"""The spread of an increase is that between windows, if there are so many, else that between blocks of so many tokens.
+Tokens near each other miss the same keys, and so do blocks of one text: taken as independent, they give too small an
+error (blocks one by a quarter to two fifths, on small models)."""
 
 
 @dataclass
 class Score:
-    """Sums over labelled tokens: cross-entropy, KL(reference ‖ this) in nats, tokens both predict alike; and by how
-    much the cross-entropy of each block of BLOCK tokens is above that of the reference."""
+    """Sums over labelled tokens: cross-entropy, KL(reference ‖ this) in nats, tokens both predict alike.
+
+    blocks, windows: of each BLOCK tokens, and of each window, by how much the cross-entropy is above the reference's,
+    and that.
+    """
 
     loss: float = 0.0
     kl: float = 0.0
     agree: int = 0
     tokens: int = 0
-    increases: list[float] = field(default_factory=list)
+    blocks: list[tuple[float, float]] = field(default_factory=list)
+    windows: list[tuple[float, float]] = field(default_factory=list)
 
     def __iadd__(self, other: Score) -> Score:
         for term in fields(self):
@@ -62,9 +66,14 @@ class Score:
 
     @property
     def increase_error(self) -> float | None:
-        """Standard error of the summed increase, in nats; None of a single block."""
-        blocks = len(self.increases)
-        return stdev(self.increases) * sqrt(blocks) if blocks > 1 else None
+        """Standard error of the increase relative to the reference, a ratio of sums; None of a single block."""
+        parts = self.windows if len(self.windows) >= WINDOWS else self.blocks
+        n = len(parts)
+        if n < 2:
+            return None
+        increase, reference = (sum(sums) for sums in zip(*parts, strict=True))
+        unexplained = sum((one - increase / reference * base) ** 2 for one, base in parts)
+        return sqrt(n / (n - 1) * unexplained) / reference
 
 
 @torch.no_grad()
@@ -129,7 +138,7 @@ def random_indexers(model: DSAForCausalLM, seed: int = 0) -> Iterator[None]:
 def score(
     heads: Mapping[str, nn.Linear], hidden: Mapping[str, Tensor], labels: Tensor, references: Sequence[str] = ("dense",)
 ) -> dict[str, dict[str, Score]]:
-    """Scores hidden states [T, E] by name against those of each reference: {reference: {name: Score}}.
+    """Scores hidden states [T, E] of a window by name against those of each reference: {reference: {name: Score}}.
 
     heads: the output layer of every name that does not use that of "dense".
     labels: [T], -100 ignored; shifted here.
@@ -146,14 +155,17 @@ def score(
             )
             losses, predicted = -log_q.gather(1, target).double(), log_q.argmax(-1)
             for reference, log_p in wanted.items():
-                increases = losses + log_p.gather(1, target).double()
+                reference_losses = -log_p.gather(1, target).double()
+                both = zip((losses - reference_losses).split(BLOCK), reference_losses.split(BLOCK), strict=True)
                 scores[reference][name] += Score(
                     loss=float(losses.sum()),
                     kl=float((probabilities[reference] * (log_p - log_q)).sum()),
                     agree=int((log_p.argmax(-1) == predicted).sum()),
                     tokens=len(chunk),
-                    increases=[float(block.sum()) for block in increases.split(BLOCK)],
+                    blocks=[(float(increases.sum()), float(base.sum())) for increases, base in both],
                 )
+    for one in (one for of_reference in scores.values() for one in of_reference.values()):
+        one.windows = [tuple(sum(sums) for sums in zip(*one.blocks, strict=True))]
     return scores
 
 

@@ -215,12 +215,12 @@ class Study:
 
 
 def _means(one: Score, reference: Score) -> Record:
-    loss, error = one.loss / one.tokens, one.increase_error
+    loss = one.loss / one.tokens
     return {
         "loss": loss,
         "perplexity": exp(loss),
         "increase": one.loss / reference.loss - 1,
-        "increase_error": None if error is None else error / reference.loss,
+        "increase_error": one.increase_error,
         "kl": one.kl / one.tokens,
         "top1": one.agree / one.tokens,
     }

@@ -17,7 +17,7 @@ from train import evaluate as command
 from train import plots, tasks
 from train.allocation import allocate
 from train.data import IGNORED, Windows
-from train.ladder import BLOCK, Score, best_selection, hidden_states, random_indexers, score, window_selection
+from train.ladder import WINDOWS, Score, best_selection, hidden_states, random_indexers, score, window_selection
 from train.losses import IndexerObserver
 from train.selection import SelectionMeter
 from train.study import Choice, Study
@@ -112,25 +112,39 @@ def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor)
     assert scores["window"].kl == pytest.approx(float(kl), rel=1e-4)
     assert scores["window"].agree == int((dense.argmax(-1) == window.argmax(-1)).sum())
     assert scores["dense"].kl == 0 and scores["dense"].agree == 28
-    assert sum(scores["window"].increases) == pytest.approx(scores["window"].loss - scores["dense"].loss, rel=1e-4)
+    ((increase, reference),) = scores["window"].windows
+    assert increase == pytest.approx(scores["window"].loss - scores["dense"].loss, rel=1e-4)
+    assert reference == pytest.approx(scores["dense"].loss, rel=1e-5)
     assert scores["window"].increase_error is None  # one block tells no spread
     kl = torch.nn.functional.kl_div(dense, window, reduction="sum", log_target=True)
     assert other_way["dense"].kl == pytest.approx(float(kl), rel=1e-4) and other_way["window"].kl == 0
-    assert other_way["dense"].increases == pytest.approx([-each for each in scores["window"].increases])
+    assert other_way["dense"].windows[0] == pytest.approx((-increase, scores["window"].loss), rel=1e-4)
 
 
-def test_the_standard_error_of_an_increase_is_that_of_its_blocks(model) -> None:
-    """The sum of independent blocks is spread by sqrt(blocks) times one; scores add up to the same."""
-    hidden = torch.randn(2, 40 * BLOCK + 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(hidden.shape[1], dtype=torch.long)
-    both = score({"dense": model.lm_head}, {"dense": hidden[0], "other": hidden[1]}, labels)["dense"]["other"]
-    with torch.no_grad():
-        dense, other = (-model.lm_head(states[:-1]).log_softmax(-1)[:, 0] for states in hidden)
-    blocks = (other - dense).view(40, BLOCK).sum(1)
-    assert both.increase_error == pytest.approx(float(blocks.std()) * 40**0.5, rel=1e-4)
-    half = Score(tokens=1, increases=both.increases[:20])
-    half += Score(tokens=1, increases=both.increases[20:])
-    assert half.increase_error == pytest.approx(both.increase_error)
+def test_the_standard_error_of_an_increase_covers_the_truth() -> None:
+    """Whole texts that have something in common: the error is that of the mean over other draws of them. Of fewer
+    windows it is made of blocks, which know nothing of what a text has in common, and is too small."""
+
+    def draw(windows: int, g: torch.Generator) -> Score:
+        total = Score()
+        for _ in range(windows):
+            in_common = torch.randn((), generator=g)
+            dense = 60 + 5 * torch.randn(16, generator=g)
+            increases = dense * 0.02 + in_common + torch.randn(16, generator=g)
+            blocks = [(float(one), float(base)) for one, base in zip(increases, dense, strict=True)]
+            total += Score(blocks=blocks, windows=[(float(increases.sum()), float(dense.sum()))])
+        return total
+
+    def increase(one: Score) -> float:
+        changes, bases = zip(*one.windows, strict=True)
+        return sum(changes) / sum(bases)
+
+    g = torch.Generator().manual_seed(0)
+    for windows, least, most in ((40, 0.85, 1.15), (WINDOWS - 1, 0.1, 0.5)):
+        draws = [draw(windows, g) for _ in range(200)]
+        truth = torch.tensor([increase(one) for one in draws]).std()
+        errors = torch.tensor([one.increase_error for one in draws])
+        assert least * truth < errors.mean() < most * truth
 
 
 def test_a_sparse_path_that_is_wrong_stops_the_evaluation(model, ids, monkeypatch: pytest.MonkeyPatch) -> None:
