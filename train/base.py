@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_done(args.out, None, run_identity, args.overwrite, processes):
         return
 
-    texts = (d.answer for d in documents(args.data, Malformed(args.allow_malformed)) if not d.is_held_out())
+    read = islice(documents(args.data, Malformed(args.allow_malformed)), args.max_rows)
+    texts = (document.answer for document in read if not document.is_held_out())
     tokenizer = train_tokenizer(texts, VOCABULARY)
     data = training_data(args, tokenizer, processes, train_on_prompt=True)
     data = replace(data, train=with_repeats(data.train, args.seed))

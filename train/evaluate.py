@@ -251,7 +251,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if base is not None and base.config.vocab_size != config.vocab_size:
         raise UserError(f"--base {args.base} has another vocabulary than {args.model}")
     compute = options.DTYPES[args.dtype]
-    precision.prepare(model, compute)
     study = Study(model, args.rungs, args.every, args.seed, base)
     try:
         with precision.autocast(device, compute), output_folder(args.out, keep_partial=True) as out:
@@ -370,6 +369,9 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     small = config.hidden_size <= options.SMALL_HIDDEN_SIZE
     args.length = sorted(set(args.length or [512 if small else 2048]))
     args.windows = args.windows or (2 if args.quick else 4)
+    for name in ("samples", "task_lengths"):
+        if getattr(args, name) and not (args.tasks or args.quick):
+            raise UserError(f"--{name.replace('_', '-')} needs --tasks")
     args.samples = args.samples or (1 if args.quick else 5)
     args.every = args.every or (1 if max(args.length) <= 1024 else 8)
     if args.quick and not args.tasks:

@@ -17,6 +17,7 @@ from dsa_export.cli import UserError, run
 from dsa_export.model import feed_forward, load_model
 from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, INDEXER, adapted_config, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
+from dsa_export.topk import topk_per_layer
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
@@ -108,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     resolve(args, SMALL, REAL, config)
     args.topk = args.topk or config.index_topk
     adapted_config(config, index_topk=args.topk, **selection_options(args))  # refuses what load_model would
-    if args.objective == "distillation" and args.topk >= max(args.length):
+    least = min(topk_per_layer(args.topk, config.num_hidden_layers))
+    if args.objective == "distillation" and least >= max(args.length):
         raise UserError(
-            f"--topk {args.topk} selects everything in windows of {max(args.length)} tokens: nothing would be left to "
+            f"--topk {least} selects everything in windows of {max(args.length)} tokens: nothing would be left to "
             "distil: choose a smaller --topk, a longer --length or --objective next-token"
         )
     name = args.model or warmup.ensure()

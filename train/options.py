@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -251,11 +251,36 @@ def check(args: argparse.Namespace) -> None:
         _require(value is None or 0 < value < math.inf, f"{flag} must be positive and finite, got {value}")
 
 
-def default_lengths(recipe: Recipe, config: PreTrainedConfig, packing: str, steps: int | None) -> list[int]:
-    """The recipe's, as far as the model's positions and the steps (None: enough) go; the shortest for "cut"."""
+def default_lengths(recipe: Recipe, config: PreTrainedConfig, args: argparse.Namespace) -> list[int]:
+    """The recipe's, as far as the model's positions and the updates go; the shortest for "cut"."""
     longest = config.max_position_embeddings
     fitting = [length for length in recipe.length if length <= longest] or [longest]
-    return fitting[:1] if packing == "cut" else fitting[:steps]
+    lengths = fitting[:1] if args.packing == "cut" else fitting
+    while len(lengths) > 1 and without_updates(args, lengths):
+        lengths.pop()
+    return lengths
+
+
+def updates(args: argparse.Namespace, lengths: Sequence[int]) -> int:
+    """--steps, or as many as --max-tokens allows."""
+    if args.max_tokens is None:
+        return args.steps
+    read = Settings(0, tuple(lengths), args.batch_size, args.accumulation)
+    steps = int(args.max_tokens / mean_tokens(args, lengths))
+    while replace(read, steps=steps).tokens_before(steps) > args.max_tokens:  # shares are whole steps
+        steps -= 1
+    return steps
+
+
+def mean_tokens(args: argparse.Namespace, lengths: Sequence[int]) -> float:
+    """Tokens of an update, a mean where windows grow."""
+    return len(lengths) / sum(1 / length for length in lengths) * args.batch_size * args.accumulation
+
+
+def without_updates(args: argparse.Namespace, lengths: Sequence[int]) -> list[int]:
+    """Those of the lengths that no update falls to."""
+    phases = Settings(updates(args, lengths), tuple(lengths), args.batch_size, args.accumulation).phases()
+    return [phase.length for phase in phases if phase.end == phase.first]
 
 
 def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config: PreTrainedConfig) -> None:
@@ -264,9 +289,6 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     Raises UserError with one line for the first combination that cannot work.
     """
     recipe = small if real is None or config.hidden_size <= SMALL_HIDDEN_SIZE else real
-    if args.length is None:
-        args.length = default_lengths(recipe, config, args.packing, args.steps)
-    args.length = list(args.length)
     for name in ("batch_size", "lr", "min_tokens", "held_out", "weight_decay"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
@@ -277,21 +299,18 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
         args.dtype = "bf16" if recipe is not small and is_fast_in_bf16(pick_device(args.device)) else "fp32"
     if args.steps is None and args.max_tokens is None:
         args.steps, args.max_tokens = recipe.steps, recipe.max_tokens
-    if args.max_tokens is not None:
-        per_update = len(args.length) / sum(1 / length for length in args.length) * args.batch_size * args.accumulation
-        args.steps = int(args.max_tokens / per_update)
-        read = Settings(0, tuple(args.length), args.batch_size, args.accumulation)
-        while replace(read, steps=args.steps).tokens_before(args.steps) > args.max_tokens:  # shares are whole steps
-            args.steps -= 1
-        _require(args.steps > 0, f"--max-tokens {args.max_tokens} is less than one update ({per_update:.0f} tokens)")
+    args.length = list(args.length or default_lengths(recipe, config, args))
+    budget = f"--steps {args.steps}" if args.max_tokens is None else f"--max-tokens {args.max_tokens}"
+    args.steps = updates(args, args.length)
+    least = f"{mean_tokens(args, args.length):.0f}"
+    _require(args.steps > 0, f"{budget} is less than one update ({least} tokens)")
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 20
     _require(
         args.warmup_steps <= args.steps, f"--warmup-steps {args.warmup_steps} is more than --steps {args.steps} in all"
     )
-    _require(
-        args.steps >= len(args.length), f"--steps {args.steps} are fewer than the {len(args.length)} values of --length"
-    )
+    idle = without_updates(args, args.length)
+    _require(not idle, f"{budget} leaves no update for windows of {' and '.join(map(str, idle))} tokens (--length)")
     for name, tokens in (("length", args.length[-1]), ("topk", getattr(args, "topk", None) or 1)):
         _require(
             tokens <= config.max_position_embeddings,
@@ -467,7 +486,9 @@ def is_done(
         )
     result = manifest_object(out, manifest, "after", made_by)
     after = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
-    console.print(f"{out}/ is there already, made by this very command; --overwrite would redo it.  {after}")
+    steps, done = identity["arguments"].get("steps"), manifest.get("steps_done")
+    ended = f", which ended after step {done} of {steps}" if steps and done != steps else ""
+    console.print(f"{out}/ is there already, made by this very command{ended}; --overwrite would redo it.  {after}")
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -20,16 +19,3 @@ def is_fast_in_bf16(device: torch.device) -> bool:
     # The oldest torch that the project takes cannot tell.
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes the indexer's tensors one type under autocast: what is rotated comes out in fp32, so must its weights."""
-    if dtype == torch.float32:
-        return
-    for name, module in model.named_modules():
-        if name.endswith(".indexer.weights_proj"):
-            module.register_forward_hook(_to_fp32)
-
-
-def _to_fp32(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.float()

@@ -41,6 +41,10 @@ From step 21 on. A single odd window is no explosion, nor is a tiny loss that tr
 Batch = dict[str, Tensor]
 
 
+SAVE_SECONDS = 600
+"""A state is saved after so long, however few updates that are."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """What one stage trains, by which losses, and how it is judged."""
@@ -167,6 +171,7 @@ class Trainer:
         if first:
             (self.out / STATE).unlink(missing_ok=True)
             self._report(after)
+        self.processes.wait()  # for what the first one writes: others may read it next
         return after
 
     def _write(self, after: dict[str, float]) -> None:
@@ -193,7 +198,6 @@ class Trainer:
         self.before: dict[str, float] = {}
         phases = settings.phases()
         self.phases = list(zip(phases, self.data.train.cut([p.length for p in phases]), strict=True))
-        precision.prepare(self.model, settings.dtype)
         state = load_state(self.folder)
         torch.manual_seed(settings.seed)
         if state is None and self.processes.is_first:
@@ -226,7 +230,7 @@ class Trainer:
             total = settings.tokens_before(settings.steps)
             read = settings.tokens_before(self.step)
             task = progress.add_task(f"{self.stage.name}, tokens", total=total, completed=read, terms="")
-            last_line = time.monotonic()
+            last_line = last_save = time.monotonic()
             while self.step < settings.steps and not self.processes.any(self._out_of_time()):
                 start = time.perf_counter()
                 metrics = self._step()
@@ -243,8 +247,10 @@ class Trainer:
                     last_line = time.monotonic()
 
                 stop = self.processes.any(stop_requested())
-                if self.step % self.save_every == 0 or self.step == settings.steps or stop:
+                late = self.processes.any(time.monotonic() - last_save >= SAVE_SECONDS)
+                if self.step % self.save_every == 0 or self.step == settings.steps or stop or late:
                     self._save()
+                    last_save = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step} of {settings.steps}; the state is saved in {self.folder}: "

@@ -58,7 +58,8 @@ class Router(nn.Linear):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """hidden [B, S, E] → scores [B, S, N], weights [B, S, N] with zeros for the experts that are not chosen."""
-        scores = F.linear(hidden.float(), self.weight.float()).float().sigmoid()
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = F.linear(hidden.float(), self.weight.float()).sigmoid()
         indices = torch.topk(scores + self.e_score_correction_bias.float(), self.chosen, dim=-1).indices
         kept = scores.gather(-1, indices)
         kept = kept / (kept.sum(-1, keepdim=True) + 1e-20) * self.scaling

@@ -232,9 +232,13 @@ def test_adapters_stand_where_latent_attention_multiplies(tokens: torch.Tensor, 
     for name, parameter in adapters.items():
         assert parameter.grad.abs().sum() > 0, name
         parameter.data.add_(parameter.grad, alpha=-1.0)
-    adapted = model(tokens).logits.detach()
+    adapted, norms = model(tokens).logits.detach(), []
+    model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms) or {})
     merge_adapters(model)
     torch.testing.assert_close(model(tokens).logits, adapted, atol=1e-4, rtol=0)
+    model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms) or {})
+    for with_adapters, merged in zip(norms[:2], norms[2:], strict=True):  # two layers
+        torch.testing.assert_close(with_adapters, merged, rtol=1e-4, atol=1e-6)
     assert (adapted - before).abs().max() > 1e-3
 
 

@@ -112,6 +112,15 @@ def test_balance_loss_counts_valid_tokens_of_each_row_and_is_least_when_balanced
     assert block.eval()(hidden, lengths)[1] == {}
 
 
+def test_the_router_is_fp32_under_autocast(moe_folder, tokens):
+    router = load_model(moe_folder).model.layers[-1].mlp.gate
+    hidden = torch.randn(2, 7, router.in_features)
+    exact, _ = router(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, _ = router(hidden)
+    assert torch.equal(scores, exact)
+
+
 def test_the_loss_travels_with_the_observers_and_reaches_the_router(moe_folder, tokens):
     model = load_model(moe_folder).train()
     output = model(tokens, observer=lambda trace: {"seen": trace.q.sum()})

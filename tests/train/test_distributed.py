@@ -66,6 +66,16 @@ def warm(tiny: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+def test_the_experiment_on_two_processes(records: Path, tmp_path: Path) -> None:
+    """What the first process writes, the other one reads next: the warm-up's checkpoint."""
+    arguments = ["--quick", "--preset", "plain", "--attention", "dense", "--steps", "1", "--warm-up", "1"]
+    arguments += ["--vocabulary", "300", "--held-out", "2", "--speed-lengths", "--device", "cpu"]
+    folders = ["--data", str(records), "--cache", str(tmp_path / "tokens"), "--out", str(tmp_path / "out")]
+    result = launch([*TORCHRUN, "-m", "train.experiment"], [*arguments, *folders])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "out" / "report" / "results.json").is_file()
+
+
 def test_the_warm_up_under_accelerate_launch(tiny: Path, records: Path, warm: Path, tmp_path: Path) -> None:
     """Rows of different lengths: a mean of the processes' means would be another loss."""
     arguments = ["--model", str(tiny), "--data", str(records), "--out", str(tmp_path / "two"), "--steps", "3"]

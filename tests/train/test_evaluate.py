@@ -17,7 +17,7 @@ from train import evaluate as command
 from train import plots, tasks
 from train.allocation import allocate
 from train.data import IGNORED, Windows
-from train.ladder import WINDOWS, Score, best_selection, hidden_states, random_indexers, score, window_selection
+from train.ladder import RUNGS, WINDOWS, Score, best_selection, hidden_states, random_indexers, score, window_selection
 from train.losses import IndexerObserver
 from train.selection import SelectionMeter
 from train.study import Choice, Study
@@ -341,6 +341,18 @@ def test_a_stopped_run_goes_on_to_the_same_results(checkpoint, records, tmp_path
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_every_rung_runs_in_bf16(checkpoint, records, tmp_path: Path) -> None:
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        command.main(arguments(checkpoint, records, out, "--k", "12", "--dtype", dtype))
+        (text,) = json.loads((out / "results.json").read_text())["text"]
+        losses.append([row["loss"] for row in text["ladder"]])
+    assert len(losses[0]) == len(RUNGS) and losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_what_another_run_left_is_not_reused(checkpoint, records, tmp_path: Path) -> None:
     folder, out = tmp_path / "ckpt", tmp_path / "out"
     shutil.copytree(checkpoint, folder)
@@ -402,6 +414,7 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         (["--topk", "96"], "leaves nothing out of 96 tokens"),
         (["--length", "9999"], "beyond the model's 512 positions"),
         (["--k-budget", "9"], "--k-budget needs --k auto"),
+        (["--samples", "9"], "--samples needs --tasks"),
         (["--k", "auto", "--k-budget", "200"], "leaves nothing to choose"),
         ([*AUTO, "--k-step", "3", "--index-pool", "4"], "multiple of the pool of 4"),
         ([*AUTO, "--index-window", "5"], "--k-floor 3 does not fit the options"),
@@ -443,13 +456,10 @@ def test_a_trained_checkpoint_is_replaced_by_one_with_k_by_layer_only_if_told_so
     trained = tmp_path / "trained"
     trained.mkdir()
     write_manifest(trained, "checkpoint", {})
-    args = command.parser().parse_args(
-        arguments(checkpoint, records, tmp_path / "out", *AUTO, "--write-topk", str(trained))
-    )
+    given = arguments(checkpoint, records, tmp_path / "out", *AUTO, "--write-topk", str(trained))
     with pytest.raises(UserError, match=r"trained holds a checkpoint: choose another folder, or --overwrite"):
-        command.resolve(args, load_config(checkpoint))
-    args.overwrite = True
-    command.resolve(args, load_config(checkpoint))
+        command.resolve(command.parser().parse_args(given), load_config(checkpoint))
+    command.resolve(command.parser().parse_args([*given, "--overwrite"]), load_config(checkpoint))
 
 
 def test_an_edited_manifest_is_refused_where_the_data_is_left_to_it(tmp_path) -> None:

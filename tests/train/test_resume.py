@@ -205,10 +205,24 @@ def test_an_unreadable_state_is_one_line(tmp_path: Path) -> None:
         checkpoint.load_state(tmp_path)
 
 
-def test_max_minutes_ends_the_run_early_with_a_checkpoint(tiny: Path, records: Path, tmp_path: Path) -> None:
+def test_max_minutes_ends_the_run_early_with_a_checkpoint(tiny: Path, records: Path, tmp_path: Path, capsys) -> None:
     warmup.main(command(tiny, records, tmp_path / "w", 5000, "--max-minutes", "0.01"))
     assert (tmp_path / "w" / "manifest.json").exists()
-    assert 1 <= len((tmp_path / "w" / "metrics.jsonl").read_text().splitlines()) < 5000
+    done = len((tmp_path / "w" / "metrics.jsonl").read_text().splitlines()) - 2  # the evaluations
+    assert 1 <= done < 5000
+    capsys.readouterr()
+    warmup.main(command(tiny, records, tmp_path / "w", 5000))
+    assert f"which ended after step {done} of 5000" in " ".join(capsys.readouterr().out.split())
+
+
+def test_long_steps_are_saved_by_time(tiny: Path, records: Path, tmp_path: Path, monkeypatch) -> None:
+    saved = []
+    save = trainer.Trainer._save
+    monkeypatch.setattr(trainer.Trainer, "_save", lambda self: (saved.append(self.step), save(self)))
+    warmup.main(command(tiny, records, tmp_path / "seldom", 3))
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
+    warmup.main(command(tiny, records, tmp_path / "often", 3))
+    assert saved == [3, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ for every seed, measures them on held-out text, times them over lengths, and wri
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -132,13 +133,21 @@ def resolve(args: argparse.Namespace) -> list[Preset]:
     names = list(dict.fromkeys(args.preset))
     if "dense" not in args.attention:
         raise UserError("--attention needs dense: it is what the others are measured against")
-    for name, least in (("steps", 1), ("warm_up", 0), ("tokens_per_update", 1), ("held_out", 1), ("save_every", 1)):
+    for name, least in (
+        ("steps", 1),
+        ("warm_up", 0),
+        ("tokens_per_update", 1),
+        ("held_out", 1),
+        ("save_every", 1),
+        ("prefill_limit", 0),
+    ):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     for name in ("lr", "warm_up_lr"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     if args.vocabulary is not None and args.vocabulary < 300:
         raise UserError(f"--vocabulary must be at least 300 (256 bytes and the chat tokens), got {args.vocabulary}")
     changes: dict[str, Any] = {
@@ -224,6 +233,7 @@ def prepare_output(args: argparse.Namespace, processes: Processes) -> None:
     check_output(args.out)
     if (args.out / MANIFEST).is_file():
         read_manifest(args.out, "experiment", "python -m train.experiment")
+    processes.wait()  # all have looked before the first one replaces it
     if processes.is_first:
         if args.overwrite:
             shutil.rmtree(args.out, ignore_errors=True)

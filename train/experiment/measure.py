@@ -93,7 +93,6 @@ def _step_peak_mib(
     torch.set_num_threads(threads)
     dtype = next(dtype for dtype in DTYPES.values() if str(dtype) == dtype_name)
     model = load_model(folder).to(device).train()
-    precision.prepare(model, dtype)
     stage = stage_of(twin.preset, twin.attention, dtype, sparse=True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 

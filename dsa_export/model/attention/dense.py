@@ -96,4 +96,9 @@ class DenseAttention(nn.Module):
 
     def value_maps(self) -> Tensor:
         """What takes each query head's sum of rows of v to the layer's output: [Hq, E, D]."""
-        return self.o_proj.weight.unflatten(1, (self.query_heads, -1)).transpose(0, 1)
+        if type(self.o_proj) is nn.Linear:
+            output = self.o_proj.weight
+        else:  # with an adapter, whose part has no one name
+            weight = self.o_proj.weight
+            output = self.o_proj(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).T
+        return output.unflatten(1, (self.query_heads, -1)).transpose(0, 1)

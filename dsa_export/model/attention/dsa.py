@@ -52,7 +52,8 @@ class Indexer(nn.Module):
         else:
             index_q = q_BSE.detach()
         index_k = rotary(self.k_norm(self.k_proj(hidden)), *call.index_rope, heads=1)
-        index_weights = self.weights_proj(hidden) * (self.heads**-0.5 * self.dim**-0.5)
+        # Under autocast what is rotated comes out in fp32, and so must the weights.
+        index_weights = self.weights_proj(hidden).to(index_q.dtype) * (self.heads**-0.5 * self.dim**-0.5)
         return index_q.unflatten(-1, (self.heads, self.dim)), index_weights, index_k
 
     @torch.no_grad()
