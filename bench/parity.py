@@ -23,6 +23,9 @@ TYPE_ROUNDINGS = 4
 """The same as TOLERANCE for the type that an engine computes in, in roundings of its largest logit."""
 OWN_ROUNDING = 2
 """How often what the dense engine itself rounds may stand between dense and sparse."""
+PACKED_OPERATORS = 8
+"""Of packed weights, dense operators may differ by this part of `allowance`: what they sum otherwise in fp32 moves a
+few activations to the next int8."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ def gates(dense: Mapping[str, Runner], sparse: Runner, prompt: np.ndarray) -> di
     logits must agree within rounding, and in fp32 the preferred token must be the same. (Narrower types round logits to
     equal values: a tie may then be broken either way.) What rounding does is measured: a dense engine gets the same
     tokens one by one, which is the same sum in another order. With packed weights, whose products round activations to
-    int8, that moves the logits of a real model by some percent. In fp16 and bf16 it may move nothing, as the order's
-    effect is rounded away: there dense engines with different operators are compared too. Either counts up to
+    int8, that moves the logits of a real model by some percent. It may move nothing, as the order's effect is rounded
+    away: but in fp32, dense engines with different operators are compared too. Either counts up to
     `allowance`, so that a broken dense engine does not excuse a broken sparse one. An engine that attends densely while
     its caches are short must pass with short and with longer ones.
     """
@@ -106,12 +109,13 @@ def _gate(
     for position, logits in enumerate(zip(dense, sparse, one_by_one, strict=True), start=first):
         if not np.isfinite(logits).all():
             return Gate(position, float("nan"), TOLERANCE, f"a logit is not finite after {position} tokens")
-    orders = [one_by_one]
-    of_type = 0.0
+    most, of_type = allowance(engine, dense), 0.0
+    rounding = min(float(np.abs(one_by_one - dense).max()), most)
+    if engine.precision != "fp32" and len(other_operators):
+        between = float(np.abs(other_operators - dense).max())
+        rounding = max(rounding, min(between, most if engine.dtype != "fp32" else most / PACKED_OPERATORS))
     if engine.dtype != "fp32":
-        orders.extend(other_operators)
         of_type = TYPE_ROUNDINGS * EPSILON[engine.dtype] * float(np.abs(dense).max())
-    rounding = min(max(float(np.abs(order - dense).max()) for order in orders), allowance(engine, dense))
     tolerance = max(TOLERANCE, of_type, OWN_ROUNDING * rounding)
     worst = 0.0
     for position, (one, other) in enumerate(zip(dense, sparse, strict=True), start=first):

@@ -6,6 +6,7 @@ came from (`source`) and the stage's own facts, so that a number in a table trac
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -78,25 +79,50 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     """Yields `<out>.partial` to write into, and renames it to `out` at the end, replacing an earlier output of ours.
 
     On an error the partial folder is removed, unless `keep_partial` (training resumes from it). Call check_output()
-    before the work that the error would waste.
+    before the work that the error would waste. Raises UserError if another process writes there.
     """
     check_output(out)
     partial = out.with_name(out.name + PARTIAL)
-    if partial.exists() and not keep_partial:
-        shutil.rmtree(partial)
+    if not keep_partial:
+        remove_partial(out)
     partial.mkdir(parents=True, exist_ok=keep_partial)
-    try:
-        yield partial
-    except BaseException:
-        if not keep_partial:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with _only_writer(partial):
+        try:
+            yield partial
+        except BaseException:
+            if not keep_partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     replaced = out.with_name(out.name + REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.replace(replaced)
     partial.replace(out)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_partial(out: Path) -> None:
+    """Forgets what a stopped run left of `out`. Raises UserError if it is still running."""
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.exists():
+        with _only_writer(partial):
+            shutil.rmtree(partial)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Holds a lock on the folder, which the system gives back however the process ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}: wait for it, or choose another --out") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def sha256(path: Path) -> str:

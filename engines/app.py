@@ -85,7 +85,9 @@ def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -
         return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        if "json" not in request.headers.get("Content-Type", ""):  # then the body was not read as JSON
+            return JSONResponse(error_body(400, "the body must be sent as Content-Type: application/json"), 400)
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:] if first["type"] != "json_invalid") or None
         detail = f": {first['ctx']['error']}" if first["type"] == "json_invalid" else ""
@@ -158,10 +160,11 @@ class Service:
         self.model = model
         self.engine = scheduler.runner.engine
         self.max_context = self.engine.limits.max_context
+        self.max_prompts = min(MAX_PROMPTS, scheduler.slots + scheduler.queue)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        if len(body.prompts) > MAX_PROMPTS:
-            raise ApiError(400, f"prompt: at most {MAX_PROMPTS} prompts in one request", param="prompt")
+        if len(body.prompts) > self.max_prompts:
+            raise ApiError(400, f"prompt: at most {self.max_prompts} prompts in one request", param="prompt")
         prompts = [await self._tokens(prompt) for prompt in body.prompts]
         limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
         return await self._answer(body, prompts, limit, Reply("text_completion", self.model), request)

@@ -139,10 +139,16 @@ class Speaker:
 
     def answer(self, prompt: list[int]) -> str:
         """Writes the answer as it appears, and the figures after it; returns it. With --chat Ctrl-C ends it early."""
+        limit = self.session.engine.limits.max_context
+        if self.args.chat and len(prompt) > limit:
+            raise UserError(
+                f"the conversation is full: {len(prompt)} tokens, and this engine takes {limit}: begin a new one, or "
+                "build the engine with a larger --max-context"
+            )
         known = common_prefix(self.known, prompt)
         self.session.truncate(known)
         # The last token of an answer is shown, but need not fit into the caches.
-        room = self.session.engine.limits.max_context - len(prompt) + 1
+        room = limit - len(prompt) + 1
         answer = Answer(self.text, max(1, min(self.args.max_new_tokens, room)), self.args.stop)
         shown: list[str] = []
 

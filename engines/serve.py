@@ -17,7 +17,7 @@ import socket
 from dsa_export.cli import UserError, console, not_negative, positive, run
 from engines.generate import add_engine_arguments
 from engines.memory import MIB
-from engines.prefix_cache import slots_of
+from engines.prefix_cache import SHORTEST, slots_of
 from engines.session import open_runner
 from engines.text import Text
 
@@ -36,8 +36,8 @@ def main() -> None:
     engine = runner.engine
     slots = min(args.slots or engine.limits.max_batch, engine.limits.max_batch)
     prefix_cache = engine.limits.max_context if args.prefix_cache is None else args.prefix_cache
-    if 0 < prefix_cache < (least := slots_of(engine, 1)):
-        raise UserError(f"--prefix-cache {prefix_cache} would keep nothing: rows of this engine have {least} slots")
+    if 0 < prefix_cache < (least := slots_of(engine, SHORTEST)):
+        raise UserError(f"--prefix-cache {prefix_cache} would keep nothing: the least that is kept is {least} tokens")
     scheduler = Scheduler(runner, slots=slots, queue=args.queue, prefix_cache=prefix_cache)
     model = args.model_name or f"{engine.folder.resolve().name}-{engine.dtype}"
     app = create_app(scheduler, Text(engine), model=model, max_body=args.max_body_bytes)

@@ -38,6 +38,8 @@ IGNORED = -100
 
 HELD_OUT_SHARE = 20
 """One document in this many is held out."""
+PIECE = 8192
+"""Characters of a document that is cut out of a single text file: some 2,000 tokens."""
 
 POOL = 4
 """Windows are drawn at random from this many times what is needed, so that a few long documents do not fill a run."""
@@ -165,7 +167,7 @@ def documents(source: str, malformed: Malformed) -> Iterator[Document]:
         texts = [f for f in files if f == path or _is_text(f.relative_to(path))]
         # Neighbours in a source tree are alike: an order that is stable, but not alphabetical.
         texts.sort(key=lambda f: hashlib.blake2b(str(f.relative_to(path)).encode()).digest())
-        yield from _text_files(texts, source)
+        yield from _text_files(texts, source, cut=path.is_file())
 
 
 def _is_text(path: Path) -> bool:
@@ -186,13 +188,23 @@ def _json_lines(address: str, name: str, malformed: Malformed) -> Iterator[Docum
     malformed.check()
 
 
-def _text_files(files: list[Path], source: str) -> Iterator[Document]:
+def _text_files(files: list[Path], source: str, *, cut: bool) -> Iterator[Document]:
+    """One document per file; with `cut` many, of PIECE characters and what is left of a line."""
     if not files:
         raise UserError(f"no *.jsonl and no text files in {source}")
     for file in files:
         for text in _stream(_address(file), sample_by="document"):
-            if text.strip():
-                yield Document((), text)
+            for piece in _pieces(text) if cut else [text]:
+                if piece.strip():
+                    yield Document((), piece)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _address(file: Path) -> str:
@@ -469,7 +481,7 @@ def _nothing_left(
     if rows == 0:
         return (
             f"none of the {read} documents of {source} falls into the {split} split (one in {HELD_OUT_SHARE} is held "
-            "out, by its hash): more documents are needed"
+            f"out, by its hash; a file of text is cut into documents of {PIECE} characters): more text is needed"
         )
     return (
         f"the {split} text of {source} is shorter than one window ({tokens} tokens with labels, --length {length}): "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from dsa_export.files import (
     manifest_object,
     output_folder,
     read_manifest,
+    remove_partial,
     write_atomically,
     write_manifest,
 )
@@ -257,14 +257,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_manifest(out, KIND, source, **facts)
             results = measure(study, args, data, tokenizer, out)
             plot(results, out)
+            if args.write_topk:
+                ks, selection = results["auto"]["topk"], selection_options(args)
+                by_layer = {"budget": args.k_budget, "data": {"path": args.data}}
+                write_topk(Path(args.model), ks, selection, args.write_topk, **by_layer)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"stopped; what was measured is kept in {partial}: the same command goes on from there"
         ) from None
     if args.write_topk:
-        facts = {"budget": args.k_budget, "data": {"path": args.data}}
-        ks, selection = results["auto"]["topk"], selection_options(args)
-        write_topk(Path(args.model), ks, selection, args.write_topk, **facts)
         console.print(
             f"Wrote {args.write_topk}/: the same weights with k by layer; export it with --model {args.write_topk}"
         )
@@ -287,7 +288,7 @@ def check_partial(partial: Path, source: Record, facts: Record, overwrite: bool)
     """Raises UserError if a stopped run measured something else than this one; with `overwrite` it is forgotten."""
     check_output(partial, KIND)
     if overwrite:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_partial(partial.with_name(partial.name.removesuffix(PARTIAL)))
     if not (partial / MANIFEST).is_file():
         return
     there = read_manifest(partial, KIND, "python -m train.evaluate")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
-from dsa_export.files import MANIFEST, PARTIAL, check_output, checkpoint_hash, manifest_object, read_manifest
+from dsa_export.files import MANIFEST, check_output, checkpoint_hash, manifest_object, read_manifest, remove_partial
 from dsa_export.model.checkpoint import has_indexer, load_config, load_tokenizer
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
@@ -91,8 +90,8 @@ def argument_parser(
         "--data",
         default="stdlib",
         metavar="SOURCE",
-        help="deepctrl-sft-data JSON lines (a file, a folder, hf:// or https://), a folder of text or code, or a text "
-        "file [stdlib: the Python standard library's sources]",
+        help="deepctrl-sft-data JSON lines (a file, a folder, hf:// or https://), a folder of text or code (one "
+        "document a file), or one file of text [stdlib: the Python standard library's sources]",
     )
     where.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"output folder [{out}]")
     where.add_argument("--overwrite", action="store_true", help="start again, replacing a finished or stopped run")
@@ -309,6 +308,8 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     _require(
         args.warmup_steps <= args.steps, f"--warmup-steps {args.warmup_steps} is more than --steps {args.steps} in all"
     )
+    rank = getattr(args, "lora_rank", None) or 1
+    _require(rank <= config.hidden_size, f"--lora-rank {rank} is more than the model's {config.hidden_size} dimensions")
     idle = without_updates(args, args.length)
     _require(not idle, f"{budget} leaves no update for windows of {' and '.join(map(str, idle))} tokens (--length)")
     for name, tokens in (("length", args.length[-1]), ("topk", getattr(args, "topk", None) or 1)):
@@ -470,7 +471,7 @@ def is_done(
     """
     if overwrite:
         if processes.is_first:
-            shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)
+            remove_partial(out)
         processes.wait()
         return False
     if not (out / MANIFEST).is_file():

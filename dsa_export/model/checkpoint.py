@@ -91,9 +91,15 @@ def adapted_config(base: PreTrainedConfig, attention: str | None = None, **optio
     given = {key: value for key, value in options.items() if value is not None}
     inherited = {k: v for k, v in inherited.items() if k not in ("model_type", "architectures", "dtype")}
     try:
-        return DSAConfig(**{**inherited, "attention": attention, **given})
+        config = DSAConfig(**{**inherited, "attention": attention, **given})
     except ValueError as error:
         raise UserError(_first_line(error)) from None
+    if has_indexer(base) and has_indexer(config) and config.index_share % base.index_share:
+        raise UserError(
+            f"index_share = {config.index_share}: the checkpoint has one for {base.index_share} layers and can "
+            "be given one for a multiple of that"
+        )
+    return config
 
 
 def load_model(

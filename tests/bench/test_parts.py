@@ -106,10 +106,12 @@ def test_the_gate_allows_twice_the_rounding_of_the_dense_engine(runners, off_lat
     assert found.startswith(problem) if problem else found is None
 
 
-def test_the_gate_allows_twice_the_rounding_between_dense_engines_of_16_bits(runners):
+@pytest.mark.parametrize(("dtype", "precision"), [("fp16", "int4"), ("fp32", "int8")])
+def test_the_gate_allows_twice_the_rounding_between_dense_engines(runners, dtype: str, precision: str):
+    """In 16 bits, and of packed weights, whose products round their inputs."""
     for off, problem in ((0.1, None), (0.25, "logits differ by 0.25 after 8 tokens, at most 0.2 is rounding")):
         dense = {"first": runners["dense"], "other": Off(runners["dense"], lambda logits: logits + 0.1)}
-        sparse = of_type(Off(runners["sparse"], lambda logits, off=off: logits + off), "fp16", "int4")
+        sparse = of_type(Off(runners["sparse"], lambda logits, off=off: logits + off), dtype, precision)
         gates = parity.gates(dense, sparse, np.arange(64))
         assert gates["first"].problem == problem and gates["other"].problem is None
 

@@ -7,7 +7,25 @@ import os
 import pytest
 
 from dsa_export.cli import UserError
-from dsa_export.files import check_output, read_manifest, write_manifest
+from dsa_export.files import check_output, output_folder, read_manifest, remove_partial, write_manifest
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    """The second is refused, and takes nothing from the first; what a stopped one left is free."""
+    out = tmp_path / "out"
+    with output_folder(out, keep_partial=True) as partial:
+        (partial / "state").write_text("of the first")
+        for keep in (True, False):
+            with pytest.raises(UserError, match="another process is writing"), output_folder(out, keep_partial=keep):
+                pass
+        with pytest.raises(UserError, match="another process is writing"):
+            remove_partial(out)
+        write_manifest(partial, "checkpoint", {})
+    assert (out / "state").read_text() == "of the first"
+    with pytest.raises(ZeroDivisionError), output_folder(out, keep_partial=True):
+        raise ZeroDivisionError
+    remove_partial(out)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_mount_point_is_refused_and_a_folder_below_it_is_not(tmp_path, monkeypatch):

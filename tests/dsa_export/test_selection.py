@@ -177,6 +177,13 @@ def test_packed_weights_in_fp16_stay_outside_the_branches(dsa_folder, tmp_path, 
     np.testing.assert_allclose(shortened, exported, atol=5e-3)
 
 
+def test_an_indexer_of_several_layers_is_not_given_to_fewer(dsa_folder, tmp_path):
+    load_model(dsa_folder, index_share=2).save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.index_share == 2
+    with pytest.raises(UserError, match="index_share = 1: the checkpoint has one for 2 layers"):
+        load_model(tmp_path, index_share=1)
+
+
 @pytest.mark.parametrize("share", [1, 2])
 @torch.no_grad()
 def test_a_call_keeps_no_layers_queries_and_keys(dsa_folder, tokens, share):

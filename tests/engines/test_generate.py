@@ -185,6 +185,14 @@ def test_a_conversation_begins_with_a_file(engines: Path, tmp_path: Path, capsys
     assert len(answers) == 2 and re.search(r"3\d\d known \+ \d\d \+", error)
 
 
+def test_a_full_conversation_is_told_so(engines: Path, capsys, monkeypatch):
+    long = "x" * open_runner(engines / "ort" / "sparse").engine.limits.max_context
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"Hi\n{long}\n".encode())))
+    command = ["--engine", str(engines / "ort/sparse"), "--chat", "--max-new-tokens", "9"]
+    code, _, error = run_command(generate.main, command, capsys)
+    assert code == 1 and "the conversation is full" in error
+
+
 def test_an_interrupt_ends_an_answer_and_not_the_conversation(engines: Path, capsys, monkeypatch):
     original, calls = Session.decode, []
 

@@ -670,6 +670,15 @@ def test_a_body_beyond_the_limit_is_refused(client: httpx.Client):
     refused(client.post(COMPLETIONS, content=chunks(), headers=headers), 413, "exceeds 100,000 bytes")
 
 
+def test_more_prompts_than_the_server_ever_takes_are_refused_for_good(runners: dict[str, Runner]):
+    with serving(runners["sparse"], slots=1, queue=1) as client:
+        refused(client.post(COMPLETIONS, json={"prompt": ["a", "b", "c"]}), 400, "at most 2 prompts in one request")
+
+
+def test_a_body_that_is_not_said_to_be_json_is_told_so(client: httpx.Client):
+    refused(client.post(CHAT, content=b'{"messages": []}'), 400, "sent as Content-Type: application/json")
+
+
 def test_requests_beyond_the_queue_get_429_and_the_others_their_answers(runners: dict[str, Runner]):
     with serving(runners["sparse"], slots=1, queue=1) as client, ThreadPoolExecutor(6) as pool:
         body = {"prompt": "abc", "max_tokens": 300, "temperature": 0}

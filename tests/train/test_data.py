@@ -147,6 +147,15 @@ def test_folders_of_records_and_of_text(tmp_path: Path) -> None:
         list(documents(str(tmp_path), Malformed()))
 
 
+def test_one_file_of_text_is_cut_into_documents_for_both_splits(tmp_path: Path) -> None:
+    text = "".join(f"line {number} of a long book\n" for number in range(40_000))
+    (tmp_path / "book.txt").write_text(text)
+    found = list(documents(str(tmp_path / "book.txt"), Malformed()))
+    assert "".join(document.answer for document in found) == text
+    assert all(len(document.answer) < 8300 and document.answer.endswith("\n") for document in found)
+    assert {document.is_held_out() for document in found} == {False, True}
+
+
 def test_a_path_that_looks_like_a_pattern_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "rows[1].jsonl", [record("text")])
     with pytest.raises(UserError, match="rename it"):

@@ -414,6 +414,8 @@ def test_lora_changes_the_matrices_by_its_rank_and_leaves_a_plain_checkpoint(
             assert torch.linalg.matrix_rank(change, atol=1e-5) == 3, name
         else:
             assert torch.equal(change, torch.zeros_like(change)), name
+    with pytest.raises(UserError, match="--lora-rank 100000 is more than the model's"):
+        joint_of(warm, records, tmp_path / "none", "--lora-rank", "100000")
     # The evaluation is of the checkpoint as it was written.
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["after"]["loss_sparse"] < manifest["before"]["loss_sparse"]
