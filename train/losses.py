@@ -40,7 +40,7 @@ from plugins.index_topk.op import topk_lowest_index_first
 TILE = {"cpu": 128, "cuda": 512}
 """R, query rows handled at a time: little enough for a CPU's caches, enough to fill a GPU. See peak_bytes()."""
 
-TARGETS = ("output", "rms", "mean")
+TARGETS = ("rms", "output", "mean")
 
 LOWEST = -1e30
 """Stands for the logarithm of a probability of 0 where it is multiplied by 0."""
