@@ -136,8 +136,8 @@ def kl_peak(length: int) -> float | None:
 def _kl_inputs(T: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     student = [torch.randn(*shape, generator=g).requires_grad_() for shape in ((1, T, 8, 64), (1, T, 8), (1, T, 64))]
-    teacher = [torch.randn(1, heads, T, 64, generator=g) for heads in (14, 2)] + [torch.ones(1, 14, T)]
-    return [*student, *teacher, torch.tensor([T])]
+    teacher = [torch.randn(1, heads, T, 64, generator=g) for heads in (14, 2)]
+    return [*student, *teacher, torch.empty(0), torch.tensor([T])]
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -93,12 +93,12 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
             if not keep_partial:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-    replaced = out.with_name(out.name + REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.replace(replaced)
-    partial.replace(out)
-    shutil.rmtree(replaced, ignore_errors=True)
+        replaced = out.with_name(out.name + REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if out.exists():
+            out.replace(replaced)
+        partial.replace(out)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_partial(out: Path) -> None:

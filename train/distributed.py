@@ -54,9 +54,9 @@ class Processes:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true in any process: all of them get the same answer."""
-        return self.sum({"flag": float(flag)})["flag"] > 0
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag whether it is true in any process: all of them get the same answers."""
+        return [total > 0 for total in self.sum({str(n): float(flag) for n, flag in enumerate(flags)}).values()]
 
     def wait(self) -> None:
         """Returns when every process has come here."""

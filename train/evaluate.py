@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = options.model_source(args.model)
     facts = manifest_facts(args, data)
     partial = args.out.with_name(args.out.name + PARTIAL)
-    check_partial(partial, source, facts, args.overwrite)
+    check_partial(args.out, source, facts, args.overwrite)
     console.print(f"Loading {args.model}")
     model = load_model(args.model, **selection_options(args)).to(device)
     base = load_model(args.base, attention="dense").to(device).train() if args.base else None
@@ -284,11 +284,12 @@ def manifest_facts(args: argparse.Namespace, data: Mapping[int, TrainingData]) -
     return json.loads(json.dumps(facts, default=str))
 
 
-def check_partial(partial: Path, source: Record, facts: Record, overwrite: bool) -> None:
+def check_partial(out: Path, source: Record, facts: Record, overwrite: bool) -> None:
     """Raises UserError if a stopped run measured something else than this one; with `overwrite` it is forgotten."""
+    partial = out.with_name(out.name + PARTIAL)
     check_output(partial, KIND)
     if overwrite:
-        remove_partial(partial.with_name(partial.name.removesuffix(PARTIAL)))
+        remove_partial(out)
     if not (partial / MANIFEST).is_file():
         return
     there = read_manifest(partial, KIND, "python -m train.evaluate")

@@ -95,13 +95,15 @@ def best_selection(trace: AttentionTrace, k: int, target: str) -> Tensor:
     """The k visible keys that a target of the indexer puts first: indices [B, T, K]."""
     B, _, T, _ = trace.q.shape
     indices = torch.full((B, T, min(k, T)), -1, dtype=torch.int32, device=trace.q.device)
+    norms = trace.value_norms() if target == "output" else None
     for b in range(B):
         for start in range(0, T, ROWS):
             stop = min(start + ROWS, T)
             positions = torch.arange(start, stop, device=trace.q.device)[:, None]
             visible = torch.arange(stop, device=trace.q.device) <= positions
-            q, keys, norms = trace.q[b, :, start:stop], trace.k[b, :, :stop], trace.value_norms[b, :, :stop]
-            p = attention_target(attention_moments(q * trace.scale, keys, visible, norms_HC=norms), target)
+            q, keys = trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :stop]
+            norms_HC = None if norms is None else norms[b, :, :stop]
+            p = attention_target(attention_moments(q, keys, visible, norms_HC=norms_HC), target)
             best = topk_lowest_index_first(p.masked_fill(~visible, -1), min(k, stop))
             indices[b, start:stop, : best.shape[-1]] = torch.where(best <= positions, best, -1).int()
     return indices
@@ -164,8 +166,10 @@ def score(
                     tokens=len(chunk),
                     blocks=[(float(increases.sum()), float(base.sum())) for increases, base in both],
                 )
-    for one in (one for of_reference in scores.values() for one in of_reference.values()):
-        one.windows = [tuple(sum(sums) for sums in zip(*one.blocks, strict=True))]
+    for reference, of_reference in scores.items():
+        base = of_reference[reference].loss
+        for one in of_reference.values():
+            one.windows = [(one.loss - base, base)]
     return scores
 
 

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, Hq/Hkv query/KV heads, D head size, Hi/Di indexer hea
     index_k        [B, T, Di]      rotated                    }
     q              [B, Hq, T, D]   rotated  }
     k              [B, Hkv, T, D]  rotated  } the teacher, never given a gradient
-    value_norms    [B, Hq, T]      ‖W_O,h v‖, what each key of weight 1 adds to the layer's output
+    value_norms    [B, Hq, T]      ‖W_O,h v‖, what each key of weight 1 adds to the layer's output (`output` only)
     lengths        [B]             int64; valid tokens of each row, which is padded on the right
     indices        [B, T, K]       int32, -1 fills; None: every visible key counts (warm-up)
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsa_export.model import AttentionTrace
+from dsa_export.model.attention.base import NOTHING
 from dsa_export.topk import TopK
 from plugins.index_topk.op import topk_lowest_index_first
 
@@ -340,7 +341,7 @@ class IndexerObserver:
                 trace.scored_k,
                 trace.q.detach(),
                 trace.k.detach(),
-                trace.value_norms,
+                trace.value_norms() if self.target == "output" else NOTHING,
                 trace.lengths,
                 trace.scale,
                 trace.indices,

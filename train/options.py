@@ -487,7 +487,7 @@ def is_done(
         )
     result = manifest_object(out, manifest, "after", made_by)
     after = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
-    steps, done = identity["arguments"].get("steps"), manifest.get("steps_done")
+    done, steps = manifest.get("steps_done"), manifest.get("steps")  # older ones lack these
     ended = f", which ended after step {done} of {steps}" if steps and done != steps else ""
     console.print(f"{out}/ is there already, made by this very command{ended}; --overwrite would redo it.  {after}")
     return True

@@ -184,6 +184,7 @@ class Trainer:
             **self.identity,
             data=self.data.facts,
             processes=self.processes.count,
+            steps=self.settings.steps,
             steps_done=self.step,
             seconds=round(self.seconds, 1),
             before=self.before,
@@ -231,7 +232,8 @@ class Trainer:
             read = settings.tokens_before(self.step)
             task = progress.add_task(f"{self.stage.name}, tokens", total=total, completed=read, terms="")
             last_line = last_save = time.monotonic()
-            while self.step < settings.steps and not self.processes.any(self._out_of_time()):
+            (over,) = self.processes.any(self._out_of_time())
+            while self.step < settings.steps and not over:
                 start = time.perf_counter()
                 metrics = self._step()
                 self.step += 1
@@ -246,8 +248,8 @@ class Trainer:
                     console.print(f"{self.stage.name} {step_terms}  {self._eta()}")
                     last_line = time.monotonic()
 
-                stop = self.processes.any(stop_requested())
-                late = self.processes.any(time.monotonic() - last_save >= SAVE_SECONDS)
+                late = time.monotonic() - last_save >= SAVE_SECONDS
+                stop, late, over = self.processes.any(stop_requested(), late, self._out_of_time())
                 if self.step % self.save_every == 0 or self.step == settings.steps or stop or late:
                     self._save()
                     last_save = time.monotonic()

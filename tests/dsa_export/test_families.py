@@ -180,7 +180,7 @@ def test_an_observer_is_told_what_each_key_can_add_to_the_output(
     monkeypatch.setattr(attention, "attend", one_head.__get__(attention))
     attention.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].norm(dim=-1)))
     for _ in range(attention.query_heads):
-        model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms) or {})
+        model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms()) or {})
     torch.testing.assert_close(norms[-1], torch.stack(outputs, dim=1), rtol=1e-4, atol=1e-6)
 
 
@@ -233,10 +233,10 @@ def test_adapters_stand_where_latent_attention_multiplies(tokens: torch.Tensor, 
         assert parameter.grad.abs().sum() > 0, name
         parameter.data.add_(parameter.grad, alpha=-1.0)
     adapted, norms = model(tokens).logits.detach(), []
-    model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms) or {})
+    model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms()) or {})
     merge_adapters(model)
     torch.testing.assert_close(model(tokens).logits, adapted, atol=1e-4, rtol=0)
-    model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms) or {})
+    model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms()) or {})
     for with_adapters, merged in zip(norms[:2], norms[2:], strict=True):  # two layers
         torch.testing.assert_close(with_adapters, merged, rtol=1e-4, atol=1e-6)
     assert (adapted - before).abs().max() > 1e-3

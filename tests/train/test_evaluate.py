@@ -61,7 +61,7 @@ def test_best_and_window_select_what_they_say(model, ids: torch.Tensor) -> None:
         keys = t.k.repeat_interleave(2, dim=1)
         hidden = ~torch.ones(T, T, dtype=torch.bool).tril()
         mass = (t.q @ keys.transpose(-1, -2) * t.scale).masked_fill(hidden, -torch.inf).softmax(-1)[0]
-        added = (mass * t.value_norms[0, :, None]).square().sum(0)
+        added = (mass * t.value_norms()[0, :, None]).square().sum(0)
         mass = mass.mean(0)
         output = best_selection(t, K, "output")[0]
         best, window = best_selection(t, K, "mean")[0], window_selection(t, K)[0]

@@ -98,7 +98,7 @@ def test_with_everything_selected_dsa_is_its_dense_twin(command, capsys):
 
 
 @pytest.mark.usefixtures("no_measuring")
-def test_stopped_anywhere_it_goes_on_and_ends_in_the_same_weights(command, monkeypatch, tmp_path):
+def test_stopped_anywhere_it_goes_on_and_ends_in_the_same_weights(command, monkeypatch, tmp_path, capsys):
     arguments = ("--seeds", "0", "--attention", "dense", "dsa", "--k", "auto")
     step, taken, limit = Trainer._step, [], [6]
 
@@ -115,6 +115,8 @@ def test_stopped_anywhere_it_goes_on_and_ends_in_the_same_weights(command, monke
         except KeyboardInterrupt:
             assert limit[0] < 1000
     assert 16 <= len(taken) <= 20, "no more than what was not saved is done again"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is there already" in said and "which ended after" not in said, "a warm-up has steps of its own"
     resumed = load_model(out / "runs" / "glm4-moe-dsa-seed0")
     assert sum(resumed.config.topk_per_layer) == 2 * TOY.topk and not list((out / "runs").glob("*.warm-up"))
 

@@ -101,7 +101,7 @@ def test_the_warm_up_loss_is_the_definition_over_all_visible_keys(tiny: Path) ->
     expected = []
 
     def observer(t: AttentionTrace) -> dict:
-        arguments = (t.index_q, t.index_weights, t.index_k, t.q, t.k, t.value_norms, t.lengths, t.scale)
+        arguments = (t.index_q, t.index_weights, t.index_k, t.q, t.k, t.value_norms(), t.lengths, t.scale)
         expected.append(indexer_kl_reference(*arguments))
         return {}
 
@@ -215,7 +215,7 @@ def test_the_joint_loss_is_over_the_selected_keys(warm: Path) -> None:
 
     def observer(t: AttentionTrace) -> dict:
         assert t.indices is not None and (t.indices >= 0).sum(-1).max() == 8
-        arguments = (t.index_q, t.index_weights, t.index_k, t.q, t.k, t.value_norms, t.lengths, t.scale)
+        arguments = (t.index_q, t.index_weights, t.index_k, t.q, t.k, t.value_norms(), t.lengths, t.scale)
         expected.append(indexer_kl_reference(*arguments, t.indices))
         return {}
 

@@ -28,7 +28,7 @@ class AttentionTrace:
     layer: int
     q: Tensor  # [B, Hq, S, D], rotated
     k: Tensor  # [B, Hkv, S, D], rotated
-    value_norms: Tensor  # [B, Hq, S] fp32, ‖W_O,h v‖: what a key of weight 1 adds to the layer's output
+    value_norms: Callable[[], Tensor]  # [B, Hq, S] fp32, ‖W_O,h v‖: what a key of weight 1 adds to the layer's output
     index_q: Tensor  # [B, S, Hi, Di], rotated
     index_weights: Tensor  # [B, S, Hi], scale included
     index_k: Tensor  # [B, S, Di], rotated
@@ -39,7 +39,7 @@ class AttentionTrace:
 
     def for_followers(self, *, observed: bool) -> AttentionTrace:
         """What the layers that follow need of it: the selection, and for an observer what made it."""
-        selection = replace(self, q=NOTHING, k=NOTHING, value_norms=NOTHING)
+        selection = replace(self, q=NOTHING, k=NOTHING, value_norms=lambda: NOTHING)
         if observed:
             return selection
         return replace(selection, index_q=NOTHING, index_weights=NOTHING, index_k=NOTHING, scored_k=NOTHING)

@@ -7,6 +7,7 @@ before it is cached.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -157,7 +158,7 @@ class SparseAttention(DenseAttention):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if call.caches is not None and (call.observer or call.selector):
             raise ValueError("an observer or a selector needs a call without cache")
-        value_norms = self.value_norms(v) if call.observer or call.selector else NOTHING
+        value_norms = partial(self.value_norms, v)
         if self.leads:
             index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
             scored = self.scored(index_q, index_weights, index_k, call)
