@@ -20,10 +20,10 @@ SELECT_PROGRAMS = 1056
 MAX_BLOCKS = 16
 SCORE_BYTES = 128 * 2**20  # of a tile: few tiles weigh more than scores that stay in the L2 cache
 
-HEADS_PADDED = (4, 8, 16)
+HEADS_PADDED = (4, 8, 16, 64)  # 64: DeepSeek-V3.2
 HEAD_SIZES = (64, 128)  # that the plugin library holds
 TORCH_HEAD_SIZES = (16, 32, *HEAD_SIZES)
-MAX_HEADS = 16
+MAX_HEADS = HEADS_PADDED[-1]
 MAX_K = 4096
 MAX_CAPACITY = 2**20
 

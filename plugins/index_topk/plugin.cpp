@@ -71,7 +71,7 @@ void checkTypes(DataType q, DataType keys, DataType const* scale)
 
 int64_t paddedHeads(int64_t heads)
 {
-    return heads <= 4 ? 4 : heads <= 8 ? 8 : 16;
+    return heads <= 4 ? 4 : heads <= 8 ? 8 : heads <= 16 ? 16 : 64;
 }
 
 // How a problem is cut; the same numbers as `plan` in plan.py.

@@ -522,9 +522,9 @@ int check(Library& library)
     Descriptions wide = changed(selection, 0, {2, 3, 8, 96}, kH);
     wide[2] = describe(kH, {2, 500, 96});
     checkRefused(topk, wide, "Di must be 64 or 128, got 96");
-    Descriptions many = changed(selection, 0, {2, 3, 17, 64}, kH);
-    many[1] = describe(kH, {2, 3, 17});
-    checkRefused(topk, many, "Hi must be 1 to 16, got 17");
+    Descriptions many = changed(selection, 0, {2, 3, 65, 64}, kH);
+    many[1] = describe(kH, {2, 3, 65});
+    checkRefused(topk, many, "Hi must be 1 to 64, got 65");
     checkRefused(topk, changed(selection, 0, {2, 3, 64}, kH), "index_q must be [B, S, Hi, Di], got [2, 3, 64]");
     checkRefused(topk, changed(selection, 1, {2, 3}, kH), "index_weights must be [B, S, Hi]");
     checkRefused(topk, changed(selection, 2, {2, 500}, kH), "index_k must be [B, G, Di]");

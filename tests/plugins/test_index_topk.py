@@ -97,7 +97,7 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> N
     [
         ((1, 1, 4, 64), torch.float64, 9, 5, "needs queries in fp32, fp16 or bf16"),
         ((1, 1, 4, 48), torch.float16, 9, 5, "head size among 16, 32, 64, 128, got 48"),
-        ((1, 1, 17, 64), torch.float16, 9, 5, "at most 16 indexer heads, got 17"),
+        ((1, 1, 65, 64), torch.float16, 9, 5, "at most 64 indexer heads, got 65"),
         ((1, 1, 4, 64), torch.float16, 9, 4097, "k up to 4096, got 4097"),
         ((1, 1, 4, 64), torch.float16, 2**20 + 1, 5, "capacity up to 1048576"),
     ],

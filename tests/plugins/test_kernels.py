@@ -39,6 +39,7 @@ from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+HEADS = st.one_of(st.integers(1, 16), st.integers(17, topk_plan.MAX_HEADS))
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,8 @@ TOPK_SHAPES = [
     ([300, 0, 5], 1, 301, 8, 64, 16),
     ([260, 17], 3, 259, 7, 128, 20),  # above capacity; heads that are no power of two
     ([130], 9, 140, 16, 64, 40),  # prefill
+    ([150, 90], 1, 150, 64, 128, 40),  # DeepSeek-V3.2
+    ([150], 5, 150, 33, 128, 40),
     ([5000, 4200], 1, 5000, 4, 64, 2048),  # shorter than a list
     ([4500], 2, 4600, 1, 128, 4096),
     ([20000], 1, 20000, 2, 64, 300),  # a threshold from a sample
@@ -97,7 +100,7 @@ def test_selection_is_exact_where_arithmetic_is(data: st.DataObject) -> None:
     S = data.draw(st.sampled_from([1, 2, 8, 9, 17]), "S")
     C = data.draw(st.integers(1, 400), "C")
     lengths = data.draw(st.lists(st.integers(-2, C + 3), min_size=1, max_size=3), "lengths")
-    Hi = data.draw(st.integers(1, 16), "Hi")
+    Hi = data.draw(HEADS, "Hi")
     k = data.draw(st.integers(1, C + 4), "k")
     dtype = data.draw(st.sampled_from([HALF, BFLOAT, FLOAT]), "dtype")
     seed = data.draw(st.integers(0, 999), "seed")
@@ -119,7 +122,7 @@ def problem_with_options(data: st.DataObject) -> tuple[TopK, dict[str, int], Ten
     K = max(1, forced_groups(**options)) + data.draw(st.integers(0, 8), "free groups")
     G = data.draw(st.integers(1, 150), "rows")
     lengths = data.draw(st.lists(st.integers(-2, G * pool + 3), min_size=1, max_size=2), "lengths")
-    S, Hi = data.draw(st.sampled_from([1, 2, 9]), "S"), data.draw(st.integers(1, 16), "Hi")
+    S, Hi = data.draw(st.sampled_from([1, 2, 9]), "S"), data.draw(HEADS, "Hi")
     Di, dtype = data.draw(st.sampled_from([64, 128]), "Di"), data.draw(st.sampled_from([HALF, BFLOAT, FLOAT]), "dtype")
     seed = data.draw(st.integers(0, 999), "seed")
     whole = [max(length, 0) // pool for length in lengths]
@@ -260,7 +263,7 @@ def test_tiles_change_nothing(shape, tile_rows: int) -> None:
 @settings(max_examples=300, deadline=None)
 def test_workspace_of_the_largest_shape_is_enough(data: st.DataObject) -> None:
     B, S, C, k = (data.draw(st.integers(1, most)) for most in (64, 1024, 2**20, 4096))
-    Hi, Di = data.draw(st.integers(1, 16)), data.draw(st.sampled_from(topk_plan.HEAD_SIZES))
+    Hi, Di = data.draw(HEADS), data.draw(st.sampled_from(topk_plan.HEAD_SIZES))
     smaller = [data.draw(st.integers(1, most)) for most in (B, S, C)]
     cut = topk_plan.plan(*smaller, Hi, Di, k)
     rows = cut.batch_tile * cut.query_tile
