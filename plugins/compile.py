@@ -65,7 +65,8 @@ def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path
     import triton
 
     constants = variant.constants_on(arch)
-    recipe = (triton.__version__, sources(variant.kernel.fn), variant.signature(), constants, variant.options)
+    tools = (triton.__version__, triton.knobs.nvidia.ptxas.version)
+    recipe = (*tools, sources(variant.kernel.fn), variant.signature(), constants, variant.options)
     stem = f"{variant.name}.sm_{arch}.{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
     record = out / f"{stem}.txt"  # written last: "shared bytes"
     shared = int(record.read_text()) if record.exists() else 0
@@ -106,16 +107,31 @@ def compile_variant(name: str, arch: int, out: Path) -> list[Image]:
 
 
 def compile_all(out: Path, jobs: int | None = None) -> list[Image]:
-    """Compiles every variant for every architecture into `out`, `jobs` at a time (default: one per processor)."""
+    """Compiles every variant for every architecture into `out`, `jobs` at a time (default: one per processor).
+
+    What `out` holds of earlier versions is removed.
+    """
     out.mkdir(parents=True, exist_ok=True)
     tasks = [(variant, arch) for variant in all_variants() for arch in ARCHITECTURES]
     pending = [(variant.name, arch, out) for variant, arch in tasks if not images_of(variant, arch, out)[1].exists()]
     if pending:
         context = get_context("spawn")
-        with ProcessPoolExecutor(jobs or os.cpu_count(), context, initializer=_without_line_info) as pool:
+        with ProcessPoolExecutor(jobs or os.cpu_count(), context, initializer=_environment) as pool:
             list(pool.map(compile_variant, *zip(*pending, strict=True)))
-    return [image for variant, arch in tasks for image in images_of(variant, arch, out)[0]]
+    images, current = [], set()
+    for variant, arch in tasks:
+        of_task, record = images_of(variant, arch, out)
+        images += of_task
+        current |= {record, *(image.path for image in of_task)}
+    for path in set(out.iterdir()) - current:
+        path.unlink()
+    return images
 
 
-def _without_line_info() -> None:
+def _environment() -> None:
+    """Of a process that compiles."""
+    import triton
+
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # two thirds of a cubin
+    # For sm_90 newer versions of triton take their ptxas for Blackwell, whose cubins need drivers of CUDA 13.
+    os.environ.setdefault("TRITON_PTXAS_BLACKWELL_PATH", triton.knobs.nvidia.ptxas.path)

@@ -38,19 +38,22 @@ struct Shape
     int64_t B, S, C, Hi, Di; // C rows of keys: G of op.py
 };
 
-// `scale` is null without index_scale; `pool`: tokens per row of keys.
-Shape shapeOf(Dims const& q, Dims const& weights, Dims const& keys, Dims const& lengths, Dims const* scale, int64_t pool)
+// `scale` is null without index_scale; `pool`: tokens per row of keys; `bounds`: these are upper bounds, which may differ
+// between tensors that have B, S or G in common.
+Shape shapeOf(Dims const& q, Dims const& weights, Dims const& keys, Dims const& lengths, Dims const* scale, int64_t pool,
+    bool bounds)
 {
+    auto const same = [bounds](int64_t one, int64_t other) { return bounds || one == other; };
     require(q.nbDims == 4, "index_q must be [B, S, Hi, Di], got " + text(q));
     require(weights.nbDims == 3, "index_weights must be [B, S, Hi], got " + text(weights));
     require(keys.nbDims == 3, "index_k must be [B, G, Di], got " + text(keys));
     require(lengths.nbDims == 1, "kv_lengths must be [B], got " + text(lengths));
     Shape const shape{q.d[0], q.d[1], keys.d[1], q.d[2], q.d[3]};
-    require(weights.d[0] == shape.B && weights.d[1] == shape.S && weights.d[2] == shape.Hi && keys.d[0] == shape.B
-            && keys.d[2] == shape.Di && lengths.d[0] == shape.B,
+    require(same(weights.d[0], shape.B) && same(weights.d[1], shape.S) && weights.d[2] == shape.Hi
+            && same(keys.d[0], shape.B) && keys.d[2] == shape.Di && same(lengths.d[0], shape.B),
         "index_q " + text(q) + ", index_weights " + text(weights) + ", index_k " + text(keys) + " and kv_lengths "
             + text(lengths) + " do not fit together");
-    require(scale == nullptr || (scale->nbDims == 2 && scale->d[0] == shape.B && scale->d[1] == shape.C),
+    require(scale == nullptr || (scale->nbDims == 2 && same(scale->d[0], shape.B) && same(scale->d[1], shape.C)),
         "index_scale must be [B, G], got " + text(scale != nullptr ? *scale : Dims{}) + " beside index_k " + text(keys));
     require(shape.Di == 64 || shape.Di == 128, "the indexer head size Di must be 64 or 128, got " + std::to_string(shape.Di));
     require(shape.Hi >= 1 && shape.Hi <= size::MAX_HEADS,
@@ -334,13 +337,13 @@ private:
     Shape largest(DynamicPluginTensorDesc const* in, int32_t nbInputs) const
     {
         Dims const* scale = nbInputs > kScale ? &in[kScale].max : nullptr;
-        return shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max, scale, mPool);
+        return shapeOf(in[kQ].max, in[kWeights].max, in[kKeys].max, in[kLengths].max, scale, mPool, true);
     }
 
     Shape current(PluginTensorDesc const* in, bool scaled) const
     {
         Dims const* scale = scaled ? &in[kScale].dims : nullptr;
-        return shapeOf(in[kQ].dims, in[kWeights].dims, in[kKeys].dims, in[kLengths].dims, scale, mPool);
+        return shapeOf(in[kQ].dims, in[kWeights].dims, in[kKeys].dims, in[kLengths].dims, scale, mPool, false);
     }
 
     void launch(Shape const& shape, void const* const* inputs, void const* scale, void* indices, int32_t* workspace,

@@ -32,14 +32,18 @@ struct Shape
     int64_t B, Hq, Hkv, S, C, D, K;
 };
 
-Shape shapeOf(Dims const& q, Dims const& keys, Dims const& values, Dims const& indices)
+// `bounds`: these are upper bounds, which may differ between tensors that have B, S or C in common.
+Shape shapeOf(Dims const& q, Dims const& keys, Dims const& values, Dims const& indices, bool bounds)
 {
+    auto const same = [bounds](int64_t one, int64_t other) { return bounds || one == other; };
     require(q.nbDims == 4, "q must be [B, Hq, S, D], got " + text(q));
     require(keys.nbDims == 4, "k_cache must be [B, Hkv, C, D], got " + text(keys));
     require(indices.nbDims == 3, "indices must be [B, S, K], got " + text(indices));
     Shape const shape{q.d[0], q.d[1], keys.d[1], q.d[2], keys.d[2], q.d[3], indices.d[2]};
-    bool const sameCaches = values.nbDims == 4 && std::equal(keys.d, keys.d + 4, values.d);
-    require(sameCaches && keys.d[0] == shape.B && keys.d[3] == shape.D && indices.d[0] == shape.B && indices.d[1] == shape.S,
+    bool const sameCaches = values.nbDims == 4 && same(values.d[0], keys.d[0]) && values.d[1] == keys.d[1]
+        && same(values.d[2], keys.d[2]) && values.d[3] == keys.d[3];
+    require(sameCaches && same(keys.d[0], shape.B) && keys.d[3] == shape.D && same(indices.d[0], shape.B)
+            && same(indices.d[1], shape.S),
         "q " + text(q) + ", k_cache " + text(keys) + ", v_cache " + text(values) + " and indices " + text(indices)
             + " do not fit together");
     require(shape.D == 64 || shape.D == 128 || shape.D == 576,
@@ -119,7 +123,7 @@ public:
         return guarded(kName, -1, [&] {
             require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
             kernelType(in[kQ].desc.type);
-            shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max);
+            shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max, true);
             Dims const& q = in[kQ].desc.dims;
             Dims const& keys = in[kKeys].desc.dims;
             require(q.d[1] > 0 && q.d[3] > 0 && keys.d[1] > 0,
@@ -155,7 +159,7 @@ public:
     {
         return guarded<std::size_t>(kName, 0, [&] {
             require(nbInputs == kInputs, "4 inputs are needed");
-            Shape const most = shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max);
+            Shape const most = shapeOf(in[kQ].max, in[kKeys].max, in[kValues].max, in[kIndices].max, true);
             int64_t const rows
                 = std::min(most.B * most.S * size::MAX_SPLITS, std::max<int64_t>(programsOf(most) / gathersOf(most), 1));
             return static_cast<std::size_t>(4 * rows * most.Hq * (most.D + 2));
@@ -173,7 +177,7 @@ public:
     {
         return guarded(kName, -1, [&] {
             require(nbInputs == kInputs && nbOutputs == 1, "4 inputs and 1 output are needed");
-            Shape const shape = shapeOf(in[kQ].dims, in[kKeys].dims, in[kValues].dims, in[kIndices].dims);
+            Shape const shape = shapeOf(in[kQ].dims, in[kKeys].dims, in[kValues].dims, in[kIndices].dims, false);
             std::string const form = std::string(kernelType(in[kQ].type)) + "_" + std::to_string(shape.D);
             mAttend = Kernel("sparse_attention_attend_" + form);
             mCombine = Kernel("sparse_attention_combine_" + form);
@@ -185,7 +189,7 @@ public:
         void* const* outputs, void* workspace, cudaStream_t stream) noexcept override
     {
         return guarded(kName, -1, [&] {
-            Shape const shape = shapeOf(in[kQ].dims, in[kKeys].dims, in[kValues].dims, in[kIndices].dims);
+            Shape const shape = shapeOf(in[kQ].dims, in[kKeys].dims, in[kValues].dims, in[kIndices].dims, false);
             if (shape.B * shape.S == 0)
             {
                 return 0;

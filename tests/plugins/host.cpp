@@ -442,6 +442,16 @@ void checkRefused(IPluginV3* plugin, Descriptions const& bad, std::string const&
     expectError(runtime(plugin)->onShapeChange(bad.data(), n, &bad[n], 1) != 0, message, "onShapeChange");
 }
 
+// As upper bounds `apart` are taken, as a call's shapes refused with `message`.
+void checkBounds(IPluginV3* plugin, Descriptions const& apart, std::string const& message)
+{
+    auto const all = dynamic(apart);
+    int32_t const n = static_cast<int32_t>(apart.size()) - 1;
+    expect(build(plugin)->configurePlugin(all.data(), n, &all[n], 1) == 0, "configure with bounds that differ");
+    expect(build(plugin)->getWorkspaceSize(all.data(), n, &all[n], 1) > 0, "workspace of bounds that differ");
+    expectError(runtime(plugin)->onShapeChange(apart.data(), n, &apart[n], 1) != 0, message, "onShapeChange");
+}
+
 int check(Library& library)
 {
     constexpr DataType kH = DataType::kHALF, kI = DataType::kINT32, kL = DataType::kINT64, kF8 = DataType::kFP8;
@@ -529,7 +539,9 @@ int check(Library& library)
     checkRefused(topk, changed(selection, 1, {2, 3}, kH), "index_weights must be [B, S, Hi]");
     checkRefused(topk, changed(selection, 2, {2, 500}, kH), "index_k must be [B, G, Di]");
     checkRefused(topk, changed(selection, 3, {2, 1}, kL), "kv_lengths must be [B]");
-    checkRefused(topk, changed(selection, 3, {3}, kL), "do not fit together");
+    checkBounds(topk, changed(selection, 3, {3}, kL), "do not fit together");
+    checkBounds(topk, changed(selection, 1, {2, 4, 8}, kH), "do not fit together");
+    checkRefused(topk, changed(selection, 1, {2, 3, 9}, kH), "do not fit together");
     checkRefused(topk, changed(selection, 2, {2, (1 << 20) + 1, 64}, kH), "C must be at most 1048576");
     checkRefused(topk, changed(selection, 0, {2, 3, 8, 64}, DataType::kFLOAT), "must be fp16 or bf16, got fp32");
     auto open = dynamic(selection);
@@ -542,7 +554,7 @@ int check(Library& library)
     Descriptions const scaled{describe(kH, {2, 3, 8, 64}), describe(kH, {2, 3, 8}), describe(kF8, {2, 500, 64}),
         describe(kL, {2}), describe(DataType::kFLOAT, {2, 500}), describe(kI, {2, 3, 64})};
     checkPlugin(grouped, "IndexTopK", scaled, "k=64 sinks=3 window=4 pool=4", 4);
-    checkRefused(grouped, changed(scaled, 4, {2, 499}, DataType::kFLOAT), "index_scale must be [B, G], got [2, 499] beside index_k [2, 500, 64]");
+    checkBounds(grouped, changed(scaled, 4, {2, 499}, DataType::kFLOAT), "index_scale must be [B, G], got [2, 499] beside index_k [2, 500, 64]");
     checkRefused(grouped, changed(scaled, 4, {2, 500, 1}, DataType::kFLOAT), "index_scale must be [B, G]");
     checkRefused(grouped, changed(scaled, 2, {2, 500, 64}, kH), "beside an fp32 index_scale, got fp16 beside fp32");
     checkRefused(grouped, changed(scaled, 4, {2, 500}, kH), "beside an fp32 index_scale, got fp8 beside fp16");
@@ -562,7 +574,9 @@ int check(Library& library)
     checkRefused(attention, changed(heads, 0, {2, 258, 3, 64}, kH), "query heads per KV head must be 1 to 128, got 258 / 2");
     checkRefused(attention, changed(heads, 0, {2, 14, 64}, kH), "q must be [B, Hq, S, D], got [2, 14, 64]");
     checkRefused(attention, changed(heads, 1, {2, 500, 64}, kH), "k_cache must be [B, Hkv, C, D]");
-    checkRefused(attention, changed(heads, 2, {2, 2, 400, 64}, kH), "do not fit together");
+    checkBounds(attention, changed(heads, 2, {2, 2, 400, 64}, kH), "do not fit together");
+    checkBounds(attention, changed(heads, 3, {3, 3, 64}, kI), "do not fit together");
+    checkRefused(attention, changed(heads, 2, {2, 1, 500, 64}, kH), "do not fit together");
     checkRefused(attention, changed(heads, 3, {2, 64}, kI), "indices must be [B, S, K]");
     checkRefused(attention, changed(heads, 3, {2, 3, 5000}, kI), "K must be 1 to 4096, got 5000");
     checkRefused(attention, changed(heads, 0, {2, 14, 3, 64}, DataType::kFLOAT), "must be fp16 or bf16, got fp32");

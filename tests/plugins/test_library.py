@@ -48,6 +48,7 @@ def test_every_kernel_is_compiled_for_every_target(images: list[Image]) -> None:
             assert f".target sm_{image.arch}".encode() in content and content.endswith(b"\0")
         else:
             flags = int.from_bytes(content[48:52], "little")  # e_flags of the ELF header hold the architecture
+            assert content[8] == 7, f"{image} wants a driver of CUDA 13 (its ABI is {content[8]})"
             assert content.startswith(b"\x7fELF") and image.arch in (flags & 0xFF, flags >> 8 & 0xFF), hex(flags)
 
 
