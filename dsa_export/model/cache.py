@@ -56,7 +56,7 @@ def fill_randomly(tensors: Iterable[Tensor], seed: int) -> None:
 class LayerCache:
     """What an attention layer sees of its cache: update() stores this call's rows and returns the cached tensor.
 
-    `used`: the tokens that any row holds after this call; what lies behind is not returned. None returns everything.
+    `used`: the tokens that any row holds after this call. None: not known.
     """
 
     def __init__(self, tensors: dict[str, Tensor], past_lengths: Tensor, used: int | None = None):
@@ -64,11 +64,16 @@ class LayerCache:
         self.past_lengths = past_lengths
         self.used = used
 
-    def update(self, name: str, new: Tensor, stride: int = 1) -> Tensor:
-        """Writes new [B, H, rows, D] from the row of the first token of this call on."""
+    def update(self, name: str, new: Tensor, stride: int = 1, *, whole: bool = False) -> Tensor:
+        """Writes new [B, H, rows, D] from the row of the first token of this call on.
+
+        Returns the rows in use, which are no contiguous tensor, or the `whole` one with the free rows behind them.
+        """
         first = self.past_lengths if stride == 1 else self.past_lengths // stride
         self.tensors[name] = write_cache(self.tensors[name], new, first)
-        return self.tensors[name] if self.used is None else self.tensors[name][:, :, : -(-self.used // stride)]
+        if whole or self.used is None:
+            return self.tensors[name]
+        return self.tensors[name][:, :, : -(-self.used // stride)]
 
 
 class DSACache(Cache):

@@ -380,6 +380,8 @@ def _index_topk(
     """The torch form: tiles of query tokens, scores of a tile in memory."""
     B, S, Hi = index_q.shape[:3]
     G = index_k.shape[1]
+    if S == 0:
+        return torch.empty(B, 0, k, dtype=torch.int32, device=index_q.device)
     first_tokens = torch.arange(G, device=index_q.device) * pool
     last_tokens = first_tokens + pool - 1
     tile = max(1, SCORE_BYTES // max(B * Hi * G * 4, 1))

@@ -227,7 +227,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """Gradients of the torch form, recomputed tile by tile: no tile's gathered rows outlive it."""
     q, k_cache, v_cache, indices = ctx.saved_tensors
-    q_gradient = torch.empty_like(q)
+    q_gradient = torch.zeros_like(q)
     k_gradient, v_gradient = (torch.zeros_like(cache, dtype=torch.float32) for cache in (k_cache, v_cache))
     for tile in _tiles(q, k_cache, indices.shape[-1]):
         with torch.enable_grad():
@@ -246,12 +246,15 @@ _sparse_attention.register_autograd(_backward, setup_context=_save)
 def sparse_attention_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale: float) -> Tensor:
     """The torch form, on any device: tiles of query tokens, gathered rows of a tile in memory."""
     tiles = _tiles(q, k_cache, indices.shape[-1])
+    if not tiles:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
     return torch.cat([_attend(q[:, :, t], k_cache, v_cache, indices[:, t], scale) for t in tiles], dim=2)
 
 
 def _tiles(q: Tensor, k_cache: Tensor, K: int) -> list[slice]:
-    B, Hkv, _, D = k_cache.shape
-    S = q.shape[2]
+    """Of the query tokens; none where there is nothing to attend to."""
+    B, Hkv, C, D = k_cache.shape
+    S = q.shape[2] if C else 0
     tile = max(1, GATHER_BYTES // max(2 * B * Hkv * K * D * q.element_size(), 1))
     return [slice(start, min(start + tile, S)) for start in range(0, S, tile)]
 

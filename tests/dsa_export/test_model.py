@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from dsa_export.config import DSAConfig
 from dsa_export.model import dense_twin, load_model
+from dsa_export.model.attention.dsa import SparseAttention
 from plugins.sparse_attention.op import sparse_attention_torch
 from tests.conftest import build_qwen
 
@@ -89,6 +90,20 @@ def test_any_cut_into_chunks_equals_one_call(dsa_model, tokens, name, cuts):
         cache, start = output.cache, start + length
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+
+
+@pytest.mark.parametrize("options", [{}, {"index_pool": 2}, {"index_keys": "int8"}], ids=str)
+@torch.no_grad()
+def test_free_rows_of_the_cache_change_nothing(qwen_folder, tokens, monkeypatch, options):
+    """On a GPU the operators get the whole cache; what stands behind the rows in use may be anything."""
+    model = load_model(qwen_folder, index_topk=16, **options).eval()
+    whole = model(tokens, use_cache=False).logits
+    monkeypatch.setattr(SparseAttention, "wants_whole_cache", lambda *_: True)
+    cache = model(tokens[:, :37], use_cache=True).cache
+    for name, cached in cache.layers[0].items():
+        cached[:, :, -(-37 // (2 if name == "pooled" else 1)) :] = 99
+    last = model(tokens[:, 37:], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(last, whole[:, 37:], **EXACT)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

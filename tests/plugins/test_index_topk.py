@@ -187,3 +187,9 @@ def test_options_that_exclude_each_other_are_refused(k: int, options: dict[str, 
 def test_scores_that_are_not_numbers_still_choose_k() -> None:
     scores = torch.tensor([[1.0, torch.nan, 3.0, 2.0], [torch.nan] * 4, [0.0, 0.0, -torch.inf, torch.inf]])
     assert topk_lowest_index_first(scores, 2).tolist() == [[1, 2], [0, 1], [0, 3]]
+
+
+@pytest.mark.parametrize(("S", "C"), [(0, 5), (3, 0)])
+def test_nothing_to_select(S: int, C: int) -> None:
+    inputs = (torch.zeros(2, S, 4, 8), torch.zeros(2, S, 4), torch.zeros(2, C, 8), torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(index_topk(*inputs, 3), torch.full((2, S, 3), -1, dtype=torch.int32))

@@ -26,6 +26,16 @@ def test_torch_form_is_the_definition(problem: Attention) -> None:
     )
 
 
+@pytest.mark.parametrize(("S", "C"), [(0, 5), (3, 0)])
+def test_nothing_to_attend_to(S: int, C: int) -> None:
+    q = torch.randn(2, 4, S, 8, requires_grad=True)
+    rows = torch.randn(2, 2, C, 8, requires_grad=True)
+    output = sparse_attention(q, rows, rows, torch.full((2, S, 3), -1, dtype=torch.int32), 1.0)
+    assert torch.equal(output, torch.zeros(2, 4, S, 8))
+    output.sum().backward()
+    assert not q.grad.any() and not rows.grad.any()
+
+
 @st.composite
 def problems_with_few_slots(draw: st.DrawFn) -> Attention:
     """Where the ONNX body masks dense attention instead of gathering."""
