@@ -12,8 +12,9 @@ import argparse
 import datetime
 import platform
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +31,7 @@ from bench import layers, matrix, measure, peers, plots, profiling, prompts, rep
 from bench.matrix import Case, Group, Wish
 from bench.runs import Record, Settings
 from dsa_export.cli import UserError, console, not_negative, positive, run, thread_count, usable_cpus
-from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, write_manifest
+from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, remove_partial, write_manifest
 from engines import build
 from engines.artifacts import BACKENDS
 
@@ -39,6 +40,7 @@ ENGINES = Path("out/engines")
 QUICK_CONTEXTS = (512, 8192, 32768)
 QUICK_PREFILL = 2048
 QUICK_SECONDS = 3.0
+RESULTS = "results.jsonl"
 
 
 def main() -> None:
@@ -57,20 +59,33 @@ def main() -> None:
     if args.debug_layers is not None:
         debug_layers(groups, args)
         return
-    records, proofs = measure_all(groups, args)
-    records = [*records, *skips]
-    measured = summary.pairs(records)
-    if not measured:
-        raise UserError("nothing could be measured: " + "; ".join(dict.fromkeys(r["reason"] for r in records)))
     facts = provenance(args)
-    with output_folder(args.out) as folder:
-        lines = [json.dumps({**record, **facts}) for record in (*records, *summary.first_tokens(measured))]
-        (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+    remove_partial(args.out)
+    with output_folder(args.out, keep_partial=True) as folder:
+        written = folder / RESULTS
+
+        def keep(records: Sequence[Record]) -> None:
+            with written.open("a") as file:
+                file.writelines(json.dumps({**record, **facts}) + "\n" for record in records)
+
+        try:
+            records, proofs = measure_all(groups, args, keep)
+        except BaseException as error:
+            if not written.exists():
+                shutil.rmtree(folder)
+            elif isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"stopped; what was measured until then is in {written}") from None
+            raise
+        records = [*records, *skips]
+        measured = summary.pairs(records)
+        if not measured:
+            raise UserError("nothing could be measured: " + "; ".join(dict.fromkeys(r["reason"] for r in records)))
+        keep([*skips, *summary.first_tokens(measured)])
         pictures = plots.draw(records, folder)
         report.write(folder / "report.html", records, pictures, proofs=proofs, facts=facts)
         write_manifest(folder, "bench", groups[0].sparse.manifest["source"], **facts)
     tables.print_tables(tables.all_tables(records))
-    console.print(f"wrote {args.out / 'report.html'} and {args.out / 'results.jsonl'}")
+    console.print(f"wrote {args.out / 'report.html'} and {args.out / RESULTS}")
     console.print(summary.sentence(measured))
 
 
@@ -204,8 +219,10 @@ def nothing_to_compare(args: argparse.Namespace, skips: Sequence[Record]) -> str
 Plan = tuple[Group, list[Case], list[matrix.Skip]]
 
 
-def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list[Record], list[str]]:
-    """The records of every group and peer, and what was proved before anything was timed."""
+def measure_all(
+    groups: Sequence[Group], args: argparse.Namespace, keep: Callable[[Sequence[Record]], None]
+) -> tuple[list[Record], list[str]]:
+    """The records of every group and peer, given to `keep` as they come, and what was proved before any was timed."""
     phases = ("decode", "prefill") if args.phase == "both" else (args.phase,)
     wish = Wish(args.context, args.batch, phases, args.caches, QUICK_PREFILL if args.quick else None)
     limit = min(engine.limits.max_context for group in groups for engine in group.sides.values())
@@ -225,12 +242,23 @@ def measure_all(groups: Sequence[Group], args: argparse.Namespace) -> tuple[list
     contexts = peer_contexts(args.peer_context, planned)
     settings = Settings(args.caches, budget_of(args), args.threads, args.score_tokens)
     proofs = identical_operators(groups)
-    for group, cases, _ in planned:
-        if cases:
-            proofs += pass_the_gate(group, rows[0], args.threads)
-            records += measure_group(group, cases, rows, settings, args)
+    measurable = [(group, cases) for group, cases, _ in planned if cases]
+    for group, _ in measurable:
+        proofs += pass_the_gate(group, rows[0], args.threads)
+    keep(records)
+
+    def add(more: Sequence[Record]) -> None:
+        records.extend(more)
+        keep(more)
+
+    for group, cases in measurable:
+        try:
+            add(measure_group(group, cases, rows, settings, args))
+        except UserError as error:
+            console.print(f"{group.name}: {error}")
+            add([{"kind": "skipped", **group.facts(), "reason": str(error)}])
     if contexts:
-        records += measure_peers(groups[0], contexts, rows[0], args)
+        add(measure_peers(groups[0], contexts, rows[0], args))
     return records, proofs
 
 

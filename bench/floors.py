@@ -15,11 +15,13 @@ import numpy as np
 
 from bench.matrix import Case
 from bench.measure import timed
+from engines import ort_cuda
 from engines.artifacts import Engine
 
 COPY_BYTES = 64 * 2**20
 PRODUCT = 1536
 TRIES = 7
+WARM_UP_CALLS = 100
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ def call_bytes(engine: Engine, case: Case) -> int:
 def call_flops(engine: Engine, case: Case) -> int:
     """Operations of one call, multiply and add counted: the weights (the head for one token a row; all experts, which
     the graph computes whatever the router chooses), scores and sums over the visible or selected tokens, and the
-    indexer's scores over the visible ones; of native sparse attention scores and sums over the compressed rows and the
-    window instead."""
+    indexer's scores over the visible ones, where there are more than k; of native sparse attention scores and sums over
+    the compressed rows and the window instead."""
     model = engine.model
     head = model.hidden_size * model.vocab_size
     body = 2 * (engine.manifest["step_weights"] - head) * case.queries + 2 * head
@@ -73,8 +75,9 @@ def call_flops(engine: Engine, case: Case) -> int:
         spans = range(last - case.queries + 1, last + 1)
         window = sum(min(position, options["nsa_window"]) for position in spans)
         return case.batch * (body + attention * (selected + model.layers * (visible // options["nsa_stride"] + window)))
-    leading, pool = -(-model.layers // engine.selection.get("index_share", 1)), engine.selection.get("index_pool", 1)
-    indexer = leading * 2 * model.index_heads * model.index_dim * visible // pool
+    leaders, pool = engine.topk[:: engine.selection.get("index_share", 1)], engine.selection.get("index_pool", 1)
+    scoring = sum(last > k for k in leaders)
+    indexer = scoring * 2 * model.index_heads * model.index_dim * visible // pool
     return case.batch * (body + attention * selected + indexer)
 
 
@@ -93,7 +96,7 @@ def facts(engine_floor: Floor, dense_floor: Floor, ms: float) -> dict[str, Any]:
 
 def rates(backend: str, dtype: str, threads: int) -> Rates:
     """Measures the device that the backend runs on: the GPU where torch sees one and the backend uses it."""
-    if backend != "ort":
+    if runs_on_gpu(backend):
         import torch
 
         if torch.cuda.is_available():
@@ -101,6 +104,10 @@ def rates(backend: str, dtype: str, threads: int) -> Rates:
     bandwidth, flops = cpu_bandwidth(threads), cpu_flops(threads)
     how = f"copies and sums of {COPY_BYTES >> 20} MiB by {threads} threads; fp32 product of {PRODUCT}² in ONNX Runtime"
     return Rates(bandwidth, flops, how)
+
+
+def runs_on_gpu(backend: str) -> bool:
+    return backend != "ort" or ort_cuda.usable()
 
 
 def cpu_bandwidth(threads: int) -> float:
@@ -137,12 +144,13 @@ def cpu_flops(threads: int) -> float:
 
 
 def cuda_rates(dtype: Any) -> Rates:
-    """The same of a GPU: a copy of 1 GiB, and a product of 8192² in the engine's type."""
+    """The same of a GPU: 1 GiB, and a product of 8192² in the engine's type."""
     import torch
 
     def seconds(call: Any) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        call()
+        for _ in range(WARM_UP_CALLS):  # an idle GPU has low clocks
+            call()
         times = []
         for _ in range(TRIES):
             start.record()
@@ -152,13 +160,16 @@ def cuda_rates(dtype: Any) -> Rates:
             times.append(start.elapsed_time(stop) * 1e-3)
         return min(times)
 
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.ones(2**28, device="cuda")
     target = torch.empty_like(source)
     matrix = torch.ones(8192, 8192, dtype=dtype, device="cuda")
-    bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source))
+    copying, summing = seconds(lambda: target.copy_(source)), seconds(source.sum)
+    bandwidth = max(2 * source.nbytes / copying, source.nbytes / summing)
     flops = 2 * 8192**3 / seconds(lambda: matrix @ matrix)
     name = torch.cuda.get_device_name()
-    return Rates(bandwidth, flops, f"copy of 1 GiB and {str(dtype).removeprefix('torch.')} product of 8192² on {name}")
+    return Rates(
+        bandwidth, flops, f"copy and sum of 1 GiB and {str(dtype).removeprefix('torch.')} product of 8192² on {name}"
+    )
 
 
 def as_json(measured: Rates) -> dict[str, Any]:

@@ -40,7 +40,7 @@ OURS = ("index_topk", "sparse_attention", "both operators")
 Call = Callable[[dict[str, Tensor]], Any]
 CACHED_BYTES = 256 * 2**20  # input sets together exceed this: several times the L2 cache of any GPU
 MEMORY = 24 * 2**30  # of all input sets
-MAX_SETS = 64
+MAX_SETS, MAX_CACHES = 1024, 64
 WARM_UP_COPIES = 400
 FLEX_CASE = (8, 128 * 1024, 2048)  # B, C, k
 MIN_CALLS = 8  # in a graph, whose launch then weighs little
@@ -78,16 +78,24 @@ class Case:
         B, S, C = self.B, self.S, self.C
         bytes_a_set = B * (self.index_rows * self.index_row_bytes + 2 * C * 2 * HKV * D)
         selected = B * min(S * self.k, C) * 4 * HKV * D  # a set's smallest part that must come from memory
-        count = max(1, min(-(-CACHED_BYTES // selected), MEMORY // bytes_a_set, MAX_SETS))
+        count = max(1, min(-(-CACHED_BYTES // selected), MAX_SETS))
+        caches = max(1, min(count, MEMORY // bytes_a_set, MAX_CACHES))
+        query_shapes = {"index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "q": (B, HQ, S, D)}
+        cache_shapes = {"index_k": (B, self.index_rows, DI), "k": (B, HKV, C, D), "v": (B, HKV, C, D)}
+
+        def randoms(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+            return {name: torch.randn(shape, device=device, dtype=DTYPE) for name, shape in shapes.items()}
+
         self.sets = []
-        for _ in range(count):
-            shapes = {
-                "index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "index_k": (B, self.index_rows, DI),
-                "q": (B, HQ, S, D), "k": (B, HKV, C, D), "v": (B, HKV, C, D),
-            }  # fmt: skip
-            tensors = {name: torch.randn(shape, device=device, dtype=DTYPE) for name, shape in shapes.items()}
+        for number in range(count):
+            tensors = randoms(query_shapes)
             tensors["lengths"] = torch.full((B,), C, device=device)
-            if self.fp8:
+            if number >= caches:  # other rows of a cache that is there
+                shared = (*cache_shapes, "index_scale")
+                tensors |= {name: t for name, t in self.sets[number % caches].items() if name in shared}
+            else:
+                tensors |= randoms(cache_shapes)
+            if self.fp8 and number < caches:
                 largest = torch.finfo(torch.float8_e4m3fn).max
                 tensors["index_scale"] = tensors["index_k"].float().abs().amax(-1) / largest
                 scaled = tensors["index_k"] / tensors["index_scale"][..., None]
@@ -234,7 +242,8 @@ def milliseconds(call: Call, sets: list[dict[str, Tensor]], budget_ms: float = 1
 @dataclass(frozen=True)
 class Machine:
     name: str
-    bytes_per_ms: float
+    copy_bytes_per_ms: float  # of a large copy, both directions counted: what the targets are in
+    bytes_per_ms: float  # of that or of a large sum, whichever is faster
     flops_per_ms: float
 
 
@@ -245,9 +254,11 @@ def measure_machine() -> Machine:
         target.copy_(source)
     # A kernel: in a graph, copy_ becomes a transfer by a copy engine, at two thirds of the speed.
     copy = milliseconds(lambda t: torch.neg(t["source"], out=t["target"]), [{"source": source, "target": target}])
+    total = milliseconds(lambda t: torch.sum(t["source"]), [{"source": source}])
+    copied, read = 2 * source.nbytes / copy, source.nbytes / total
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=DTYPE)
     product = milliseconds(lambda t: t["a"] @ t["b"], [{"a": a, "b": b}])
-    return Machine(torch.cuda.get_device_name(), 2 * source.nbytes / copy, 2 * 8192**3 / product)
+    return Machine(torch.cuda.get_device_name(), copied, max(copied, read), 2 * 8192**3 / product)
 
 
 def floors(case: Case) -> dict[str, tuple[float, float]]:
@@ -340,6 +351,7 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
         rows[name] = {
             **shape, "what": name, "ms": ms, "floor_bytes_ms": floor_bytes, "floor_flops_ms": floor_flops,
             "fraction_of_floor": max(floor_bytes, floor_flops) / ms, "sets": len(case.sets),
+            "fraction_of_copy": moved / machine.copy_bytes_per_ms / ms,
             "peak_extra_bytes": torch.cuda.max_memory_allocated() - before,
         }  # fmt: skip
     best_dense = min((row["ms"] for name, row in rows.items() if name.startswith("dense")), default=None)

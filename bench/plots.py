@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _draw_peers(panel: Any, peers: Sequence[Record]) -> None:
     by_name: dict[str, list[Record]] = {}
     for peer in peers:
         by_name.setdefault(f"{peer['peer']}, {peer['precision']}", []).append(peer)
-    for (name, line), marker in zip(by_name.items(), "sd^vP*", strict=False):
+    for (name, line), marker in zip(by_name.items(), itertools.cycle("sd^vP*")):
         points = [record["context"] for record in line], [record["ms_median"] for record in line]
         panel.plot(*points, ":", marker=marker, ms=5, color=PEER, label=name)
 

@@ -95,6 +95,7 @@ def _records(
         {
             "kind": "timing",
             **group.facts(),
+            "on_gpu": floors.runs_on_gpu(group.backend),
             "variant": engine.variant,
             "core": name,
             "strongest": name in (strongest, sparse),

@@ -142,7 +142,9 @@ def sentence(measured: Sequence[Pair]) -> str:
     batch = min(pair.sparse["batch"] for pair in measured)
     chosen = [pair for pair in measured if pair.phase == phase and pair.sparse["batch"] == batch]
     longest = max(pair.context for pair in chosen)
-    best = max((pair for pair in chosen if pair.context == longest), key=lambda pair: pair.sparse["speedup"])
+    there = [pair for pair in chosen if pair.context == longest]
+    best = max(there, key=lambda pair: pair.sparse["speedup"])
+    among = f", the best of {len(there)} pairs" if len(there) > 1 else ""
     dense, sparse = best.dense, best.sparse
     call = "one decoding step" if phase == "decode" else f"a prefill call of {sparse['queries']} tokens"
     ratio = sparse["speedup"]
@@ -154,26 +156,20 @@ def sentence(measured: Sequence[Pair]) -> str:
     warning = "; the indexer is random, so only the timing means anything" if sparse["random_indexer"] else ""
     return (
         f"At {longest:,} tokens of context (batch {batch}, {sparse['backend']}, {sparse['precision']}) {call} takes "
-        f"{ms(dense)} ms dense ({dense['core']}) and {ms(sparse)} ms sparse (k = {describe_k(sparse)}): "
+        f"{ms(dense)} ms dense ({dense['core']}) and {ms(sparse)} ms sparse (k = {describe_k(sparse)}{among}): "
         f"{verdict} where bytes and operations predict {sparse['speedup_predicted']:.2f}×{agreement}{warning}."
     )
 
 
-def against_peers(records: Iterable[Record]) -> list[tuple[Record, Record, float]]:
-    """(peer, our sparse decode, ratio of tokens per second): every peer's context, same batch.
-
-    Ours is the fastest sparse engine that computes in the peer's precision, or the fastest of all if none does; the
-    report names it.
-    """
+def against_peers(records: Iterable[Record]) -> list[tuple[Record, Record | None]]:
+    """Every peer, which decodes on a CPU, and our fastest sparse engine there in its precision, context and batch."""
     records = list(records)
     ours = [r for r in of_kind(records, "timing") if r["variant"] == "sparse" and r["phase"] == "decode"]
+    alike = ("context", "batch", "precision")
     found = []
     for peer in of_kind(records, "peer"):
-        here = [r for r in ours if (r["context"], r["batch"]) == (peer["context"], peer["batch"])]
-        alike = [r for r in here if r["precision"] == peer["precision"]] or here
-        if alike:
-            best = max(alike, key=lambda r: r["tokens_per_s"])
-            found.append((peer, best, best["tokens_per_s"] / peer["tokens_per_s"]))
+        here = [r for r in ours if not r["on_gpu"] and all(r[name] == peer[name] for name in alike)]
+        found.append((peer, max(here, key=lambda r: r["tokens_per_s"], default=None)))
     return found
 
 

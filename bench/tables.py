@@ -146,7 +146,8 @@ def first_token(measured: Sequence[Pair]) -> list[Table]:
     ]
     columns = ("backend", "precision", "k", "batch", "prompt", "dense s", "sparse s", "ratio")
     notes = (
-        "Seconds to prefill a prompt from an empty cache. ≈: summed from the timed calls, not measured in one piece."
+        "Seconds to prefill a prompt from an empty cache, once: the pieces between the contexts of the run, summed, "
+        "each at the capacity of its own context. ≈: estimated from the timed calls."
     )
     return [Table("Time to first token", columns, rows, notes, left=2)]
 
@@ -216,11 +217,17 @@ def peers(records: Sequence[Record]) -> list[Table]:
             ms_with_spread(peer),
             f"{peer['tokens_per_s']:.3g}",
             "–" if peer["ttft_s"] is None else f"{peer['ttft_s']:.3g}",
-            f"{ours['tokens_per_s']:.3g}",
-            f"{ours['precision']}, k = {summary.describe_k(ours)}",
-            f"{ratio:.2f}×",
+            *(
+                ("–", "none in this precision", "–")
+                if ours is None
+                else (
+                    f"{ours['tokens_per_s']:.3g}",
+                    f"k = {summary.describe_k(ours)}",
+                    f"{ours['tokens_per_s'] / peer['tokens_per_s']:.2f}×",
+                )
+            ),
         ]
-        for peer, ours, ratio in summary.against_peers(records)
+        for peer, ours in summary.against_peers(records)
     ]
     columns = (
         "peer",
@@ -233,7 +240,10 @@ def peers(records: Sequence[Record]) -> list[Table]:
         "which",
         "ratio",
     )
-    notes = "Decoding, batch 1, the same weights and threads. Ours: tokens/s of the sparse engine named beside it."
+    notes = (
+        "Decoding on the CPU, batch 1, the same weights, precision and threads. Ours: tokens/s of the fastest sparse "
+        "engine, which is named beside it."
+    )
     return [Table("Peers", columns, rows, notes, left=2)]
 
 

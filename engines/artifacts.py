@@ -142,10 +142,10 @@ class Variant:
     def cache_bytes_read(self, context: int, queries: int = 1, capacity: int | None = None) -> int:
         """Bytes of one row's caches that a call must read at least once: `queries` new tokens, `context` in all.
 
-        Dense attention reads every cached row; sparse attention every index key (of pooled ones the means, and of the
-        single keys those of the groups that the call changes), and K and V (or the latent row, which is both) of the
-        selected rows. Native sparse attention reads every compressed row, and of its window and of what it compresses
-        the most recent rows. With `capacity` slots (None: many) a sparse engine may attend densely.
+        Dense attention reads every cached row; sparse attention K and V (or the latent row, which is both) of the
+        selected rows and, beyond k tokens, every index key (of pooled ones the means, and of the single keys those of
+        the groups that the call changes). Native sparse attention reads every compressed row, and of its window and of
+        what it compresses the most recent rows. With `capacity` slots (None: many) a sparse engine may attend densely.
         """
         if capacity is not None and capacity <= self.dense_slots:
             return sum(context * tensor.row_bytes for _, tensor in self._cached() if tensor.name not in INDEX_CACHES)
@@ -153,6 +153,8 @@ class Variant:
         pooled = next((tensor.stride for tensor in self.cache if tensor.name == "pooled"), None)
         read = 0
         for layer, tensor in self._cached():
+            if tensor.name in INDEX_CACHES and context <= self.topk[layer]:
+                continue
             rows = -(-context // tensor.stride)
             if tensor.name in gathered:
                 rows = min(context, queries * min(context, self.topk[layer]))

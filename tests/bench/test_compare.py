@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from bench import compare
+from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import build
 from tests.engines import toy
@@ -20,8 +21,8 @@ from tests.engines.commands import copy_tree, one_line, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = {
-    "kind", "variant", "core", "strongest", "backend", "precision", "k", "selection", "phase", "context", "batch",
-    "queries", "capacity", "caches", "random_indexer", "ms_median", "ms_p10", "ms_p90", "runs", "tokens_per_s",
+    "kind", "variant", "core", "strongest", "backend", "on_gpu", "precision", "k", "selection", "phase", "context",
+    "batch", "queries", "capacity", "caches", "random_indexer", "ms_median", "ms_p10", "ms_p90", "runs", "tokens_per_s",
     "speedup", "speedup_paired", "speedup_predicted", "floor_bytes", "floor_flops", "floor_ms", "floor_ms_by_bytes",
     "floor_ms_by_flops", "floor_fraction", "rates", "ttft_s", "loss", "agreement", "peak_mib", "peak_mib_is", "engine",
     "source", "machine", "versions", "command", "time",
@@ -160,7 +161,37 @@ def test_a_red_gate_gives_no_figures(tmp_path: Path, capsys):
     assert code == 1
     assert "parity gate red, nothing was measured" in one_line(error)
     assert "speed-up" not in output
-    assert not (tmp_path / "bench").exists()
+    assert not list(tmp_path.glob("bench*"))
+
+
+def two_groups(export: Path, engines: Path, another_k: Path, out: Path) -> list[str]:
+    return [*options(export, engines, out), "--engines", str(engines), str(another_k), "--context", "32", "--quick"]
+
+
+def fails_the_second_time(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    measure_group, calls = compare.measure_group, []
+
+    def measure(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        return measure_group(*arguments)
+
+    monkeypatch.setattr(compare, "measure_group", measure)
+
+
+def test_a_group_that_fails_is_listed(export, engines, another_k, tmp_path: Path, monkeypatch, capsys):
+    fails_the_second_time(monkeypatch, UserError("out of memory"))
+    code, _, _ = run_command(compare.main, two_groups(export, engines, another_k, tmp_path / "bench"), capsys)
+    assert code == 0 and len(lines(tmp_path / "bench", "timing")) > 0
+    assert "out of memory" in [record["reason"] for record in lines(tmp_path / "bench", "skipped")]
+
+
+def test_what_was_measured_before_a_stop_is_kept(export, engines, another_k, tmp_path: Path, monkeypatch, capsys):
+    fails_the_second_time(monkeypatch, KeyboardInterrupt())
+    code, _, error = run_command(compare.main, two_groups(export, engines, another_k, tmp_path / "bench"), capsys)
+    assert code == 1 and "what was measured until then is in" in one_line(error)
+    assert len(lines(tmp_path / "bench.partial", "timing")) > 0 and not (tmp_path / "bench").exists()
 
 
 def change_engine(folder: Path) -> None:

@@ -65,13 +65,16 @@ def test_the_sentence_says_what_was_measured():
 
 def test_peers_are_held_against_the_same_precision_and_context():
     ours = [*pair(30, 10), *pair(20, 5, precision="int4")]
-    found = summary.against_peers([*ours, peer("a", 50), peer("b", 50, precision="int4"), peer("c", 50, context=512)])
-    assert [(theirs["peer"], own["precision"], ratio) for theirs, own, ratio in found] == [
-        ("a", "fp32", pytest.approx(5)),
-        ("b", "int4", pytest.approx(10)),
+    ours += pair(30, 1, precision="bf16", backend="torch", on_gpu=True)
+    others = [peer("c", 50, context=512), peer("d", 50, precision="fp16"), peer("e", 50, precision="bf16")]
+    found = summary.against_peers([*ours, peer("a", 50), peer("b", 50, precision="int4"), *others])
+    assert [(theirs["peer"], own and (own["precision"], own["ms_median"])) for theirs, own in found] == [
+        ("a", ("fp32", 10)),
+        ("b", ("int4", 5)),
+        ("c", None),
+        ("d", None),
+        ("e", None),  # ours of that precision ran on a GPU
     ]
-    (other,) = summary.against_peers([*ours, peer("d", 50, precision="fp16")])
-    assert other[1]["precision"] == "int4"  # the fastest, named in the table
 
 
 def test_every_table_has_full_rows():

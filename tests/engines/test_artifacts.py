@@ -109,7 +109,7 @@ def test_bytes_are_counted_from_the_layout(runners):
     assert sparse.cache_bytes_per_token() == toy.LAYERS * (2 * row + index_row)
     assert dense.cache_bytes_read(1000) == toy.LAYERS * 1000 * 2 * row
     assert sparse.cache_bytes_read(1000) == toy.LAYERS * (1000 * index_row + 16 * 2 * row)
-    assert sparse.cache_bytes_read(10) == toy.LAYERS * 10 * (index_row + 2 * row)
+    assert sparse.cache_bytes_read(10) == toy.LAYERS * 10 * 2 * row, "up to k tokens nothing is scored"
     assert sparse.cache_bytes_read(1000, queries=4) == toy.LAYERS * (1000 * index_row + 64 * 2 * row)
     assert sparse.cache_bytes_read(1000, queries=128) == toy.LAYERS * 1000 * (index_row + 2 * row)
     weights = toy.E * (toy.V + toy.LAYERS * (toy.HQ * toy.D * 2 + 2 * toy.HKV * toy.D)) + toy.LAYERS * toy.E
@@ -125,7 +125,7 @@ def test_k_per_layer_decides_bytes_and_the_least_capacity(tmp_path: Path, runner
     assert (engine.topk, engine.max_topk) == ((8, 300), 300)
     row, index_row = toy.HKV * toy.D * 4, toy.DI * 4
     assert engine.cache_bytes_read(1000) == 2 * 1000 * index_row + (8 + 300) * 2 * row
-    assert engine.cache_bytes_read(100, queries=2) == 2 * 100 * index_row + (16 + 100) * 2 * row
+    assert engine.cache_bytes_read(100, queries=2) == 100 * index_row + (16 + 100) * 2 * row
     session = Session(open_runner(engine.folder))
     assert session.capacity == 512, "the bucket above the largest k"
     assert Session(open_runner(engine.folder), capacity=5).capacity == 300
