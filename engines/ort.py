@@ -62,11 +62,12 @@ class OrtRunner:
         except MemoryError:
             gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
             raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
-        return self._bind(batch, capacity, arrays)
+        logits = np.empty((batch, 1, self.engine.model.vocab_size), np.float32)
+        return self._bind(batch, capacity, arrays, logits)
 
     def rows(self, caches: OrtCaches, start: int, stop: int) -> OrtCaches:
         arrays = {name: array[start:stop] for name, array in caches.arrays.items()}
-        return self._bind(stop - start, caches.capacity, arrays)
+        return self._bind(stop - start, caches.capacity, arrays, caches.logits[start:stop])
 
     def copy(self, source: OrtCaches, target: OrtCaches, tokens: int, *, release: bool = False) -> None:
         if release:
@@ -79,9 +80,8 @@ class OrtRunner:
             if release:
                 del source.arrays[name]
 
-    def _bind(self, batch: int, capacity: int, arrays: dict[str, np.ndarray]) -> OrtCaches:
+    def _bind(self, batch: int, capacity: int, arrays: dict[str, np.ndarray], logits: np.ndarray) -> OrtCaches:
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        logits = np.empty((batch, 1, self.engine.model.vocab_size), np.float32)
         binding = self.session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -105,8 +105,8 @@ class OrtRunner:
         if self.row_by_row and caches.batch > 1 and input_ids.shape[1] > 1:
             for b in range(caches.batch):
                 row = slice(b, b + 1)
-                one = self.rows(caches, b, b + 1)
-                caches.logits[row, 0] = self.run(one, input_ids[row], past_lengths[row], input_lengths[row])
+                one = self.rows(caches, b, b + 1)  # its logits are a row of theirs
+                self.run(one, input_ids[row], past_lengths[row], input_lengths[row])
             return caches.logits[:, 0]
         inputs = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
         for name, array in inputs.items():

@@ -13,6 +13,7 @@ Shapes: B rows of a call, S tokens of a call, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,8 +26,10 @@ from dsa_export.cli import UserError
 from engines.memory import OutOfMemory, chunk_tokens
 from engines.prefix_cache import SHORTEST, PrefixCache
 from engines.sampling import Sampler
-from engines.session import Runner, bucket, common_prefix
+from engines.session import Runner, bucket, buckets, common_prefix
 from engines.text import Answer
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_CAPACITY = 2048
 """Fewer batches mean fewer calls: below this, sharing a batch is worth more than short rows."""
@@ -101,9 +104,9 @@ class Batch:
         return self._views[start, stop]
 
     def take(self, row: Row) -> None:
-        """Gives a row the first free place, with the tokens that it brings from another batch."""
+        """Gives a row the first free place, with the tokens that it brings from another place or batch."""
         number = self.rows.index(None)
-        if row.length:
+        if row.number >= 0:
             source = row.batch.view(row.number, row.number + 1)
             self.runner.copy(source, self.view(number, number + 1), row.length)
             row.batch.free(row)
@@ -129,9 +132,9 @@ class Batch:
     def decode(self) -> list[tuple[Row, np.ndarray]]:
         """One token of every row that has one pending. Returns them with their logits [V], valid until the next call.
 
-        Rows in between take part: their dummy token lands behind their end, where nothing is visible.
+        Rows in between take part: their dummy token lands behind their end, where nothing is visible. Rows may move.
         """
-        ready = self.ready()
+        ready = self._close_gaps()
         if not ready:
             return []
         start, stop = ready[0].number, ready[-1].number + 1
@@ -144,6 +147,15 @@ class Batch:
             row.length += 1
             row.pending = row.pending[1:]
         return [(row, logits[row.number - start]) for row in ready]
+
+    def _close_gaps(self) -> list[Row]:
+        """ready(), once the last have moved to free places before them, where most of a call would be for nothing."""
+        while ready := self.ready():
+            last = ready[-1]
+            if last.number + 1 - ready[0].number <= 2 * len(ready) or None not in self.rows[: last.number]:
+                break
+            self.take(last)
+        return ready
 
 
 class Scheduler:
@@ -162,6 +174,7 @@ class Scheduler:
         self._rows: list[Row] = []
         self._batches: dict[int, Batch] = {}
         self._stopping = False
+        self._ended = "the server is shutting down"
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -179,6 +192,11 @@ class Scheduler:
         return self._thread.is_alive() and not self._stopping
 
     @property
+    def most_cache_slots(self) -> int:
+        """What the batches have at most: a batch of every capacity can live at a time."""
+        return self.slots * sum(buckets(self.runner.engine, SMALLEST_CAPACITY))
+
+    @property
     def running(self) -> int:
         return len(self._rows)
 
@@ -190,7 +208,7 @@ class Scheduler:
         """Queues a request. Raises Busy or Stopped."""
         with self._changed:
             if not self.alive:
-                raise Stopped("the server is shutting down")
+                raise Stopped(self._ended)
             if len(self._waiting) + len(self._rows) >= self.slots + self.queue:
                 raise Busy(f"{self.slots} requests are running and {self.queue} waiting: try again later")
             self._waiting.append(request)
@@ -200,14 +218,17 @@ class Scheduler:
         try:
             while self._wait():
                 self._round()
-        finally:  # also after an error of ours, which the thread then reports: nobody may wait forever
+        except BaseException:  # an error of ours, which the thread then reports
+            self._ended = "the server failed: see its log"
+            raise
+        finally:  # nobody may wait forever
             with self._changed:
                 self._stopping = True
                 requests = [*self._waiting, *(row.request for row in self._rows)]
                 self._waiting.clear()
                 self._rows.clear()
             for request in requests:
-                request.listener(Event(error=Stopped("the server is shutting down")))
+                request.listener(Event(error=Stopped(self._ended)))
 
     def _wait(self) -> bool:
         """Waits until there is something to do. Returns False when it is time to end."""
@@ -302,10 +323,12 @@ class Scheduler:
         request = row.request
         try:
             token = request.sampler(logits)
-        except UserError as error:
+            text = request.answer.push(token)
+        except Exception as error:  # whatever is wrong with one request must not end the others
+            if not isinstance(error, UserError):
+                logger.exception("a request failed")
             self._fail(row, error)
             return
-        text = request.answer.push(token)
         if text or request.answer.finish_reason:
             request.listener(Event(text, request.answer.finish_reason))
         if request.answer.finish_reason:

@@ -49,7 +49,7 @@ def main() -> None:
     console.print(
         f"Serving {engine.folder} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: {slots} requests at a "
         f"time, {engine.limits.max_context} tokens each, {args.queue} more may wait; caches take "
-        f"up to {size(slots * engine.limits.max_context)}, those of ended requests {size(prefix_cache)}. Ctrl-C stops"
+        f"up to {size(scheduler.most_cache_slots)}, those of ended requests {size(prefix_cache)}. Ctrl-C stops"
     )
     try:
         Server(app, scheduler, args.grace).run(sockets=[address])

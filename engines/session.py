@@ -183,6 +183,8 @@ class Session:
                     running.discard(b)
             if not running:
                 return answers
+            # Rows that have ended write their last slot again: they need no room for what nobody reads.
+            self.truncate(self.lengths - [b not in running for b in range(self.batch)])
             logits = self.decode(tokens)
 
     def truncate(self, lengths: int | Tokens) -> None:
@@ -251,3 +253,11 @@ def bucket(engine: Engine, tokens: int, smallest: int = MIN_CAPACITY) -> int:
         return engine.limits.max_context
     needed = max(tokens, engine.max_topk, smallest)
     return min(1 << (needed - 1).bit_length(), max(engine.limits.max_context, engine.max_topk))
+
+
+def buckets(engine: Engine, smallest: int = MIN_CAPACITY) -> list[int]:
+    """Every capacity that bucket() chooses."""
+    capacities = [bucket(engine, 1, smallest)]
+    while capacities[-1] < engine.limits.max_context:
+        capacities.append(bucket(engine, capacities[-1] + 1, smallest))
+    return capacities

@@ -72,7 +72,7 @@ class Answer:
         self.tokens.append(token)
         if token in self._text.end_tokens:
             return self._finish("stop")
-        self._held += self._stream.step(self._text.backend, token) or ""
+        self._held += self._step(token)
         found = [self._held.find(stop) for stop in self._stop if stop in self._held]
         if found:
             self._held = self._held[: min(found)]
@@ -82,6 +82,16 @@ class Answer:
         certain = len(self._held) - longest_beginning(self._held, self._stop)
         shown, self._held = self._held[:certain], self._held[certain:]
         return shown
+
+    def _step(self, token: int) -> str:
+        try:
+            return self._stream.step(self._text.backend, token) or ""
+        except Exception as error:  # tokenizers raises nothing narrower
+            if "Invalid prefix" not in str(error):
+                raise
+        # Bytes that make no character changed how the text before them is decoded, and that has been shown: begin anew.
+        self._stream = DecodeStream(skip_special_tokens=True)
+        return self._stream.step(self._text.backend, token) or ""
 
     def _finish(self, reason: Literal["stop", "length"]) -> str:
         self.finish_reason = reason

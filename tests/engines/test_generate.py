@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from dsa_export.cli import Terminated, UserError
 from engines import generate
@@ -61,6 +63,19 @@ def test_half_a_character_is_held_back(text: Text):
 def test_any_tokens_can_be_shown(text: Text):
     tokens = np.random.default_rng(0).integers(0, toy.END_OF_TEXT, 500).tolist()
     assert "".join(pieces(text, tokens))
+
+
+@given(st.lists(st.integers(0, 258), min_size=1, max_size=15))
+@settings(deadline=None)
+def test_any_tokens_of_a_tokenizer_with_byte_fallback_can_be_shown(tokens: list[int]):
+    """As Llama 2 and Mistral have: bytes that make no character change what stands before them."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁word": 256, "b": 257, "中": 258}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    fallback = cast(Text, SimpleNamespace(backend=backend, end_tokens=frozenset()))
+    pieces(fallback, [10, 0xE4, 256, *tokens])
+    assert "".join(pieces(fallback, [257, 0xE4, 0xB8, 0xAD, 258])) == "b中中"
 
 
 def test_a_stop_string_is_never_shown_not_even_its_beginning(text: Text):

@@ -28,7 +28,7 @@ from engines.app import Server, create_app
 from engines.memory import OutOfMemory
 from engines.ort import OrtRunner
 from engines.sampling import Sampler, Sampling
-from engines.scheduler import SMALLEST_CAPACITY, Event, Request, Scheduler
+from engines.scheduler import SMALLEST_CAPACITY, Batch, Event, Request, Row, Scheduler
 from engines.session import Runner, Session
 from engines.text import Answer, Text
 from tests.engines import toy
@@ -255,6 +255,38 @@ def test_requests_share_calls(runners: dict[str, Runner], text: Text, monkeypatc
     assert all(ended.acquire(timeout=20) for _ in requests)
     scheduler.stop(20)
     assert calls == [(4, 1)] * 20
+
+
+def test_free_places_between_rows_are_not_decoded(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    """Requests on the places 0, 5 and 7, the last of a single token; those between them have ended."""
+    calls: list[int] = []
+    original = type(runner).run
+    monkeypatch.setattr(type(runner), "run", lambda *args: (calls.append(len(args[2])), original(*args))[1])
+    batch, prompts = Batch(runner, 8, 256), [prompt_of(n, n) for n in (5, 1, 1, 1, 1, 40, 1, 1)]
+    rows = [Row(Request(prompt, None, None, None)) for prompt in prompts]  # type: ignore[arg-type]
+    for row in rows:
+        batch.take(row)
+    for row in (*rows[1:5], rows[6]):
+        batch.free(row)
+    for row in (rows[0], rows[5]):
+        row.pending = np.array([int(batch.prefill(row).argmax())])
+    expected = {5: greedy(runner, prompts[0], 2)[1], 40: greedy(runner, prompts[5], 2)[1]}
+    expected[0] = greedy(runner, prompts[7], 1)[0]
+    calls.clear()
+    lengths = {row: row.length for row in batch.ready()}
+    assert {lengths[row]: int(logits.argmax()) for row, logits in batch.decode()} == expected
+    assert calls == [6]  # place 7 moved to 1: half of the rows are of use
+    batch.free(rows[7])
+    batch.free(rows[0])
+    rows[5].pending = np.array([1])
+    batch.decode()
+    assert calls == [6, 1] and [row for row in batch.rows if row] == [rows[5]]
+
+
+def test_all_views_of_a_batch_share_its_logits(runners: dict[str, Runner]):
+    batch = Batch(runners["dense-gqa"], 3, 256)
+    for start, stop in ((0, 1), (0, 3), (1, 3)):
+        assert np.shares_memory(batch.view(start, stop).logits, batch.caches.logits[start:stop])
 
 
 def test_a_long_prompt_does_not_stop_the_others(runners: dict[str, Runner], text: Text):
@@ -750,7 +782,43 @@ def test_an_error_of_ours_ends_all_requests_and_shows_in_health(
     with serving(runner) as client:
         refused(client.post(COMPLETIONS, json={"prompt": "x"}), 503, kind="server_error")
         assert client.get("/health").status_code == 503
-        refused(client.post(COMPLETIONS, json={"prompt": "x"}), 503, "shutting down", kind="server_error")
+        refused(client.post(COMPLETIONS, json={"prompt": "x"}), 503, "the server failed", kind="server_error")
+
+
+@pytest.mark.parametrize("culprit", ["sampler", "push"])
+def test_an_error_of_one_request_ends_no_other(
+    runners: dict[str, Runner], endless: Text, culprit: str, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    runner = runners["sparse"]
+    expected = greedy(runner, prompt_of(5, 0), 40)
+    events: list[Event] = []
+    bad = Request([1, 2, 3], Answer(endless, 9), Sampler(Sampling()), events.append)
+    monkeypatch.setattr(bad if culprit == "sampler" else bad.answer, culprit, lambda _: 1 / 0)
+    with scheduling(runner, endless) as scheduler:
+        good, ended = begin(scheduler, endless, prompt_of(5, 0), 40)
+        scheduler.submit(bad)
+        assert ended.wait(30)
+        wait_until(lambda: events)
+        assert scheduler.alive
+    assert good.answer.tokens == expected
+    assert isinstance(events[-1].error, ZeroDivisionError) and "ZeroDivisionError" in caplog.text
+
+
+def test_batches_of_all_capacities_take_what_the_command_says(
+    runners: dict[str, Runner], endless: Text, monkeypatch: pytest.MonkeyPatch
+):
+    runner, sizes = runners["sparse"], []
+    original = type(runner).allocate
+
+    def allocate(self: Runner, batch: int, capacity: int) -> Any:
+        sizes.append(batch * capacity)
+        return original(self, batch, capacity)
+
+    monkeypatch.setattr(type(runner), "allocate", allocate)
+    scheduler = Scheduler(runner, slots=2, queue=0)
+    with begun_together(scheduler, endless, [[1], prompt_of(SMALLEST_CAPACITY + 1, 0)], 3):
+        pass
+    assert sum(sizes) == scheduler.most_cache_slots > 2 * toy.MAX_POSITIONS
 
 
 def test_200_clients_that_leave_cost_neither_rows_nor_memory(runners: dict[str, Runner]):

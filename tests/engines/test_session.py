@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsa_export.cli import UserError
+from engines import sampling
+from engines import session as session_module
 from engines.memory import chunk_tokens
 from engines.ort import OrtCaches, OrtRunner
 from engines.session import Runner, Session
@@ -164,6 +166,7 @@ def test_an_end_token_ends_its_row_only(runner: Runner, monkeypatch: pytest.Monk
     session = Session(runner, 2)
 
     def next_tokens(*_: object) -> np.ndarray:
+        session.lengths += 1
         logits = np.zeros((2, toy.V), np.float32)
         logits[0, toy.END_OF_TEXT] = 1
         logits[1, 7] = 1
@@ -172,6 +175,28 @@ def test_an_end_token_ends_its_row_only(runner: Runner, monkeypatch: pytest.Monk
     monkeypatch.setattr(session, "prefill", next_tokens)
     monkeypatch.setattr(session, "decode", next_tokens)
     assert session.generate([[1], [2]], 3) == [[toy.END_OF_TEXT], [7, 7, 7]]
+
+
+def test_a_row_that_has_ended_needs_no_room(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    """Row 0 ends four tokens before the engine does, row 1 goes on for ten."""
+    prompts = [tokens(toy.MAX_POSITIONS - 4), tokens(30, seed=1)]
+
+    class Sampler(sampling.Sampler):
+        def __init__(self, settings: sampling.Sampling, row: int):
+            super().__init__(settings)
+            self.row = row
+
+        def __call__(self, logits: np.ndarray) -> int:
+            return toy.END_OF_TEXT if self.row == 0 else int(logits[: toy.END_OF_TEXT].argmax())
+
+    monkeypatch.setattr(session_module, "Sampler", Sampler)
+    first, second = Session(runner, 2).generate(prompts, 10)
+    assert first == [toy.END_OF_TEXT]
+    session = Session(runner)
+    answer = [int(session.prefill(prompts[1:])[0, : toy.END_OF_TEXT].argmax())]
+    while len(answer) < 10:
+        answer.append(int(session.decode(answer[-1:])[0, : toy.END_OF_TEXT].argmax()))
+    assert second == answer
 
 
 def test_a_prompt_beyond_the_capacity_is_refused_before_anything_is_computed(runner: Runner):
