@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -22,11 +22,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-# What this server cannot do, with the value that asks for nothing; clients send these defaults, and null.
-UNSUPPORTED: dict[str, Any] = {
-    "best_of": 1, "echo": False, "frequency_penalty": 0, "function_call": "none", "functions": [], "ignore_eos": False,
-    "logit_bias": {}, "logprobs": False, "min_p": 0, "presence_penalty": 0, "repetition_penalty": 1,
-    "response_format": {"type": "text"}, "suffix": "", "tools": [], "top_k": 0, "top_logprobs": 0,
+# What this server cannot do, with the values that ask for nothing; clients send these defaults, and null.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "bad_words": ([],), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"),
+    "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
+    "ignore_eos": (False,), "logit_bias": ({},), "logprobs": (False,), "min_p": (0,), "min_tokens": (0,),
+    "modalities": (["text"],), "presence_penalty": (0,), "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},), "stop_token_ids": ([],), "structured_outputs": (), "suffix": ("",),
+    "tool_calls": ([],), "tool_choice": ("none", "auto"), "tools": ([],), "top_k": (0, -1), "top_logprobs": (0,),
 }  # fmt: skip
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may fill the context
 
@@ -43,14 +46,17 @@ def expecting(what: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-Tokens = list[Annotated[int, Field(ge=0)]]
+FIRST_ERROR = Field(fail_fast=True)
+"""Of a wrong list: an error for each element of a large body takes seconds, and some hundred times its size."""
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], FIRST_ERROR]
+Texts = Annotated[list[str], FIRST_ERROR]
 StopString = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=4)],
+    StopString | Annotated[list[StopString], Field(max_length=4), FIRST_ERROR],
     expecting("a string, or a list of at most 4 strings, none of them empty"),
 ]
 Prompt = Annotated[
-    str | Annotated[list[str] | Tokens | list[Tokens], Field(min_length=1)],
+    str | Annotated[Texts | Tokens | Annotated[list[Tokens], FIRST_ERROR], Field(min_length=1)],
     expecting("a string, a list of token ids, or a list of several of these, and none of the lists empty"),
 ]
 
@@ -74,10 +80,29 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class GenerationRequest(BaseModel):
-    """What both kinds of request share; null means the default."""
+class Checked(BaseModel):
+    """An object that may have any fields, but none that would change the answer and be ignored."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="after")
+    def _refuse_what_would_be_ignored(self) -> Self:
+        given = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        used = sorted(name for name in given.keys() & UNSUPPORTED.keys() if asks_for_something(name, given[name]))
+        if used:
+            raise ValueError(f"not supported by this server: {', '.join(used)}")
+        return self
+
+
+def asks_for_something(name: str, value: Any) -> bool:
+    """Whether a field of UNSUPPORTED has a value that would change the answer; 0 is not False."""
+    return not any(
+        value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in UNSUPPORTED[name]
+    )
+
+
+class GenerationRequest(Checked):
+    """What both kinds of request share; null means the default."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -88,14 +113,6 @@ class GenerationRequest(BaseModel):
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _refuse_what_would_be_ignored(self) -> GenerationRequest:
-        given = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
-        used = sorted(name for name in given.keys() & UNSUPPORTED.keys() if given[name] != UNSUPPORTED[name])
-        if used:
-            raise ValueError(f"not supported by this server: {', '.join(used)}")
-        return self
 
     @property
     def stop_strings(self) -> list[str]:
@@ -126,23 +143,22 @@ class TextPart(BaseModel):
 
 
 Content = Annotated[
-    str | list[TextPart], expecting("a string, or a list of parts of type text: the model reads no other")
+    str | Annotated[list[TextPart], FIRST_ERROR],
+    expecting("a string, or a list of parts of type text: the model reads no other"),
 ]
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    role: str
+class ChatMessage(Checked):
+    role: Literal["system", "developer", "user", "assistant", "tool"]  # templates skip those that they do not know
     content: Content
 
     def as_template_input(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
 
 

@@ -67,8 +67,12 @@ def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card = {"id": model, "object": "model", "created": 0, "owned_by": "dsa-toolchain"}
-        return {"object": "list", "data": [{**card, "max_model_len": service.max_context}]}
+        return {"object": "list", "data": [service.card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.card
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -161,6 +165,8 @@ class Service:
         self.engine = scheduler.runner.engine
         self.max_context = self.engine.limits.max_context
         self.max_prompts = min(MAX_PROMPTS, scheduler.slots + scheduler.queue)
+        card = {"id": model, "object": "model", "created": 0, "owned_by": "dsa-toolchain"}
+        self.card = {**card, "max_model_len": self.max_context}
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         if len(body.prompts) > self.max_prompts:
@@ -175,6 +181,10 @@ class Service:
         limit = body.max_completion_tokens or body.max_tokens
         return await self._answer(body, [prompt], limit, Reply("chat.completion", self.model), request)
 
+    def check_model(self, name: str) -> None:
+        if name != self.model:
+            raise ApiError(404, f"model {name!r} is not served here", param="model", code="model_not_found")
+
     async def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return await in_thread(self.text.encode, prompt)
@@ -186,8 +196,8 @@ class Service:
     async def _answer(
         self, body: GenerationRequest, prompts: list[list[int]], limit: int | None, reply: Reply, request: Request
     ) -> Response:
-        if body.model not in (None, self.model):
-            raise ApiError(404, f"model {body.model!r} is not served here", param="model", code="model_not_found")
+        if body.model is not None:
+            self.check_model(body.model)
         answers = [Answer(self.text, self._room(prompt, limit), body.stop_strings) for prompt in prompts]
         default = 1.0 if body.temperature is None else body.temperature
         sampling = Sampling(default, 1.0 if body.top_p is None else body.top_p, body.seed)

@@ -15,15 +15,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import prefix_cache, serve
+from engines.api import ChatRequest, Content, Prompt, Stop
 from engines.app import Server, create_app
 from engines.memory import OutOfMemory
 from engines.ort import OrtRunner
@@ -213,6 +215,7 @@ def test_a_seed_repeats_an_answer(client: httpx.Client):
 def test_models_and_health(client: httpx.Client):
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["max_model_len"]) == ("toy", toy.MAX_POSITIONS)
+    assert client.get("/v1/models/toy").json() == model
     wait_until(lambda: idle(client))
     assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0, "slots": 4}
 
@@ -643,7 +646,9 @@ def test_bodies_that_are_not_requests(client: httpx.Client, content: bytes, word
         ({"prompt": [toy.V]}, "prompt"), ({"prompt": ["a", 1]}, "prompt"), ({"prompt": None}, "prompt"),
         ({"prompt": ["x"] * 17}, "prompt"), ({"logprobs": 3}, None), ({"tools": [{}]}, None),
         ({"repetition_penalty": 1.1}, None), ({"min_p": 0.1}, None), ({"ignore_eos": True}, None),
-        ({"best_of": 2}, None), ({"response_format": {"type": "json_object"}}, None),
+        ({"best_of": 2}, None), ({"response_format": {"type": "json_object"}}, None), ({"logprobs": 0}, None),
+        ({"min_tokens": 5}, None), ({"stop_token_ids": [5]}, None), ({"guided_json": {}}, None), ({"top_k": 5}, None),
+        ({"tool_choice": "required"}, None), ({"modalities": ["text", "audio"]}, None),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(client: httpx.Client, change: dict[str, Any], param: str | None):
@@ -675,6 +680,34 @@ def test_bad_chats_are_refused(client: httpx.Client):
     refused(client.post(CHAT, json={"messages": [{"role": "tool", "content": "x"}]}), 400, "unknown role tool")
 
 
+def test_what_a_template_would_skip_is_refused(client: httpx.Client):
+    user = {"role": "user", "content": "x"}
+    for role in ("usr", "function", "\ud800"):
+        content = json.dumps({"messages": [user | {"role": role}]})
+        headers = {"Content-Type": "application/json"}
+        refused(client.post(CHAT, content=content, headers=headers), 400, "messages.0.role: Input should be ")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function"}]}
+    refused(client.post(CHAT, json={"messages": [user, call]}), 400, "not supported by this server: tool_calls")
+    said = {"role": "assistant", "content": "y", "tool_calls": None, "function_call": None, "refusal": None}
+    assert client.post(CHAT, json={"messages": [user, said, user], "max_tokens": 1}).status_code == 200
+
+
+def test_a_developer_is_the_system(client: httpx.Client, text: Text):
+    messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}]
+    answer = client.post(CHAT, json={"messages": messages, "max_tokens": 1}).json()
+    assert answer["usage"]["prompt_tokens"] == len(text.encode("system: x\nuser: y\nassistant: "))
+
+
+@pytest.mark.parametrize("wrong", [{}, [{}] * 1000])
+@pytest.mark.parametrize("kind", [ChatRequest, *(get_args(kind)[0] for kind in (Prompt, Content, Stop))])
+def test_a_list_that_is_all_wrong_is_a_few_errors(kind: Any, wrong: Any):
+    """Not some for each element, which would hold up all clients; `expecting` makes one of those for each type."""
+    body = [wrong] * 1000
+    with pytest.raises(ValidationError) as error:
+        TypeAdapter(kind).validate_python({"messages": body} if kind is ChatRequest else body, strict=True)
+    assert error.value.error_count() < 10
+
+
 def test_prompts_beyond_the_capacity_are_refused(client: httpx.Client):
     response = client.post(COMPLETIONS, json={"prompt": "x" * toy.MAX_POSITIONS, "max_tokens": 1})
     refused(response, 400, "4096 tokens of the prompt and 1 of the answer do not fit into this engine's 4096")
@@ -684,11 +717,12 @@ def test_prompts_beyond_the_capacity_are_refused(client: httpx.Client):
 
 def test_unknown_models_paths_and_methods(client: httpx.Client):
     refused(client.post(COMPLETIONS, json={"prompt": "x", "model": "gpt"}), 404, "'gpt' is not served here")
+    refused(client.get("/v1/models/gpt"), 404, "'gpt' is not served here")
     refused(client.get("/v1/nothing"), 404)
     refused(client.get(COMPLETIONS), 405)
     complete(client, "x", 1, model="toy", user="fields that change nothing are ignored", logprobs=None, tools=[])
     defaults = {"repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": False, "best_of": 1, "n": 1}
-    complete(client, "x", 1, response_format={"type": "text"}, **defaults)
+    complete(client, "x", 1, response_format={"type": "text"}, top_k=-1, tool_choice="auto", **defaults)
 
 
 def test_a_body_beyond_the_limit_is_refused(client: httpx.Client):
