@@ -19,6 +19,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+COLDEST = 1e-30
+"""A temperature that fp32 can hold, and below which equal logits are the only ones that are drawn anyway."""
 
 
 class Sampler:
@@ -40,18 +42,22 @@ class Sampler:
             raise UserError("the engine's logits are not finite: check the checkpoint, or export in a wider type")
         if self.sampling.temperature == 0:
             return best
-        scaled = (logits.astype(np.float64) - logits[best]) / self.sampling.temperature
-        probabilities = np.exp(scaled)
-        tokens = nucleus(probabilities / probabilities.sum(), self.sampling.top_p)
-        kept = probabilities[tokens]
-        return int(tokens[np.searchsorted(kept.cumsum(), self._rng.random() * kept.sum(), side="right")])
+        temperature = np.float32(max(self.sampling.temperature, COLDEST))
+        with np.errstate(over="ignore"):  # a token that is out of reach has a probability of 0
+            weights = np.exp((logits - logits[best]) / temperature)
+        if self.sampling.top_p == 1:
+            return self._draw(weights)
+        tokens = nucleus(weights / weights.sum(), self.sampling.top_p)
+        return int(tokens[self._draw(weights[tokens])])
+
+    def _draw(self, weights: np.ndarray) -> int:
+        cumulative = weights.cumsum(dtype=np.float64)  # in fp32 the tail of a large vocabulary would add nothing
+        return int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
 
 
 def nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
-    """The smallest set of most probable tokens that holds at least top_p: ids, most probable first; [V] -> [n]."""
-    if top_p == 1:
-        return np.flatnonzero(probabilities)
+    """The smallest set of most probable tokens that holds at least top_p < 1: ids, most probable first; [V] -> [n]."""
     # Tokens below this bound hold less than 1 - top_p together: only the others need to be sorted.
     candidates = np.flatnonzero(probabilities > (1 - top_p) / len(probabilities))
     candidates = candidates[np.argsort(-probabilities[candidates], kind="stable")]
-    return candidates[: np.searchsorted(probabilities[candidates].cumsum(), top_p) + 1]
+    return candidates[: np.searchsorted(probabilities[candidates].cumsum(dtype=np.float64), top_p) + 1]

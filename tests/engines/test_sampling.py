@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,6 +51,36 @@ def test_the_nucleus_is_the_smallest_such_set(weights: np.ndarray, top_p: float)
 def test_extreme_logits_do_not_overflow():
     logits = np.array([3e38, -3e38, 0], np.float32)
     assert set(draws(Sampling(0.01, 0.9, seed=0), logits, 20)) == {0}
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_draws_of_a_large_vocabulary_are_those_of_double_precision(temperature: float, top_p: float):
+    logits = (np.random.default_rng(0).standard_normal(150_000) * 3).astype(np.float32)
+    probabilities = np.exp(logits.astype(np.float64) / temperature)
+    order = np.argsort(-probabilities) if top_p < 1 else np.arange(len(logits))
+    cumulative = probabilities[order].cumsum() / probabilities.sum()
+    kept = cumulative[: np.searchsorted(cumulative, top_p) + 1]
+    rng = np.random.default_rng([1, 0])
+    expected = [order[np.searchsorted(kept, rng.random() * kept[-1], side="right")] for _ in range(50)]
+    found = draws(Sampling(temperature, top_p, seed=1), logits, 50)
+    assert (found == expected).sum() >= 48  # a draw may fall between two sums of another rounding
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_the_largest_random_number_draws_the_last_token_that_can_be(top_p: float, monkeypatch: pytest.MonkeyPatch):
+    for seed in range(50):
+        logits = (np.random.default_rng(seed).standard_normal(1000) * 3).astype(np.float32)
+        logits[-1] = -np.inf
+        sampler = Sampler(Sampling(1.0, top_p, seed=0))
+        monkeypatch.setattr(sampler, "_rng", SimpleNamespace(random=lambda: np.nextafter(1, 0)))
+        assert sampler(logits) < len(logits) - 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-5])
+def test_a_tiny_temperature_draws_among_the_best(temperature: float):
+    assert set(draws(Sampling(temperature, seed=0), np.array([0, 3, 3, -3e38], np.float32), 50)) == {1, 2}
 
 
 def test_a_seed_repeats_the_tokens_and_rows_differ(runner: Runner):
