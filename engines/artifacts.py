@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping
@@ -29,7 +30,8 @@ BACKENDS = ("ort", "tensorrt-rtx", "tensorrt", "torch")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 
 # The distribution whose version an engine depends on, and how many parts of the version must agree: ONNX Runtime reads
-# models of its other patch releases, plans are tied to the exact build, torch reads every checkpoint.
+# models of its other patch releases, plans are tied to the exact build (trtexec tells but three parts of it), torch
+# reads every checkpoint.
 RUNTIMES = {
     "ort": (("onnxruntime", "onnxruntime-gpu"), 2),
     "tensorrt-rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), 4),
@@ -290,7 +292,7 @@ def open_engine(folder: Path, *, verify: bool = True) -> Engine:
     manifest = engine.manifest
     again = f"run `{rebuild_command(folder, manifest)}`"
     built_with, installed = str(manifest["versions"]["runtime"]), runtime_version(engine.backend)
-    parts = RUNTIMES[engine.backend][1]
+    parts = min(RUNTIMES[engine.backend][1], built_with.count(".") + 1)
     if installed.split(".")[:parts] != built_with.split(".")[:parts]:
         raise UserError(f"{folder} was built with {engine.backend} {built_with}, installed is {installed}: {again}")
     check_machine(engine, again)
@@ -341,7 +343,9 @@ def check_source(engine: Engine, again: str) -> None:
     """Raises UserError if the export that the engine came from is still there and holds other content by now."""
     source = engine.manifest["source"]
     try:
-        export = json.loads((Path(source["path"]) / MANIFEST).read_text())
+        if not (path := Path(source["path"])).is_absolute():
+            return  # of an older manifest: what lies there now, seen from here, may be another export
+        export = json.loads((path / MANIFEST).read_text())
         present = export["graphs"][engine.variant]["sha256"], export["weights"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # moved away: an engine does not need its export
@@ -367,10 +371,29 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:
-    source = manifest.get("source")
-    onnx = source.get("path") if isinstance(source, dict) else None
-    backend = f" --backend {manifest['backend']}" if manifest.get("backend") in BACKENDS[1:] else ""
-    return f"python -m engines.build --onnx {onnx or 'out/onnx'} --out {folder.parent.parent}{backend}"
+    """The command that builds an engine again as it was, as far as its manifest, which may be damaged, tells.
+
+    It names no GPU to build for: the one here may be another.
+    """
+
+    def told(name: str) -> dict[str, Any]:
+        entry = manifest.get(name)
+        return entry if isinstance(entry, dict) else {}
+
+    options = {
+        "--onnx": told("source").get("path") or "out/onnx",
+        "--out": str(folder.resolve().parent.parent),
+        "--backend": manifest.get("backend"),
+        "--variant": manifest.get("variant"),
+        **{f"--{name.replace('_', '-')}": told("limits").get(name) for name in Limits.__dataclass_fields__},
+        "--dense-slots": told("selection").get("dense_slots"),
+        "--plans": "two" if "decode.plan" in told("files") else None,
+        "--plugin-library": told("plugin").get("path"),
+    }
+    flags = {"--beyond-positions": "beyond_positions", "--compile": "compiled"}
+    words = ["python", "-m", "engines.build"]
+    words += [word for option, value in options.items() if value for word in (option, str(value))]
+    return shlex.join([*words, *(flag for flag, name in flags.items() if manifest.get(name))])
 
 
 _hashes: dict[tuple[int, int, int, int], str] = {}

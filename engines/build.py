@@ -90,10 +90,12 @@ def main() -> None:
 def build(backend: str, args: argparse.Namespace) -> None:
     export = open_export(args.onnx)
     limits = limits_of(export, args)
+    tokenizer_files(export.folder)
     for variant in args.variant:
         check_output(args.out / backend / variant, "engine")
         if args.triton_repository:
             check_output(triton.model_folder(args.triton_repository, variant, backend), triton.KIND)
+            triton.check_types(export.graphs[variant])
         needed = memory.estimate(export.graphs[variant], limits, export.manifest["weights"]["bytes"])
         console.print(f"{backend} {variant} will need {needed} at {limits.max_batch} x {limits.max_context:,} tokens")
         memory.check(backend, needed)
@@ -313,6 +315,7 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
     if "sparse" in args.variant and not library.is_file():
         raise UserError(f"{library} is missing: run `make plugins`, or name it with --plugin-library")
     version = trtexec_version(binary) if binary else runtime_version("tensorrt")
+    gpu = gpu_compute_capability()
     for variant in args.variant:
         graph = export.graphs[variant]
         with output_folder(args.out / "tensorrt" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
@@ -330,8 +333,9 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
                     check_plugin_layers(job.layers.read_text(), plugin_nodes(graph.path))
             write_engine_manifest(
                 folder, "tensorrt", graph, export, limits, {job.plan.name: None for job in jobs},
-                runtime=version, compute_capability=[gpu_compute_capability()],
-                plugin={"path": str(library), "sha256": content_hash(library)} if variant == "sparse" else None,
+                runtime=version, compute_capability=[gpu],
+                plugin={"path": str(library.resolve()), "sha256": content_hash(library)}
+                if variant == "sparse" else None,
                 profiles=profile_table({job.plan.name: job.profiles for job in jobs}),
             )  # fmt: skip
         report(args.out / "tensorrt" / variant)
@@ -373,7 +377,7 @@ def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
 def trtexec_version(binary: str) -> str:
     banner = subprocess.run([binary, "--help"], capture_output=True, text=True).stdout
     version = trtexec.parse_version(banner)
-    if version is None or int(version.split(".")[0]) not in (10, 11):
+    if version is None or not (10, 16) <= tuple(map(int, version.split("."))) < (12,):
         raise UserError(f"{binary} is not a trtexec of TensorRT 10.16 or 11.x: put that one on the PATH")
     return version
 
@@ -532,7 +536,7 @@ def write_engine_manifest(
 
 
 def source_of(graph: Graph, export: Export) -> dict[str, str]:
-    return {"path": str(export.folder), "sha256": graph.sha256, "weights_sha256": graph.weights_sha256}
+    return {"path": str(export.folder.resolve()), "sha256": graph.sha256, "weights_sha256": graph.weights_sha256}
 
 
 @dataclass(frozen=True)

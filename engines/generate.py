@@ -6,8 +6,8 @@
     python -m engines.generate --chat --file article.txt
 
 The answer goes to standard output as it appears, the figures to standard error. With --chat every further line of
-standard input is a message that has all before it in view; only what is new is computed. Ctrl-C ends an answer early,
-Ctrl-D the conversation.
+standard input is a message that has all before it in view; only what is new is computed. Ctrl-C then ends an answer
+early, and Ctrl-D the conversation.
 """
 
 from __future__ import annotations

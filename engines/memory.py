@@ -20,6 +20,14 @@ MIB = 2**20
 WORKSPACE_BYTES = 512 * 2**20
 """Bound of what one layer may need for one prefill chunk; the chunk is halved until it fits."""
 
+ADVICE = {
+    "ort": "export with --weights int4",
+    "tensorrt": "choose a smaller --max-batch or --max-context, or export with --weights int4",
+    "tensorrt-rtx": "export with --dtype bf16",
+    "torch": "export with --dtype bf16",
+}
+"""What needs less of what check() asks for: but for TensorRT that is weights alone, and not all take quantised ones."""
+
 
 class OutOfMemory(UserError):
     """There was no memory for caches or for a call: with less in use it may work."""
@@ -71,8 +79,7 @@ def check(backend: str, needed: Estimate) -> None:
         free, needs, where = available_memory(), factor * needed.weights, "this machine"
     if free is not None and needs > free:
         raise UserError(
-            f"{backend} needs about {needs / MIB:,.0f} MiB and {where} has {free / MIB:,.0f} MiB: choose a smaller "
-            "--max-batch or --max-context, or export with --weights int4"
+            f"{backend} needs about {needs / MIB:,.0f} MiB and {where} has {free / MIB:,.0f} MiB: {ADVICE[backend]}"
         )
     if backend == "ort" and free is not None and needed.total > free:  # its caches grow with use
         console.print(f"{where} has {free / MIB:,.0f} MiB: not enough for so many tokens of all rows at a time")

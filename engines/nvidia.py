@@ -21,6 +21,7 @@ from rich.progress import Progress, TaskID
 from dsa_export.cli import UserError, progress_bar
 from engines.artifacts import runtime_version
 from engines.profiles import Profile
+from plugins.load import LibraryNotLoaded, load_library
 
 PLUGINS = ("IndexTopK", "SparseAttention")
 
@@ -60,7 +61,7 @@ def build_plan(
         try:
             if plugin_library:
                 # The parser finds the creators of a loaded library in the global registry.
-                trt.get_plugin_registry().load_library(str(plugin_library.resolve()))
+                load_plugins(trt.get_plugin_registry(), plugin_library)
             builder, network, parser = NetworkFromOnnxPath(str(onnx_path), strongly_typed=True)()
             if decompose_attention:
                 _decompose_attention(trt, network)
@@ -80,6 +81,14 @@ def build_plan(
             reason = errors[0].removeprefix("[E] ") if errors else str(error)
             raise UserError(f"{product} {trt.__version__} could not build {onnx_path}: {reason}") from None
     plan_path.write_bytes(memoryview(plan))
+
+
+def load_plugins(registry: Any, library: Path) -> None:
+    """Raises UserError if the library is missing, or does not register its operators."""
+    try:
+        load_library(registry, library)
+    except LibraryNotLoaded as error:
+        raise UserError(str(error)) from None
 
 
 def plugin_layers(layer_information: str) -> Counter[str]:
@@ -108,7 +117,7 @@ def inspect(plan_path: Path, product: str, plugin_library: Path | None) -> str:
     trt = _import(product)
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     if plugin_library:
-        runtime.get_plugin_registry().load_library(str(plugin_library.resolve()))
+        load_plugins(runtime.get_plugin_registry(), plugin_library)
     engine = runtime.deserialize_cuda_engine(plan_path.read_bytes())
     if engine is None:
         raise UserError(f"{product} {trt.__version__} cannot load the plan that it built: {plan_path}")

@@ -17,7 +17,7 @@ import torch
 from dsa_export.cli import UserError
 from engines.artifacts import Engine, content_hash, rebuild_command
 from engines.device import DeviceCaches, DeviceRunner
-from plugins.load import LibraryNotLoaded, load_library
+from engines.nvidia import load_plugins
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DECODE, PREFILL = "decode", "prefill"
@@ -32,7 +32,7 @@ class TensorRTRunner(DeviceRunner):
         check_plugin(engine)
         self.trt = importlib.import_module(MODULES[engine.backend])
         if engine.manifest["plugin"]:
-            load_plugins(self.trt, Path(engine.manifest["plugin"]["path"]))
+            load_plugins(self.trt.get_plugin_registry(), Path(engine.manifest["plugin"]["path"]))
         self._logger = _logger(self.trt)
         self._runtime = self.trt.Runtime(self._logger)  # kept: the engine needs it as long as it lives
         # One context per profile: none has to switch, and each keeps its addresses and shapes.
@@ -114,13 +114,6 @@ def check_plugin(engine: Engine) -> None:
         raise UserError(f"the plugin library {path} of {engine.folder} is missing: {again}")
     if content_hash(path) != plugin["sha256"]:
         raise UserError(f"the plugin library {path} is not the one that {engine.folder} was built with: {again}")
-
-
-def load_plugins(trt: Any, path: Path) -> None:
-    try:
-        load_library(trt.get_plugin_registry(), path)
-    except LibraryNotLoaded as error:
-        raise UserError(str(error)) from None
 
 
 def _logger(trt: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dsa_export.cli import UserError
 from dsa_export.files import output_folder, write_manifest
-from engines.artifacts import Engine, link_or_copy
+from engines.artifacts import Engine, Variant, link_or_copy
 from engines.text import TOKENIZER_FILES
 
 PLATFORMS = {"ort": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
@@ -38,6 +38,12 @@ def check_options(backends: Iterable[str], plans: str) -> None:
         raise UserError("a model of Triton Inference Server is one plan with both profiles: use --plans one")
 
 
+def check_types(variant: Variant) -> None:
+    """Raises UserError for caches of a type that Triton has no name for."""
+    if any(tensor.dtype not in TYPES for tensor in variant.cache):
+        raise UserError("Triton Inference Server has no fp8: export without --index-keys fp8")
+
+
 def model_folder(repository: Path, variant: str, backend: str) -> Path:
     return repository / f"{variant}_{backend}"
 
@@ -51,7 +57,7 @@ def write_model(engine: Engine, repository: Path) -> Path:
         for file in sorted(engine.manifest["files"].keys() - set(TOKENIZER_FILES)):
             link_or_copy(engine.folder / file, version / ("model.plan" if file == "engine.plan" else file))
         (folder / "config.pbtxt").write_text(config(engine, target.name))
-        source = {"path": str(engine.folder), "sha256": engine.manifest["source"]["sha256"]}
+        source = {"path": str(engine.folder.resolve()), "sha256": engine.manifest["source"]["sha256"]}
         write_manifest(folder, KIND, source, backend=engine.backend, variant=engine.variant)
     return target
 

@@ -231,12 +231,15 @@ def write_export_manifest(
 ) -> None:
     config = model.config
     folder = Path(arguments.model)
+    source: dict[str, Any] = {"path": str(arguments.model), "sha256": None}  # a name on the hub
+    if folder.is_dir():
+        source = {"path": str(folder.resolve()), "sha256": checkpoint_hash(folder)}
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     dtype_name = str(model.dtype).removeprefix("torch.")
     write_manifest(
         out,
         "onnx",
-        {"path": str(arguments.model), "sha256": checkpoint_hash(folder) if folder.is_dir() else None},
+        source,
         random_indexer=random_indexer,
         dtype=arguments.dtype,
         precision=precision_of(arguments),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,49 @@ def test_a_plan_needs_the_exact_version(engine_folder: Path):
     installed = artifacts.runtime_version("tensorrt-rtx")
     edit(engine_folder, backend="tensorrt-rtx", versions={"runtime": installed[:-1] + "x"})
     assert "--backend tensorrt-rtx" in refusal(engine_folder)
+
+
+BUILDS = [
+    "--backend ort --variant sparse --max-batch 3 --max-context 900 --prefill-chunk 64 --dense-slots 100",
+    "--backend ort --variant dense --max-batch 8 --max-context 5000 --prefill-chunk 128 --beyond-positions",
+]
+
+
+@pytest.mark.parametrize("options", BUILDS)
+def test_the_advice_builds_the_same_engine_again(export: Path, tmp_path: Path, options: str):
+    """Also from the manifest of a damaged engine, and into folders whose names have spaces."""
+    given = build.parse_arguments(["--onnx", str(export), "--out", str(tmp_path / "my engines"), *options.split()])
+    build.build("ort", given)
+    folder = next((tmp_path / "my engines" / "ort").iterdir())
+    edit(folder, versions={})
+    command = refusal(folder).split("`")[1]
+    assert build.parse_arguments(shlex.split(command)[3:]) == given
+
+
+@pytest.mark.parametrize(
+    ("facts", "options"),
+    [
+        ({"backend": "torch", "compiled": True}, "--compile"),
+        ({"files": {"decode.plan": {}, "prefill.plan": {}}}, "--plans two"),
+        ({"plugin": {"path": "/a b/lib.so"}}, "--plugin-library '/a b/lib.so'"),
+    ],
+)
+def test_the_advice_names_options_of_other_backends(facts: dict[str, object], options: str):
+    command = artifacts.rebuild_command(Path("/e/tensorrt/sparse"), {"limits": "damaged", **facts})
+    assert command.startswith("python -m engines.build --onnx out/onnx --out /e ") and command.endswith(options)
+
+
+def test_an_engine_opens_in_every_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its export lies at onnx/, as seen from where it was built; another lies at onnx/ elsewhere."""
+    for number, folder in enumerate((tmp_path / "here", tmp_path / "there")):
+        toy.write_export(folder / "onnx", seed=number)
+    monkeypatch.chdir(tmp_path / "here")
+    build.build("ort", build.parse_arguments(["--onnx", "onnx", "--out", "engines", "--variant", "dense"]))
+    engine = tmp_path / "here/engines/ort/dense"
+    monkeypatch.chdir(tmp_path / "there")
+    assert open_engine(engine).manifest["source"]["path"] == str((tmp_path / "here/onnx").resolve())
+    set_at(engine, "source.path", "onnx")  # as older manifests have it
+    open_engine(engine)
 
 
 def test_an_edited_graph(engine_folder: Path):

@@ -13,7 +13,7 @@ from bench import compare
 from dsa_export.model import dense_twin, load_model
 from dsa_export.onnx.__main__ import main as export_main
 from engines import build
-from engines.artifacts import open_engine
+from engines.artifacts import open_engine, open_export
 from engines.session import Session, open_runner
 from tests.engines.commands import run_command
 
@@ -24,9 +24,14 @@ LENGTH = 200  # k is 16
 def real_export(dsa_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("real") / "onnx"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["onnx", "--model", str(dsa_folder), "--out", str(out)])
+        patch.chdir(dsa_folder.parent)
+        patch.setattr("sys.argv", ["onnx", "--model", dsa_folder.name, "--out", str(out)])
         export_main()
     return out
+
+
+def test_the_checkpoint_is_found_from_every_working_directory(real_export: Path, dsa_folder: Path):
+    assert open_export(real_export).manifest["source"]["path"] == str(dsa_folder.resolve())
 
 
 @pytest.mark.parametrize("variant", ["dense", "sparse"])

@@ -6,18 +6,19 @@ import json
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
 from dsa_export.cli import UserError
-from engines import build, nvidia
+from engines import artifacts, build, nvidia
 from engines.artifacts import open_engine
 from engines.text import TOKENIZER_FILES
 from engines.trtexec import parse_version
 from tests.engines import toy
-from tests.engines.commands import one_line, run_command
+from tests.engines.commands import copy_tree, one_line, run_command
 
 RECORDED = Path(__file__).parent / "trtexec_commands.txt"
 
@@ -153,7 +154,7 @@ def options(export: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("version", "flag"), [("101600", True), ("110400", False)])
-def test_building_with_trtexec(trtexec, options, tmp_path: Path, capsys, version: str, flag: bool):
+def test_building_with_trtexec(trtexec, options, tmp_path: Path, capsys, monkeypatch, version: str, flag: bool):
     arguments = trtexec(version=version)
     code, _, error = run_command(build.main, options, capsys)
     assert (code, error) == (0, "")
@@ -163,6 +164,74 @@ def test_building_with_trtexec(trtexec, options, tmp_path: Path, capsys, version
     assert engine["compute_capability"] == ["9.0"]
     assert engine["versions"]["runtime"] == ("10.16.0" if flag else "11.4.0")
     assert json.loads((tmp_path / "engines/tensorrt/dense/manifest.json").read_text())["plugin"] is None
+    monkeypatch.setattr(
+        artifacts, "runtime_version", lambda _: engine["versions"]["runtime"] + ".11"
+    )  # as the package says
+    open_engine(tmp_path / "engines/tensorrt/sparse")
+    monkeypatch.setattr(artifacts, "runtime_version", lambda _: "11.4.1.11")
+    with pytest.raises(UserError, match=r"installed is 11\.4\.1\.11"):
+        open_engine(tmp_path / "engines/tensorrt/sparse")
+
+
+def test_manifests_name_whole_paths(trtexec, options, export: Path, tmp_path: Path, capsys, monkeypatch):
+    """What is relative would be another file in another working directory."""
+    trtexec()
+    monkeypatch.chdir(tmp_path)
+    options += ["--onnx", os.path.relpath(export), "--plugin-library", "libdsa_plugins.so"]
+    options += ["--triton-repository", "models", "--out", "engines"]
+    assert run_command(build.main, options, capsys)[0] == 0
+    engine, model = (
+        json.loads((tmp_path / folder / "manifest.json").read_text())
+        for folder in ("engines/tensorrt/sparse", "models/sparse_tensorrt")
+    )
+    assert engine["source"]["path"] == str(export.resolve())
+    assert engine["plugin"]["path"] == str((tmp_path / "libdsa_plugins.so").resolve())
+    assert model["source"]["path"] == str((tmp_path / "engines/tensorrt/sparse").resolve())
+
+
+def without_gpu(export: Path, folder: Path) -> None:
+    (folder / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+
+
+def without_tokenizer(export: Path, folder: Path) -> None:
+    (export / "tokenizer.json").unlink()
+
+
+def with_fp8(export: Path, folder: Path) -> None:
+    manifest = json.loads((export / "manifest.json").read_text())
+    manifest["graphs"]["sparse"]["cache"][2]["dtype"] = "float8_e4m3fn"
+    (export / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_gpu, "nvidia-smi names no GPU"),
+        (without_tokenizer, "tokenizer.json is missing: run `python -m dsa_export.onnx` again"),
+        (with_fp8, "Triton Inference Server has no fp8: export without --index-keys fp8"),
+    ],
+)
+def test_what_cannot_succeed_is_refused_before_the_build(
+    trtexec, options, export: Path, tmp_path: Path, capsys, change, message: str
+):
+    arguments = trtexec()
+    change(copy_tree(export, tmp_path / "onnx"), tmp_path)
+    options += ["--onnx", str(tmp_path / "onnx"), "--triton-repository", str(tmp_path / "models")]
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1 and message in one_line(error)
+    assert not arguments.exists()
+
+
+def test_a_library_that_registers_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    library = tmp_path / "libdsa_plugins.so"
+    library.write_bytes(b"plugins of another TensorRT")
+    registry = SimpleNamespace(all_creators=[], load_library=lambda path: None)
+    runtime = SimpleNamespace(get_plugin_registry=lambda: registry)
+    trt = SimpleNamespace(Logger=lambda level: None, Runtime=lambda logger: runtime)
+    trt.Logger.ERROR = 1
+    monkeypatch.setattr(nvidia, "_import", lambda product: trt)
+    with pytest.raises(UserError, match="did not register IndexTopK, SparseAttention: run `make plugins`"):
+        nvidia.inspect(tmp_path / "engine.plan", "tensorrt", library)
 
 
 def test_the_timing_cache_is_read_and_replaced_by_a_build_that_succeeds(trtexec, options, tmp_path: Path, capsys):
@@ -196,7 +265,7 @@ def opened(trtexec, options, tmp_path: Path, capsys, monkeypatch):
     """The folder of a sparse engine that opens here."""
     trtexec()
     assert run_command(build.main, options, capsys)[0] == 0
-    monkeypatch.setattr("engines.artifacts.runtime_version", lambda backend: "11.4.0")
+    monkeypatch.setattr("engines.artifacts.runtime_version", lambda backend: "11.4.0.27")
     folder = tmp_path / "engines" / "tensorrt" / "sparse"
     open_engine(folder)
     return folder
@@ -264,8 +333,9 @@ def test_a_failing_trtexec_is_one_line(trtexec, options, capsys):
     assert "trtexec failed with exit code 3: [11/22/2026-05:00:00] [E] Error[9]: Out of memory" in one_line(error)
 
 
-def test_another_trtexec_is_refused(trtexec, options, capsys):
-    trtexec(version="8403")
+@pytest.mark.parametrize("version", ["8403", "100300", "101599", "120000"])
+def test_another_trtexec_is_refused(trtexec, options, capsys, version: str):
+    trtexec(version=version)
     code, _, error = run_command(build.main, options, capsys)
     assert code == 1
     assert "is not a trtexec of TensorRT 10.16 or 11.x" in one_line(error)
