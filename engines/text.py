@@ -30,13 +30,20 @@ class Text:
         self.backend = self._tokenizer.backend_tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, which may spell out special tokens. Raises UserError: no tokens, or not text."""
+        """Tokens of a text, which may spell out special tokens. Raises UserError: no tokens, or not text.
+
+        With a token that begins a text where the tokenizer has one (Llama).
+        """
+        begin = self._tokenizer.bos_token
+        return self._encode(text, add_special_tokens=not (begin and text.startswith(begin)))
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, or bytes of another encoding
             raise UserError(f"the prompt is not valid Unicode at character {error.start}") from None
-        tokens = self.backend.encode(text, add_special_tokens=False).ids
-        if not tokens:
+        tokens = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if not text or not tokens:
             raise UserError("the prompt is empty: nothing to continue")
         return tokens
 
@@ -48,7 +55,7 @@ class Text:
             text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise UserError(f"the chat template refuses these messages: {error}") from None
-        return self.encode(str(text))
+        return self._encode(str(text), add_special_tokens=False)
 
 
 class Answer:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -114,6 +116,26 @@ def test_an_answer_ends_for_a_reason(text: Text):
     answer = Answer(text, 2)
     assert answer.push(toy.END_OF_TEXT) == ""
     assert answer.finish_reason == "stop"
+
+
+def test_a_prompt_begins_as_its_tokenizer_begins_texts(engines: Path, tmp_path: Path):
+    """Llama's adds a token; a conversation has it from the chat template, and a prompt may spell it out."""
+    engine = open_engine(engines / "ort" / "dense")
+    folder = copy_tree(engine.folder, tmp_path / "dense")
+    path = folder / "tokenizer.json"
+    begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    special = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [toy.END_OF_TEXT], "tokens": ["<|endoftext|>"]}}
+    template = {"type": "TemplateProcessing", "special_tokens": special, "pair": []}
+    template["single"] = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": template}))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|endoftext|>"}))
+    text, plain = Text(replace(engine, folder=folder)), Text(engine)
+    assert text.encode("abc") == [toy.END_OF_TEXT, *plain.encode("abc")] == text.encode("<|endoftext|>abc")
+    messages = [{"role": "user", "content": "abc"}]
+    assert text.chat(messages) == plain.chat(messages)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        text.encode("")
 
 
 # The command
