@@ -7,6 +7,9 @@ from typing import Any
 
 from transformers import Qwen2Config
 
+KINDS: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "str": str}
+"""Annotations of DSAConfig's options whose values are checked against them: JSON may hold anything."""
+
 
 class DSAConfig(Qwen2Config):
     """Qwen2's configuration plus the family's options, the attention variant and the lightning indexer.
@@ -115,7 +118,7 @@ class DSAConfig(Qwen2Config):
         self.n_shared_experts = n_shared_experts
         self.routed_scaling_factor = routed_scaling_factor
         self.router_aux_loss_coef = router_aux_loss_coef
-        self._check()
+        self.check()
 
     @property
     def topk_per_layer(self) -> tuple[int, ...]:
@@ -136,10 +139,15 @@ class DSAConfig(Qwen2Config):
         """How much of a row is rotated."""
         return self.qk_rope_head_dim or self.head_size
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError, naming the option, for what no model can be made of."""
         # The slots know what they can take; they are imported here because they import this module.
         from dsa_export.model import attention, families, feed_forward
 
+        for option, kind in DSAConfig.__init__.__annotations__.items():
+            value = getattr(self, option, None)
+            if kind in KINDS and (not isinstance(value, KINDS[kind]) or isinstance(value, bool) != (kind == "bool")):
+                raise ValueError(f"{option} must be of type {kind}, got {value!r}")
         known: dict[str, Mapping[str, Any]] = {
             "family": families.FAMILIES,
             "attention": attention.VARIANTS,
@@ -155,7 +163,6 @@ class DSAConfig(Qwen2Config):
                 raise ValueError(f"{option} must be at least 1, got {getattr(self, option)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        if "sliding_attention" in (self.layer_types or []):
-            raise ValueError("sliding-window layers (use_sliding_window) are not supported")
+        families.check_shared(self)
         attention.VARIANTS[self.attention].check(self)
         feed_forward.VARIANTS[self.feed_forward].check(self)

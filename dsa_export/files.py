@@ -131,10 +131,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system allows none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def checkpoint_hash(folder: Path) -> str:
-    """One digest over a Hugging Face folder's config.json and safetensors files, in the order of their names."""
+    """One digest over a Hugging Face folder's config.json and the weights that are loaded, in the order of their names:
+    safetensors files, or pickled ones where there are none."""
+    weights = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([folder / "config.json", *weights]):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,15 @@ from torch import Tensor
 from transformers.utils import logging
 
 from dsa_export.cli import UserError
-from dsa_export.files import MANIFEST, check_output, checkpoint_hash, manifest_kind, output_folder, write_manifest
+from dsa_export.files import (
+    MANIFEST,
+    check_output,
+    checkpoint_hash,
+    link_or_copy,
+    manifest_kind,
+    output_folder,
+    write_manifest,
+)
 from dsa_export.model.checkpoint import load_config
 from dsa_export.topk import compact_topk
 
@@ -88,10 +94,7 @@ def write_topk(folder: Path, ks: Sequence[int], selection: dict[str, Any], out: 
         for file in sorted(folder.iterdir()):
             if not file.is_file() or file.name in (MANIFEST, "config.json"):
                 continue
-            try:
-                os.link(file, partial / file.name)
-            except OSError:
-                shutil.copy2(file, partial / file.name)
+            link_or_copy(file, partial / file.name)
         logging.set_verbosity_error()
         config.save_pretrained(partial)
         write_manifest(

@@ -33,7 +33,7 @@ from dsa_export.files import (
     write_manifest,
 )
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
-from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, adapted_config, load_config, require_indexer
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, adapted_config, load_config, model_source, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
 from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for length in args.length
     }
-    source = options.model_source(args.model)
+    source = model_source(args.model)
     facts = manifest_facts(args, data)
     partial = args.out.with_name(args.out.name + PARTIAL)
     check_partial(args.out, source, facts, args.overwrite)
@@ -277,7 +277,7 @@ def manifest_facts(args: argparse.Namespace, data: Mapping[int, TrainingData]) -
     free = ("model", "out", "overwrite", "write_topk")
     facts = {
         "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in free},
-        "base": options.model_source(args.base) if args.base else None,
+        "base": model_source(args.base) if args.base else None,
         "data": {str(length): part.facts["sha256"] for length, part in data.items()},
         "torch": torch.__version__,
     }

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
-from dsa_export.files import MANIFEST, check_output, checkpoint_hash, manifest_object, read_manifest, remove_partial
-from dsa_export.model.checkpoint import has_indexer, load_config, load_tokenizer
+from dsa_export.files import MANIFEST, check_output, manifest_object, read_manifest, remove_partial
+from dsa_export.model.checkpoint import has_indexer, load_tokenizer, model_source
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
 from train.data import CACHE, TrainingData, check_source, check_tokenizer, load_data
@@ -453,13 +453,6 @@ def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:
         "stage": stage,
         "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in free},
     }
-
-
-def model_source(name: str) -> dict[str, Any]:
-    """{"path", "sha256"} of a model folder; for a hub name the revision stands for the hash."""
-    if Path(name).is_dir():
-        return {"path": name, "sha256": checkpoint_hash(Path(name))}
-    return {"path": name, "sha256": getattr(load_config(name), "_commit_hash", None)}
 
 
 def is_done(

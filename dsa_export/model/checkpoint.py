@@ -11,11 +11,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import logging, resolve_revision
 
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
-from dsa_export.files import MANIFEST, manifest_kind
+from dsa_export.files import MANIFEST, checkpoint_hash, manifest_kind
 from dsa_export.model import families
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.decoder import DSAForCausalLM
@@ -41,7 +41,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
         raise UserError(f"no such folder: {name}")  # beside outputs of ours: nobody need wait for the hub
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         if isinstance(name, Path) or Path(name).exists() or str(name).startswith((".", "/")):
             what = f"no readable model in {name}" if Path(name).exists() else f"no such folder: {name}"
         else:
@@ -53,6 +53,13 @@ def load_config(name: str | Path) -> PreTrainedConfig:
         except ValueError as error:
             raise UserError(f"{name} cannot be converted: {error}") from None
     return config
+
+
+def model_source(name: str) -> dict[str, Any]:
+    """{"path", "sha256"} of a model folder; for a hub name the revision stands for the hash (None: not known)."""
+    if Path(name).is_dir():
+        return {"path": name, "sha256": checkpoint_hash(Path(name))}
+    return {"path": name, "sha256": getattr(resolve_revision(name), "resolved", None)}
 
 
 def has_indexer(config: PreTrainedConfig) -> bool:
@@ -128,10 +135,11 @@ def load_model(
             f"cannot load the weights of {name}: {_first_line(error)}; the file may be truncated or "
             "of another configuration: fetch or train it again"
         ) from None
+    given = ", ".join(f"{option}={value}" for option, value in options.items() if value is not None)
     for key, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
-            f"{name} does not fit its config.json: {key} has the shape {list(found)}, and {list(expected)} by the "
-            "configuration"
+            f"{name} does not fit its config.json{f' with the options that were given ({given})' if given else ''}: "
+            f"{key} has the shape {list(found)}, and {list(expected)} by the configuration"
         )
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     added = {key for key in model.state_dict() if is_added(key, attention)}

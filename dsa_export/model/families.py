@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.activations import ACT2FN
 
 from dsa_export.config import DSAConfig
 from dsa_export.model.attention import VARIANTS
@@ -100,11 +101,20 @@ def check(config: PreTrainedConfig) -> None:
             f"first_k_dense_replace={config.first_k_dense_replace} makes mixture-of-experts layers, which are not "
             f"supported: only {layers}, the number of layers"
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise ValueError("sliding-window layers (use_sliding_window) are not supported")
+    check_shared(config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("quantised checkpoints (quantization_config) are not supported: convert the original weights")
     check_rope(config.rope_parameters)
+
+
+def check_shared(config: PreTrainedConfig) -> None:
+    """Raises ValueError, naming the option, for what neither a stock configuration nor one of ours may have."""
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise ValueError("sliding-window layers (use_sliding_window) are not supported")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not known")
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        raise ValueError(f"pad_token_id={config.pad_token_id} is no token: vocab_size is {config.vocab_size}")
 
 
 def dsa_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig
 
 from dsa_export.cli import UserError
-from dsa_export.files import write_manifest
+from dsa_export.files import checkpoint_hash, write_manifest
 from dsa_export.model import load_model, load_tokenizer
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import load_config, model_source
 
 
 @pytest.fixture
@@ -92,6 +92,17 @@ def test_weights_that_are_not_finite(damaged):
         ({"num_hidden_layers": 5}, r"`num_hidden_layers` \(5\) must be equal to the number of `layer_types` \(2\)"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
         ({"hidden_size": "x"}, "'hidden_size' expected int"),
+        ({"index_heads": "x"}, "index_heads must be of type int, got 'x'"),
+        ({"index_heads": 4.0}, "index_heads must be of type int, got 4.0"),
+        ({"index_share": 1.5}, "index_share must be of type int, got 1.5"),
+        ({"index_window": None}, "index_window must be of type int, got None"),
+        ({"index_sinks": True}, "index_sinks must be of type int, got True"),
+        ({"num_experts": "x"}, "num_experts must be of type int, got 'x'"),
+        ({"q_lora_rank": "x"}, "q_lora_rank must be of type int, got 'x'"),
+        ({"routed_scaling_factor": "x"}, "routed_scaling_factor must be of type float, got 'x'"),
+        ({"qk_norm": 0}, "qk_norm must be of type bool, got 0"),
+        ({"family": ["qwen2"]}, r"family must be of type str, got \['qwen2'\]"),
+        ({"attention": ["dsa"]}, r"attention must be of type str, got \['dsa'\]"),
     ],
 )
 def test_a_configuration_of_another_model(damaged, change, said):
@@ -99,6 +110,39 @@ def test_a_configuration_of_another_model(damaged, change, said):
     (damaged / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=said):
         load_model(damaged)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "foo"}, "hidden_act='foo' is not known"),
+        ({"pad_token_id": 9999}, "pad_token_id=9999 is no token: vocab_size is 512"),
+        ({"dtype": "x"}, "no attribute 'x'"),
+    ],
+)
+def test_values_that_no_model_has(qwen_folder, dsa_folder, tmp_path, plain, change, said):
+    config = json.loads(((qwen_folder if plain else dsa_folder) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path)
+
+
+def test_options_that_do_not_fit_the_weights_are_named(dsa_folder):
+    with pytest.raises(UserError, match=r"config.json with the options that were given \(index_heads=8\): .*indexer"):
+        load_model(dsa_folder, index_heads=8)
+
+
+def test_the_source_of_a_hub_model_is_its_revision(qwen_folder, tmp_path, monkeypatch):
+    """As it lies in the hub's cache."""
+    folder, revision = tmp_path / "models--someone--small", "0123abcd" * 5
+    shutil.copytree(qwen_folder, folder / "snapshots" / revision)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert model_source("someone/small") == {"path": "someone/small", "sha256": revision}
+    assert model_source(str(qwen_folder)) == {"path": str(qwen_folder), "sha256": checkpoint_hash(qwen_folder)}
 
 
 def test_indexer_is_new_for_a_plain_checkpoint_and_kept_for_ours(qwen_folder, dsa_folder):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from dsa_export.cli import UserError
-from dsa_export.files import check_output, output_folder, read_manifest, remove_partial, write_manifest
+from dsa_export.files import check_output, checkpoint_hash, output_folder, read_manifest, remove_partial, write_manifest
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
@@ -55,3 +55,15 @@ def test_a_folder_too_high_or_too_low_names_the_right_ones(tmp_path):
         read_manifest(tmp_path / "ort/dense/part", "engine", "the command")
     with pytest.raises(UserError, match="expected the output of `the command`; run that first"):
         read_manifest(tmp_path, "onnx", "the command")
+
+
+def test_a_checkpoints_hash_is_that_of_the_weights_that_are_loaded(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_text("one")
+    pickled = checkpoint_hash(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_text("two")
+    assert checkpoint_hash(tmp_path) != pickled
+    (tmp_path / "model.safetensors").write_text("what transformers prefers")
+    preferred = checkpoint_hash(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert checkpoint_hash(tmp_path) == preferred
