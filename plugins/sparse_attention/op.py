@@ -90,11 +90,12 @@ SparseAttention <scale, plugin_version, plugin_namespace>
             q_tokens = Transpose <perm = [0, 2, 1, 3]> (q)
             q_by_head = Reshape (q_tokens, by_head_shape)
             q_grouped = Transpose <perm = [0, 2, 1, 3, 4]> (q_by_head)
-            k_transposed = Transpose <perm = [0, 1, 2, 4, 3]> (k_selected)
-            dots = MatMul (q_grouped, k_transposed)
-            dots_f = Cast <to = 1> (dots)
             scale_f = Constant <value_float : float = @scale> ()
-            scores = Mul (dots_f, scale_f)
+            factor = CastLike (scale_f, q)
+            q_scaled = Mul (q_grouped, factor)
+            k_transposed = Transpose <perm = [0, 1, 2, 4, 3]> (k_selected)
+            dots = MatMul (q_scaled, k_transposed)
+            scores = Cast <to = 1> (dots)
             row_axes = Constant <value_ints = [1, 3]> ()
             valid_row = Unsqueeze (valid, row_axes)
             lowest = Constant <value_float = -3.4e38> ()
@@ -150,6 +151,9 @@ def sparse_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tenso
             shape=q.shape,
             version=1,
         )
+    if not q.dtype == k_cache.dtype == v_cache.dtype and torch.is_autocast_enabled(q.device.type):
+        # In a call without cache: what was rotated is fp32, the values are not.
+        q, k_cache, v_cache = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k_cache, v_cache))
     check(q, k_cache, v_cache, indices)
     return torch.ops.dsa.sparse_attention(q, k_cache, v_cache, indices, float(scale))
 
@@ -270,7 +274,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale:
     v_BSHKD = v_cache[rows, :, slots].transpose(2, 3)
     v_BSHKD = v_BSHKD.masked_fill(~valid[:, :, None, :, None], 0)
     q_BSHGD = q.reshape(B, Hkv, Hq // Hkv, S, D).permute(0, 3, 1, 2, 4)
-    scores = (q_BSHGD @ k_BSHKD.transpose(-1, -2)).float() * scale
+    scores = ((q_BSHGD * scale) @ k_BSHKD.transpose(-1, -2)).float()  # unscaled they may exceed fp16
     valid_row = valid[:, :, None, None, :]
     probabilities = torch.softmax(scores.masked_fill(~valid_row, torch.finfo(torch.float32).min), dim=-1)
     probabilities = probabilities.masked_fill(~valid_row, 0).to(q.dtype)

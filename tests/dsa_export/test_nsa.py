@@ -11,7 +11,7 @@ import torch
 from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model
 from dsa_export.model.attention import Call
-from dsa_export.model.attention.nsa import BRANCHES, NativeSparseAttention
+from dsa_export.model.attention.nsa import BRANCHES, NativeSparseAttention, grouped_attention
 from tests.conftest import VOCABULARY
 
 EXACT = {"atol": 2e-5, "rtol": 0}
@@ -262,3 +262,11 @@ def test_starts_close_to_dense_and_comes_back_as_it_was_saved(qwen_folder, token
 def test_options_that_exclude_each_other_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_products_beyond_fp16_that_the_scale_brings_back():
+    q, rows = torch.full((1, 2, 1, 64), 40.0).half(), torch.full((1, 1, 3, 64), 40.0).half()
+    rows[:, :, 2] = 41  # q · k is beyond 65,504
+    output, probabilities = grouped_attention(q, rows, rows, torch.ones(1, 1, 3, dtype=torch.bool), 0.125)
+    torch.testing.assert_close(output, torch.full_like(q, 41))
+    assert probabilities[..., 2].eq(1).all()

@@ -66,6 +66,18 @@ def test_onnx_body_in_fp16(S: int, C: int) -> None:
     assert_attention(torch.from_numpy(output), problem)
 
 
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_products_beyond_fp16_that_the_scale_brings_back(form: str) -> None:
+    q, rows = torch.full((1, 2, 1, 64), 40.0).half(), torch.full((1, 1, 8, 64), 40.0).half()
+    rows[:, :, 3] = 41  # q · k is beyond 65,504
+    arguments = (q, rows, rows, torch.tensor([[[1, 3, -1]]], dtype=torch.int32), 0.125)
+    if form == "torch":
+        output = sparse_attention(*arguments)
+    else:
+        output = torch.from_numpy(bodies.run("SparseAttention", [t.numpy() for t in arguments[:-1]], scale=0.125))
+    torch.testing.assert_close(output, torch.full_like(q, 41))
+
+
 @pytest.mark.parametrize("tile_bytes", [op.GATHER_BYTES, 1])
 def test_gradients_are_those_of_the_torch_form(tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "GATHER_BYTES", tile_bytes)  # 1: a tile per token

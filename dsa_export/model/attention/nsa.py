@@ -84,7 +84,7 @@ class NativeSparseAttention(DenseAttention):
         super().check(config)
         for name in ("nsa_block_size", "nsa_stride", "nsa_selection_size", "nsa_selected_blocks", "nsa_window"):
             value = getattr(config, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("nsa_block_size", "nsa_selection_size"):
             if getattr(config, name) % config.nsa_stride:
@@ -218,7 +218,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: f
     """
     grouped = q.unflatten(1, (k.shape[1], -1))
     visible = visible[:, None, None]
-    scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).float() * scale
+    scores = ((grouped * scale) @ k.unsqueeze(2).transpose(-1, -2)).float()  # unscaled they may exceed fp16
     probabilities = torch.softmax(torch.where(visible, scores, torch.finfo(torch.float32).min), dim=-1)
     probabilities = torch.where(visible, probabilities, 0.0)
     return (probabilities.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2), probabilities
