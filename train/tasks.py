@@ -305,7 +305,7 @@ def answer(
     forced = model(right, cache=output.cache, use_cache=True).logits
     logits = torch.cat([output.logits, forced[:, :-1]], 1)
     nats = cross_entropy(logits[0].float(), right[0]).item()
-    output.cache.crop(prompt.shape[1])
+    output.cache.crop(-right.shape[1])
     found: list[int] = []
     while True:
         token = output.logits[:, -1:].argmax(-1)

@@ -84,6 +84,7 @@ class DSACache(Cache):
     """
 
     is_compileable = False
+    is_croppable = True
 
     def __init__(self, layouts: Sequence[Sequence[CacheEntry]]):
         self.layouts = layouts
@@ -123,14 +124,19 @@ class DSACache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
-    def crop(self, max_length: int) -> None:
-        """Forgets what stands behind the first `max_length` tokens of every row, and columns of the batch."""
+    def activate_past_recording(self) -> None:
+        """Assisted generation asks for what a crop needs, and every slot is kept anyway."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last -tokens_to_remove tokens of every row, and columns of the batch: a number below 0, or 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop() takes minus the number of tokens to forget, got {tokens_to_remove}")
         if self.lengths is not None:
-            self.lengths = self.lengths.clamp(max=max_length)
-            self.columns = min(self.columns, max_length)
+            self.lengths = (self.lengths + tokens_to_remove).clamp(min=0)
+            self.columns = max(self.columns + tokens_to_remove, 0)
 
     def reset(self) -> None:
         self.layers, self.lengths, self.columns, self.capacity = [], None, 0, 0

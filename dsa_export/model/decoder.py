@@ -25,6 +25,9 @@ from dsa_export.model.norm import RMSNorm
 from dsa_export.model.rope import RotaryTable
 from dsa_export.topk import TopK, compact_topk, topk_per_layer
 
+UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
+"""Arguments of transformers' models that this one must not drop in silence."""
+
 
 @dataclass
 class DecoderOutput(ModelOutput):
@@ -128,7 +131,7 @@ class DSAModel(DSAPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: DSACache | None = None,
@@ -138,6 +141,11 @@ class DSAModel(DSAPreTrainedModel):
         **kwargs: Any,
     ) -> DecoderOutput:
         """transformers' calling convention. attention_mask [B, past + S], 1 = token; 4-D masks are refused."""
+        for option in UNSUPPORTED:
+            if kwargs.get(option) is not None and kwargs[option] is not False:
+                raise ValueError(f"{option} is not supported")
+        if input_ids is None:
+            raise ValueError("input_ids is missing")
         B, S = input_ids.shape
         valid = _valid_tokens(attention_mask, input_ids)
         lengths = valid.sum(1)
@@ -201,16 +209,21 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
             layer.self_attn.sparse = value
 
     def set_topk(self, topk: TopK) -> None:
-        """Sets k, for all layers or one per layer. Raises ValueError for k < 1 or another number of layers."""
+        """Sets k, for all layers or one per layer. Raises ValueError for k that the configuration cannot have."""
         values = topk_per_layer(topk, len(self.model.layers))
-        self.config.index_topk = compact_topk(values)
+        before, self.config.index_topk = self.config.index_topk, compact_topk(values)
+        try:
+            self.config.check()
+        except ValueError:
+            self.config.index_topk = before
+            raise
         for layer, k in zip(self.model.layers, values, strict=True):
             setattr(layer.self_attn, "topk", k)  # noqa: B010 (torch types modules' attributes as modules)
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: DSACache | None = None,
@@ -233,7 +246,7 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
             else use_cache
         )
         output = self.model(
-            input_ids, attention_mask, position_ids, cache, keep, observer, selector
+            input_ids, attention_mask, position_ids, cache, keep, observer, selector, **kwargs
         )  # fmt: skip
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, rows])

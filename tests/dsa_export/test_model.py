@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from dsa_export.config import DSAConfig
 from dsa_export.model import dense_twin, load_model
@@ -48,6 +48,79 @@ def test_generates_what_stock_qwen2_generates(qwen_folder, tokens):
     for options in ({"num_beams": 1}, {"num_beams": 3}):
         arguments = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
         assert torch.equal(stock.generate(tokens, **arguments), model.generate(tokens, **arguments))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_assisted_generation_changes_nothing(dsa_model, tokens, sparse):
+    """Drafts that are refused are cropped from the cache: looked up in the prompt, or of another model."""
+    model = dsa_model if sparse else dense_twin(dsa_model)
+    prompt = tokens[:1, :20].repeat(1, 2)
+    other = dense_twin(model)
+    expected = model.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    for draft in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": other}):
+        assert torch.equal(
+            model.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0, **draft), expected
+        )
+
+
+@torch.no_grad()
+def test_what_was_cropped_is_forgotten(dsa_model, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :23] = 0
+    whole = dsa_model(tokens, attention_mask=mask, use_cache=True)
+    whole.cache.crop(0)
+    assert whole.cache.get_seq_length() == 60 and whole.cache.lengths.tolist() == [37, 60]
+    whole.cache.crop(-10)
+    assert whole.cache.get_seq_length() == 50 and whole.cache.lengths.tolist() == [27, 50]
+    again = dsa_model(tokens[:, 50:], attention_mask=mask, cache=whole.cache, use_cache=True)
+    torch.testing.assert_close(again.logits, whole.logits[:, 50:], **EXACT)
+    with pytest.raises(ValueError, match=r"crop\(\) takes minus the number"):
+        whole.cache.crop(10)
+    assert whole.cache.is_croppable and whole.cache.get_max_length() == -1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"index_keys": "int8"}, {"index_pool": 2}, {"index_share": 2}, {"attention": "nsa"}, {"attention": "dense"}],
+    ids=str,
+)
+@pytest.mark.parametrize("use_cache", [False, True])
+@torch.no_grad()
+def test_evaluation_under_autocast(qwen_folder, tokens, options, use_cache):
+    model = load_model(qwen_folder, index_topk=None if "attention" in options else 16, **options)
+    exact = model(tokens, labels=tokens, use_cache=use_cache).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, labels=tokens, use_cache=use_cache).loss
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"output_hidden_states": True}, {"output_attentions": True}, {"inputs_embeds": torch.zeros(2, 60, 96)}],
+    ids=lambda options: next(iter(options)),
+)
+def test_outputs_and_inputs_that_there_are_not_are_refused(dsa_model, tokens, options):
+    (name,) = options
+    inputs = {} if name == "inputs_embeds" else {"input_ids": tokens}
+    for model in (dsa_model, dsa_model.model):
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            model(**inputs, **options)
+        with pytest.raises(ValueError, match="input_ids is missing"):
+            model(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("options", "topk", "said"),
+    [({"index_share": 2}, [8, 24], "index_share = 2 needs one"), ({"index_pool": 4}, 6, "index_topk and the options")],
+)
+def test_a_k_that_the_configuration_cannot_have_is_not_set(qwen_folder, options, topk, said):
+    model = load_model(qwen_folder, index_topk=16, **options)
+    with pytest.raises(ValueError, match=said):
+        model.set_topk(topk)
+    assert model.config.index_topk == 16 and [layer.self_attn.topk for layer in model.model.layers] == [16, 16]
+    model.set_topk([8, 8])
+    assert model.config.index_topk == 8
 
 
 @torch.no_grad()
@@ -244,6 +317,8 @@ def test_round_trip_through_transformers(dsa_model, tmp_path, topk):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert again.config.index_topk == topk
     assert [layer.self_attn.topk for layer in again.model.layers] == (topk if isinstance(topk, list) else [topk] * 2)
+    backbone = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, dsa_model.model.state_dict()[name]) for name, tensor in backbone.items())
     state = dsa_model.state_dict()
     assert state.keys() == again.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
