@@ -151,7 +151,8 @@ class MixtureOfExperts(nn.Module):
         """Scalar: the balance loss of a batch, mean over its rows; padding does not count."""
         B, S, N = scores.shape
         lengths = scores.new_full((B,), S) if lengths is None else lengths
-        valid = (torch.arange(S, device=scores.device) < lengths[:, None])[..., None] / lengths[:, None, None]
+        valid = (torch.arange(S, device=scores.device) < lengths[:, None])[..., None]
+        valid = valid / lengths.clamp(min=1)[:, None, None]
         chosen = ((weights > 0) * valid).sum(1) * (N / self.gate.chosen)
         share = (scores / scores.sum(-1, keepdim=True) * valid).sum(1)
         return self.balance * (chosen * share).sum(-1).mean()

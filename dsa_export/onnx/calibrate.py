@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError
+from dsa_export.model.attention import DenseAttention
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.onnx.parity import PARITY_MODULE
 from dsa_export.onnx.quantise import BITS, LM_HEAD, Rounded, Scheme, dequantise
 
 WINDOW, WINDOWS = 1024, 12
 """Tokens of calibration: more than the widest input of a 0.5B model has features."""
+LONGEST_TEXT = 2**20
+"""Characters of a file that are read: more than the tokens of all windows have."""
 WIDEST = 32768
 """Input features of a weight: its second moments take their square."""
 DAMPING = 0.01
@@ -50,9 +53,10 @@ def calibration_windows(tokenizer: Any, path: Path | None, limit: int) -> Tensor
         )
     else:
         try:
-            texts = iter([path.read_text(encoding="utf-8")])
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+            with path.open(encoding="utf-8") as file:
+                texts = iter([file.read(LONGEST_TEXT)])
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text") from None
     windows: list[list[int]] = []
     for text in texts:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -76,7 +80,10 @@ def calibrate(
     if inputs are not finite.
     """
     was_training = model.training
-    model.train()  # selection in its masked form: the same function, and for whole windows faster
+    model.eval()  # all experts in two products: in training mode no tensor passes through their linear layers
+    for module in model.modules():
+        if isinstance(module, DenseAttention):  # selection in its masked form: the same, and faster for whole windows
+            module.train()
     names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     rounded: dict[str, Rounded] = {}
 

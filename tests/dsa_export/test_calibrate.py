@@ -197,6 +197,10 @@ def test_windows_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     judge = tokenizer(parity_text())["input_ids"][: module.WINDOW]
     assert judge not in library.tolist(), "what is calibrated on cannot judge"
     assert library.shape == (module.WINDOWS, module.WINDOW) and len({tuple(row) for row in library.tolist()}) == 12
+    read = []
+    path.write_text("abcd" * (module.LONGEST_TEXT // 2))
+    calibration_windows(lambda text, **_: read.append(len(text)) or {"input_ids": list(range(64))}, path, 32)
+    assert read == [module.LONGEST_TEXT], "not all of a long text"
     for content, message in ((b"abc", "too short to calibrate with"), (b"h\xe4l", "is not UTF-8 text")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):

@@ -14,6 +14,7 @@ from dsa_export.config import DSAConfig
 from dsa_export.files import read_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model
 from dsa_export.model.feed_forward import MixtureOfExperts
+from dsa_export.onnx.calibrate import calibrate
 from dsa_export.onnx.quantise import Scheme
 from engines.build import step_weights
 from tests.conftest import VOCABULARY, build_tokenizer
@@ -107,6 +108,8 @@ def test_balance_loss_counts_valid_tokens_of_each_row_and_is_least_when_balanced
     with torch.no_grad():
         block.gate.weight.zero_()  # all scores alike
         assert block(hidden, lengths)[1]["balance"].item() == pytest.approx(0.01, rel=1e-5)
+        lengths[1] = 0
+        assert block(hidden, lengths)[1]["balance"].item() == pytest.approx(0.01 / 2, rel=1e-5), "a row of padding"
         block.gate.weight[:2] = 5 * hidden[0, 0]  # the scores of one token: 1 twice, 0.5 three times
         assert block(hidden[:1, :1])[1]["balance"].item() == pytest.approx(0.01 * 2 * (5 / 2) / 3.5, rel=1e-3)
     assert block.eval()(hidden, lengths)[1] == {}
@@ -174,6 +177,16 @@ def test_experts_are_quantised_and_the_router_is_not(moe_folder):
     bits = {name: scheme.bits(name) for name in load_model(moe_folder).state_dict() if ".mlp." in name}
     experts = {name for name in bits if "experts" in name}
     assert {bits[name] for name in experts} == {4} and {bits[name] for name in bits.keys() - experts} == {None}
+
+
+def test_experts_are_calibrated(moe_folder):
+    model = load_model(moe_folder).requires_grad_(False)
+    text = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(5))
+    scheme = Scheme("int4", 32, lm_head=True, indexer=True)
+    rounded = calibrate(model, text, scheme)
+    linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert rounded.keys() == {name for name in linear if scheme.bits(name) == 4} and len(rounded) == 2 * 9 + 1
+    assert not any(part.training for part in model.modules())
 
 
 @pytest.mark.parametrize(
