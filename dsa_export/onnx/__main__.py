@@ -13,11 +13,11 @@ import torch
 
 from dsa_export.cli import UserError, console, progress_bar, run
 from dsa_export.config import DSAConfig
-from dsa_export.files import check_output, checkpoint_hash, output_folder, sha256, write_manifest
+from dsa_export.files import check_output, output_folder, sha256, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, load_config
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, load_config, model_source
 from dsa_export.onnx.calibrate import calibrate, calibration_windows
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import Comparison, SharedWeights, compare_graphs, compare_weights
@@ -203,6 +203,10 @@ def describe(variant: str, result: dict[str, Any]) -> str:
     if sets:
         text += f"; selected sets identical in {sets['identical']} of {sets['rows']} rows"
         text += f", {sets['ties']} tied, {sets['different']} different"
+        if sets["different"]:
+            text += f" (in the worst layer in {sets['apart']:.1%} of what can differ)"
+        if sets["covered_layers"]:
+            text += f"; k covers the text in {sets['covered_layers']} layers: their selection itself was not checked"
     text += ": ok" if result["passed"] else ": FAILED"
     quality = result["quality"]
     return (
@@ -230,10 +234,9 @@ def write_export_manifest(
     random_indexer: bool,
 ) -> None:
     config = model.config
-    folder = Path(arguments.model)
-    source: dict[str, Any] = {"path": str(arguments.model), "sha256": None}  # a name on the hub
-    if folder.is_dir():
-        source = {"path": str(folder.resolve()), "sha256": checkpoint_hash(folder)}
+    source = model_source(arguments.model)
+    if (folder := Path(arguments.model)).is_dir():
+        source["path"] = str(folder.resolve())
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     dtype_name = str(model.dtype).removeprefix("torch.")
     write_manifest(

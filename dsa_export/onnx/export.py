@@ -12,7 +12,6 @@ from the start (zeros); bind one buffer to past and present, and TensorScatter u
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from dsa_export.files import link_or_copy
 from dsa_export.model.cache import CacheEntry, LayerCache
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.onnx import passes
@@ -127,6 +127,7 @@ def save_graphs(graphs: dict[str, ir.Model], out: Path) -> None:
     """Writes out/<variant>/model.onnx for every graph and one model.onnx.data, hard-linked into each folder.
 
     Runtimes refuse weights outside the model's folder, and symbolic links; a hard link is one file under two names.
+    Where the file system has none, the file is copied.
     """
     weights: dict[str, ir.Value] = {}
     for graph in graphs.values():
@@ -141,7 +142,7 @@ def save_graphs(graphs: dict[str, ir.Model], out: Path) -> None:
     external = ir.external_data.convert_tensors_to_external(tensors, first, WEIGHTS_FILE)
     by_name = dict(zip(weights, external, strict=True))
     for folder in others:
-        os.link(first / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        link_or_copy(first / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     for variant, graph in graphs.items():
         for name, value in graph.graph.initializers.items():
             if name in by_name:

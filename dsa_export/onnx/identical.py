@@ -85,6 +85,8 @@ def compare_graphs(dense: ir.Model, sparse: ir.Model) -> Comparison:
             sparse_cores.append(other)
             if node.attributes["scale"].as_float() != other.attributes["scale"].as_float():
                 raise UserError(f"{node.name}: the cores scale differently")
+            if "is_causal" not in node.attributes or node.attributes["is_causal"].as_int() != 1:
+                raise UserError(f"{node.name} is not causal, as the selection is")
             todo += list(zip(node.inputs[:3], other.inputs[:3], strict=True))
             continue
         _compare_nodes(node, other)

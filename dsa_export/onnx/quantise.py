@@ -65,6 +65,7 @@ def quantise(
     """
     done: dict[str, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
     for graph in graphs:
+        dequantised: dict[ir.Value, ir.Value] = {}  # equal small weights were merged: several nodes may read one
         for node in list(graph.graph):
             weight = node.inputs[1] if node.op_type == "MatMul" else None
             if weight is None or weight.const_value is None or weight.name not in parameters:
@@ -81,7 +82,9 @@ def quantise(
                 wide, factors = (torch.from_numpy(t.numpy().astype(np.float32)) for t in (integers, scales))
                 parameters[weight.name].data.copy_(dequantise(wide, factors, scheme.block_size).T)
                 done[weight.name] = integers, scales
-            _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
+            if weight not in dequantised:
+                dequantised[weight] = _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
+            node.replace_input_with(1, dequantised[weight])
     return set(done)
 
 
@@ -146,8 +149,9 @@ def _insert_dequantisation(
     integers: ir.TensorProtocol,
     scales: ir.TensorProtocol,
     block_size: int,
-) -> None:
-    """Ensures that `node` multiplies with DequantizeLinear(integers, scales); the integers get the weight's name."""
+) -> ir.Value:
+    """Inserts DequantizeLinear(integers, scales) before `node` and returns its output; the integers get the weight's
+    name."""
     name = weight.name
     assert name is not None
     del model.graph.initializers[name]
@@ -161,5 +165,5 @@ def _insert_dequantisation(
         "DequantizeLinear", inputs, {"axis": 0, "block_size": block_size}, name=f"{node.name}/DequantizeLinear"
     )
     dequantise.outputs[0].name = f"{name}.dequantised"
-    node.replace_input_with(1, dequantise.outputs[0])
     model.graph.insert_before(node, dequantise)
+    return dequantise.outputs[0]

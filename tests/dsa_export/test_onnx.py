@@ -13,13 +13,13 @@ import torch
 
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
-from dsa_export.files import read_manifest
+from dsa_export.files import checkpoint_hash, read_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.onnx import __main__ as export_main
 from dsa_export.onnx import passes
-from dsa_export.onnx.export import dense_from_sparse, export_graph
+from dsa_export.onnx.export import dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import compare_folder, compare_graphs
-from dsa_export.onnx.parity import check_parity
+from dsa_export.onnx.parity import _apart, check_parity
 from dsa_export.onnx.quantise import Scheme, _quantise, quantise, untie
 from tests.conftest import build_qwen
 from tests.dsa_export.conftest import Graph, export_command
@@ -37,8 +37,20 @@ def test_files_and_manifest(export, dsa_folder):
     assert manifest["weights"]["bytes"] == dense.stat().st_size
     assert [entry["name"] for entry in manifest["graphs"]["sparse"]["cache"]] == ["key", "value", "index"]
     assert manifest["graphs"]["sparse"]["cache"][2]["shape"] == ["batch", 1, "capacity", 32]
-    assert manifest["parity"]["sparse"]["selected_sets"]["different"] == 0
+    sets = manifest["parity"]["sparse"]["selected_sets"]
+    assert (sets["different"], sets["covered_layers"], sets["apart"]) == (0, 0, 0)
+    assert manifest["source"] == {"path": str(dsa_folder), "sha256": checkpoint_hash(dsa_folder)}
     load_tokenizer(export)
+
+
+def test_where_the_file_system_has_no_links_the_weights_are_copied(dsa_folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    result = export_command("--model", str(dsa_folder), "--out", str(tmp_path / "onnx"))
+    assert result.returncode == 0, result.stderr
+    compare_folder(tmp_path / "onnx")
 
 
 def test_names_types_and_dynamic_dimensions(export):
@@ -218,6 +230,21 @@ def test_a_quantised_tied_embedding_stays_exact():
     assert not np.array_equal(model.lm_head.weight.numpy(), embedding.numpy())
 
 
+def test_weights_that_were_merged_are_dequantised_once():
+    """Small and equal ones, as the zeros that NSA's compressors start from."""
+    config = DSAConfig(
+        vocab_size=64, hidden_size=32, head_dim=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, attention="nsa",
+    )  # fmt: skip
+    model = DSAForCausalLM(config).requires_grad_(False).eval()
+    graph = export_graph(model)
+    names = quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=True, indexer=False), {})
+    zeros = [name for name in names if "compression.key.down_proj" in name or "compression.value.down_proj" in name]
+    assert len(zeros) == 1
+    nodes = [node for node in graph.graph if node.op_type == "DequantizeLinear"]
+    assert sorted(node.inputs[0].name for node in nodes) == sorted(names)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_are_rounded_to_their_scale(bits):
     weight = torch.randn(80, 24, generator=torch.Generator().manual_seed(0)).numpy()
@@ -279,6 +306,12 @@ def test_the_proof_finds_every_other_difference(graphs):
         compare_graphs(**graphs)
     weight.const_value = original
 
+    core = node("dense", "Attention")
+    core.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
+    with pytest.raises(UserError, match="is not causal"):
+        compare_graphs(**graphs)
+    core.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+
     stray = ir.node("Neg", [node("sparse", "Sigmoid").outputs[0]])
     graphs["sparse"].graph.append(stray)
     with pytest.raises(UserError, match="neither to both nor"):
@@ -297,18 +330,49 @@ def test_tied_embeddings_stay_one_weight(tmp_path):
 # Parity, and that it can fail.
 
 
-def test_parity_fails_on_wrong_weights_and_on_another_selection(export, dsa_folder, tmp_path):
-    model = load_model(dsa_folder)
-    prompt = TOKENS * 2
-    assert check_parity(model, export / "sparse", prompt, tmp_path / "scratch")["passed"]
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0] += 0.5
-    assert not check_parity(model, export / "sparse", prompt, tmp_path / "scratch")["passed"]
-    model = load_model(dsa_folder)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.indexer.q_proj.weight.neg_()
-    result = check_parity(model, export / "sparse", prompt, tmp_path / "scratch")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parity_fails_on_wrong_weights_and_on_another_selection(dsa_folder, tmp_path, dtype):
+    folder, prompt = tmp_path / "onnx", TOKENS * 2
+    save_graphs({"sparse": export_graph(load_model(dsa_folder, dtype=dtype))}, folder)
+
+    def check(change=lambda model: None):
+        model = load_model(dsa_folder, dtype=dtype)
+        with torch.no_grad():
+            change(model.model.layers)
+        return check_parity(model, folder / "sparse", prompt, tmp_path / "scratch")
+
+    assert check()["passed"]
+    assert not check(lambda layers: layers[0].mlp.up_proj.weight[0].add_(0.5))["passed"]
+    result = check(lambda layers: layers[1].self_attn.indexer.q_proj.weight.neg_())
     assert result["selected_sets"]["different"] > 0 and not result["passed"]
+
+
+@pytest.mark.parametrize("k", [4, 24, 40])
+def test_how_far_selections_are_apart(k):
+    """Counted row by row: nothing, something, all that can be."""
+    g = torch.Generator().manual_seed(k)
+    scores = torch.randn(2, 30, 30, generator=g).masked_fill(torch.ones(30, 30).triu(1).bool(), -torch.inf)
+    scores[1, :, :20] = scores[0, :, :20]
+
+    def select(scores):
+        best = scores.topk(min(k, 30), dim=-1)
+        return torch.where(best.values > -torch.inf, best.indices, -1).int()
+
+    ours, theirs, opposite = select(scores[0]), select(scores[1]), select(-scores[0].masked_fill(scores[0] < -9, 99))
+    assert _apart(ours, ours) == 0
+    sets = [({*a.tolist()} - {-1}, {*b.tolist()} - {-1}) for a, b in zip(ours, theirs, strict=True)]
+    most = sum(min(len(a), t + 1 - len(a)) for t, (a, _) in enumerate(sets))
+    assert _apart(ours, theirs) == pytest.approx(sum(len(a - b) for a, b in sets) / max(most, 1))
+    assert _apart(ours, opposite) == (1 if k < 30 else 0)
+
+
+def test_a_k_that_covers_the_text_is_said_to_check_no_selection(dsa_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_main, "MAX_PARITY_PROMPT", 40)
+    result = export_command("--model", str(dsa_folder), "--topk", "200", "--out", str(tmp_path / "onnx"))
+    assert result.returncode == 0, result.stderr
+    assert "k covers the text in 2 layers: their selection itself was not checked" in result.stdout.replace("\n", " ")
+    parity = read_manifest(tmp_path / "onnx", "onnx", "test")["parity"]["sparse"]
+    assert parity["selected_sets"]["covered_layers"] == 2
 
 
 def test_upcast_leaves_no_bf16(dsa_folder):
