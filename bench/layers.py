@@ -18,7 +18,8 @@ import onnxruntime
 
 from bench.parity import allowance
 from dsa_export.cli import UserError
-from engines.artifacts import DTYPE_BYTES, Engine, link_or_copy
+from dsa_export.files import link_or_copy
+from engines.artifacts import DTYPE_BYTES, Engine
 
 CORES = ("Attention", "GroupQueryAttention", "SparseAttention", "If")
 """If stands for SparseAttention where short caches are attended to densely (engines.ort_graph)."""

@@ -139,12 +139,15 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a Hugging Face folder that are loaded: safetensors files, or pickled ones where there are none."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 def checkpoint_hash(folder: Path) -> str:
-    """One digest over a Hugging Face folder's config.json and the weights that are loaded, in the order of their names:
-    safetensors files, or pickled ones where there are none."""
-    weights = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    """One digest over a Hugging Face folder's config.json and its weights, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *weights]):
+    for path in sorted([folder / "config.json", *weight_files(folder)]):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
 

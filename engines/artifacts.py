@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -360,14 +358,6 @@ def installed_gpu() -> str | None:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system allows none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:

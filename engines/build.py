@@ -32,7 +32,7 @@ import onnx
 import onnx_ir as ir
 
 from dsa_export.cli import UserError, console, positive, run, usable_cpus
-from dsa_export.files import PARTIAL, check_output, output_folder, read_manifest, write_manifest
+from dsa_export.files import PARTIAL, check_output, link_or_copy, output_folder, read_manifest, write_manifest
 from dsa_export.selection import describe_selection
 from dsa_export.topk import compact_topk
 from engines import memory, nvidia_graph, triton, trtexec
@@ -44,7 +44,6 @@ from engines.artifacts import (
     Limits,
     content_hash,
     installed_gpu,
-    link_or_copy,
     open_export,
     read_engine,
     runtime_version,

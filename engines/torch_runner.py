@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsa_export.cli import UserError
-from dsa_export.files import checkpoint_hash
+from dsa_export.files import checkpoint_hash, weight_files
 from dsa_export.model import load_model
 from dsa_export.model.cache import fill_randomly
 from dsa_export.onnx.export import StepGraph
@@ -26,7 +26,7 @@ from engines.artifacts import Engine, Export
 from engines.memory import OutOfMemory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.index.json")  # and the weights
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled and library workspaces allocated
 
 
@@ -176,7 +176,7 @@ def link_checkpoint(export: Export, folder: Path, link: Callable[[Path, Path], N
         raise UserError(f"backend torch needs the checkpoint of {export.folder}, and {source} is no folder here")
     if checkpoint_hash(source) != export.manifest["source"]["sha256"]:
         raise UserError(f"{source} has changed since it was exported: run `python -m dsa_export.onnx` again")
-    files = [path for pattern in CHECKPOINT_FILES for path in sorted(source.glob(pattern))]
+    files = [path for pattern in CHECKPOINT_FILES for path in sorted(source.glob(pattern))] + weight_files(source)
     for path in files:
         link(Path(os.path.realpath(path)), folder / path.name)
     return [path.name for path in files]

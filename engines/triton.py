@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dsa_export.cli import UserError
-from dsa_export.files import output_folder, write_manifest
-from engines.artifacts import Engine, Variant, link_or_copy
+from dsa_export.files import link_or_copy, output_folder, write_manifest
+from engines.artifacts import Engine, Variant
 from engines.text import TOKENIZER_FILES
 
 PLATFORMS = {"ort": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}

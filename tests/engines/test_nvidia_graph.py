@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from dsa_export.files import link_or_copy
 from engines import nvidia_graph
 from engines.artifacts import open_export
-from engines.build import link_or_copy
 
 CAPACITY = 64
 
