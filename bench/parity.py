@@ -141,6 +141,7 @@ class Score:
     """Teacher-forced comparison of the sparse side with a dense one, over `tokens` tokens of the text (all rows)."""
 
     loss: Mapping[str, float]  # mean negative log-likelihood of the text's next token, in nats, of every side
+    loss_error: float  # standard error of what sparse loses more than dense, tokens taken as independent
     top1: float  # share of tokens for which both prefer the same next token
     kl: float  # mean KL(dense || sparse) in nats
     tokens: int
@@ -161,7 +162,9 @@ def score(sessions: Mapping[str, Session], tokens: np.ndarray) -> Score | None:
     if not same:
         return None
     means = {name: float(np.mean(values)) for name, values in losses.items()}
-    return Score(means, float(np.mean(same)), float(np.mean(divergences)), int(np.size(same)))
+    first, *_, last = losses.values()
+    error = float(np.std(np.subtract(last, first))) / np.sqrt(np.size(same))
+    return Score(means, float(error), float(np.mean(same)), float(np.mean(divergences)), int(np.size(same)))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,7 @@ def _records(
             "rates": floors.as_json(rates),
             "ttft_s": filled.seconds[name] if settings.caches == "prefill" else None,
             "loss": scored.loss[name] if scored else None,
-            "agreement": {"top1": scored.top1, "kl": scored.kl, "tokens": scored.tokens} if scored else None,
+            "agreement": {name: value for name, value in asdict(scored).items() if name != "loss"} if scored else None,
             "engine": str(engine.folder),
             "source": engine.manifest["source"],
         }

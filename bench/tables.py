@@ -168,6 +168,7 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
             f"{pair.context:,}",
             f"{pair.dense['loss']:.4f}",
             f"{pair.sparse['loss']:.4f}",
+            f"{pair.sparse['loss'] - pair.dense['loss']:+.4f} ± {agreement['loss_error']:.4f}",
             f"{agreement['top1']:.1%}",
             f"{agreement['kl']:.1e}",
             str(agreement["tokens"]),
@@ -180,11 +181,15 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
         "context",
         "loss dense",
         "loss sparse",
+        "difference",
         "same top-1",
         "KL",
         "tokens",
     )
-    notes = "Teacher-forced on the last tokens of the same text: mean negative log-likelihood in nats, agreement, KL."
+    notes = (
+        "Teacher-forced on the last tokens of the same text: mean negative log-likelihood in nats, the difference with "
+        "its standard error between tokens, agreement, KL."
+    )
     return [Table("Agreement and loss", columns, list(rows.values()), notes, left=2)]
 
 

@@ -14,8 +14,8 @@ def timing(variant: str, ms: float, **changes: object) -> Record:
         "context": 8192, "batch": 1, "queries": 1, "caches": "prefill", "random_indexer": False, "ms_median": ms,
         "ms_p10": ms * 0.9, "ms_p90": ms * 1.2, "tokens_per_s": 1e3 / ms, "speedup": 3.0, "speedup_predicted": 4.5,
         "floor_fraction": 0.5, "peak_mib": 10.0, "ttft_s": None, "loss": 1.5,
-        "agreement": {"top1": 0.97, "kl": 0.01, "tokens": 32}, "engine": f"out/engines/ort/{variant}",
-        "source": {"sha256": "a" * 64, "weights_sha256": "b" * 64},
+        "agreement": {"loss_error": 0.01, "top1": 0.97, "kl": 0.01, "tokens": 32},
+        "engine": f"out/engines/ort/{variant}", "source": {"sha256": "a" * 64, "weights_sha256": "b" * 64},
         "rates": {"bytes_per_s": 2e10, "flops_per_s": 1e11, "how": "copies"}, **changes,
     }  # fmt: skip
 

@@ -82,7 +82,7 @@ def test_every_case_has_every_field(results: tuple[Path, str]):
         assert record["versions"]["onnxruntime"].startswith("1.")
         assert len(record["source"]["sha256"]) == 64
         assert "bench/compare.py --onnx" in record["command"]
-        assert 0 <= record["agreement"]["top1"] <= 1
+        assert 0 <= record["agreement"]["top1"] <= 1 and record["agreement"]["loss_error"] >= 0
         assert record["agreement"]["tokens"] == record["batch"] * (16 if record["context"] == 32 else 32)
         assert 0 < record["loss"] < 100
     for *dense, sparse in zip(*(records[i::3] for i in range(3)), strict=True):
