@@ -63,27 +63,32 @@ def main() -> None:
     remove_partial(args.out)
     with output_folder(args.out, keep_partial=True) as folder:
         written = folder / RESULTS
+        kept: list[Record] = []
 
-        def keep(records: Sequence[Record]) -> None:
-            with written.open("a") as file:
-                file.writelines(json.dumps({**record, **facts}) + "\n" for record in records)
+        def keep(more: Sequence[Record]) -> None:
+            kept.extend(more)
+            if summary.of_kind(kept, "timing"):
+                written.write_text("".join(json.dumps({**record, **facts}) + "\n" for record in kept))
 
         try:
-            records, proofs = measure_all(groups, args, keep)
+            keep(skips)
+            proofs = measure_all(groups, args, keep)
+            records = list(kept)
+            measured = summary.pairs(records)
+            if not measured:
+                reasons = dict.fromkeys(record["reason"] for record in summary.of_kind(records, "skipped"))
+                raise UserError(f"nothing could be measured: {'; '.join(reasons)}")
+            keep(summary.first_tokens(measured))
+            pictures = plots.draw(records, folder)
+            report.write(folder / "report.html", records, pictures, proofs=proofs, facts=facts)
+            write_manifest(folder, "bench", groups[0].sparse.manifest["source"], **facts)
         except BaseException as error:
             if not written.exists():
                 shutil.rmtree(folder)
             elif isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"stopped; what was measured until then is in {written}") from None
+                where = f"{written}, until another comparison writes to --out {args.out}"
+                raise KeyboardInterrupt(f"stopped; what was measured until then is in {where}") from None
             raise
-        records = [*records, *skips]
-        measured = summary.pairs(records)
-        if not measured:
-            raise UserError("nothing could be measured: " + "; ".join(dict.fromkeys(r["reason"] for r in records)))
-        keep([*skips, *summary.first_tokens(measured)])
-        pictures = plots.draw(records, folder)
-        report.write(folder / "report.html", records, pictures, proofs=proofs, facts=facts)
-        write_manifest(folder, "bench", groups[0].sparse.manifest["source"], **facts)
     tables.print_tables(tables.all_tables(records))
     console.print(f"wrote {args.out / 'report.html'} and {args.out / RESULTS}")
     console.print(summary.sentence(measured))
@@ -221,8 +226,8 @@ Plan = tuple[Group, list[Case], list[matrix.Skip]]
 
 def measure_all(
     groups: Sequence[Group], args: argparse.Namespace, keep: Callable[[Sequence[Record]], None]
-) -> tuple[list[Record], list[str]]:
-    """The records of every group and peer, given to `keep` as they come, and what was proved before any was timed."""
+) -> list[str]:
+    """Gives the records of every group and peer to `keep` as they come; returns what was proved before."""
     phases = ("decode", "prefill") if args.phase == "both" else (args.phase,)
     wish = Wish(args.context, args.batch, phases, args.caches, QUICK_PREFILL if args.quick else None)
     limit = min(engine.limits.max_context for group in groups for engine in group.sides.values())
@@ -231,10 +236,11 @@ def measure_all(
     if args.quick and not args.context:
         wish = replace(wish, contexts=[n for n in QUICK_CONTEXTS if n <= limit] or [limit])
     planned = [(group, *matrix.plan(group, wish)) for group in groups]
-    records: list[Record] = [{"kind": "skipped", **skip} for _, _, skips in planned for skip in skips]
+    skipped: list[Record] = [{"kind": "skipped", **skip} for _, _, skips in planned for skip in skips]
     if not any(cases for _, cases, _ in planned):
-        reasons = "; ".join(dict.fromkeys(record["reason"] for record in records))
+        reasons = "; ".join(dict.fromkeys(record["reason"] for record in skipped))
         raise UserError(f"no case can be measured: {reasons}")
+    keep(skipped)
     longest = max(case.context for _, cases, _ in planned for case in cases)
     rows = measure.in_child(
         prompts.rows, tokenizer_folder(groups, args), args.prompt_file, max(args.batch), longest + 1
@@ -245,21 +251,15 @@ def measure_all(
     measurable = [(group, cases) for group, cases, _ in planned if cases]
     for group, _ in measurable:
         proofs += pass_the_gate(group, rows[0], args.threads)
-    keep(records)
-
-    def add(more: Sequence[Record]) -> None:
-        records.extend(more)
-        keep(more)
-
     for group, cases in measurable:
         try:
-            add(measure_group(group, cases, rows, settings, args))
+            keep(measure_group(group, cases, rows, settings, args))
         except UserError as error:
             console.print(f"{group.name}: {error}")
-            add([{"kind": "skipped", **group.facts(), "reason": str(error)}])
+            keep([{"kind": "skipped", **group.facts(), "reason": str(error)}])
     if contexts:
-        add(measure_peers(groups[0], contexts, rows[0], args))
-    return records, proofs
+        keep(measure_peers(groups[0], contexts, rows[0], args))
+    return proofs
 
 
 def peer_contexts(asked: Sequence[int] | None, planned: Sequence[Plan]) -> list[int]:

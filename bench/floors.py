@@ -99,15 +99,16 @@ def rates(backend: str, dtype: str, threads: int) -> Rates:
     if runs_on_gpu(backend):
         import torch
 
-        if torch.cuda.is_available():
-            return cuda_rates({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+        return cuda_rates({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
     bandwidth, flops = cpu_bandwidth(threads), cpu_flops(threads)
     how = f"copies and sums of {COPY_BYTES >> 20} MiB by {threads} threads; fp32 product of {PRODUCT}² in ONNX Runtime"
     return Rates(bandwidth, flops, how)
 
 
 def runs_on_gpu(backend: str) -> bool:
-    return backend != "ort" or ort_cuda.usable()
+    import torch
+
+    return ort_cuda.usable() if backend == "ort" else torch.cuda.is_available()
 
 
 def cpu_bandwidth(threads: int) -> float:

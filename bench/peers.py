@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 from bench import measure
 from bench.matrix import MARGIN_BYTES, Group
 from dsa_export.cli import UserError, progress_bar
-from dsa_export.files import read_manifest
+from dsa_export.files import read_manifest, weight_files
 from dsa_export.memory import PeakMemory
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def torch_bytes(checkpoint: str, context: int) -> int:
     folder = Path(checkpoint)
     if folder.is_dir():
         width = 4 if "32" in str(config.dtype) else 2
-        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 4 // width
+        weights = sum(path.stat().st_size for path in weight_files(folder)) * 4 // width
     dense = families.dense_config(config)
     layout = VARIANTS[dense.attention].cache_layout(dense, 0)
     per_token = 4 * sum(entry.heads * entry.dim for entry in layout) * config.num_hidden_layers
@@ -200,9 +200,7 @@ class MaskedPeer:
         self.model(_row(tokens), cache=self.cache, use_cache=True, logits_to_keep=1)
 
     def crop(self, tokens: int) -> None:
-        if self.cache.lengths is not None:
-            self.cache.lengths = self.cache.lengths.clamp(max=tokens)
-            self.cache.columns = min(self.cache.columns, tokens)
+        self.cache.crop(min(tokens - self.cache.columns, 0))
 
     def randomise(self, tokens: int) -> None:
         import torch

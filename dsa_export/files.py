@@ -141,7 +141,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weights of a Hugging Face folder that are loaded: safetensors files, or pickled ones where there are none."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def checkpoint_hash(folder: Path) -> str:

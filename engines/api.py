@@ -24,6 +24,9 @@ from pydantic_core import PydanticCustomError
 
 # What this server cannot do, with the values that ask for nothing; clients send these defaults, and null.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,), "allowed_token_ids": (), "chat_template": (), "chat_template_kwargs": ({},),
+    "continue_final_message": (False,), "include_stop_str_in_output": (False,), "length_penalty": (1,),
+    "prompt_logprobs": (), "skip_special_tokens": (True,), "truncate_prompt_tokens": (), "use_beam_search": (False,),
     "bad_words": ([],), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"),
     "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
     "ignore_eos": (False,), "logit_bias": ({},), "logprobs": (False,), "min_p": (0,), "min_tokens": (0,),

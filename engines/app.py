@@ -250,6 +250,8 @@ class Service:
             while running:
                 i, event = await arrived.get()
                 if event.error:
+                    if not isinstance(event.error, (UserError, MemoryError, Stopped)):
+                        raise ApiError(500, "this request failed: see the server's log")
                     raise ApiError(503, str(event.error) or "out of memory", code="unavailable")
                 running -= event.finish_reason is not None
                 yield i, event

@@ -58,6 +58,7 @@ class Sampler:
 def nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
     """The smallest set of most probable tokens that holds at least top_p < 1: ids, most probable first; [V] -> [n]."""
     # Tokens below this bound hold less than 1 - top_p together: only the others need to be sorted.
-    candidates = np.flatnonzero(probabilities > (1 - top_p) / len(probabilities))
+    bound = min((1 - top_p) / len(probabilities), probabilities.max())
+    candidates = np.flatnonzero(probabilities >= bound)
     candidates = candidates[np.argsort(-probabilities[candidates], kind="stable")]
     return candidates[: np.searchsorted(probabilities[candidates].cumsum(dtype=np.float64), top_p) + 1]

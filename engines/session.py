@@ -183,8 +183,10 @@ class Session:
                     running.discard(b)
             if not running:
                 return answers
-            # Rows that have ended write their last slot again: they need no room for what nobody reads.
-            self.truncate(self.lengths - [b not in running for b in range(self.batch)])
+            # Rows that have ended write their last token again: they need no room, and keep what they hold.
+            ended = np.array([b not in running for b in range(self.batch)])
+            tokens[ended] = self._last[ended]
+            self.truncate(self.lengths - ended)
             logits = self.decode(tokens)
 
     def truncate(self, lengths: int | Tokens) -> None:

@@ -18,6 +18,7 @@ from dsa_export.capacity import cache_rows
 from dsa_export.model.standard_ops import write_cache
 
 CAPACITY_STEP = 256
+MOST_DOUBLED = 2**20  # slots: what the GPU kernels take
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class DSACache(Cache):
     def _reserve(self, tokens: int) -> None:
         if tokens <= self.capacity:
             return
-        self.capacity = -(-max(tokens, 2 * self.capacity) // CAPACITY_STEP) * CAPACITY_STEP
+        doubled = min(2 * self.capacity, MOST_DOUBLED)
+        self.capacity = -(-max(tokens, doubled) // CAPACITY_STEP) * CAPACITY_STEP
         for layout, tensors in zip(self.layouts, self.layers, strict=True):
             for entry in layout:
                 old = tensors[entry.name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def load_model(
             model, info = DSAForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot load the weights of {name}: {_first_line(error)}; the file may be truncated or "
             "of another configuration: fetch or train it again"

@@ -142,7 +142,8 @@ class DSAModel(DSAPreTrainedModel):
     ) -> DecoderOutput:
         """transformers' calling convention. attention_mask [B, past + S], 1 = token; 4-D masks are refused."""
         for option in UNSUPPORTED:
-            if kwargs.get(option) is not None and kwargs[option] is not False:
+            value = kwargs.get(option, getattr(self.config, option, None))
+            if value is not None and value is not False:
                 raise ValueError(f"{option} is not supported")
         if input_ids is None:
             raise ValueError("input_ids is missing")

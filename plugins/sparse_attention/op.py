@@ -24,6 +24,8 @@ from plugins.registry import PLUGIN_ATTRIBUTES, shapes
 GATHER_BYTES = 128 * 2**20
 """Upper bound of the gathered K and V rows that the torch form holds at a time (tiles of query tokens)."""
 
+EIGHTH = 0.125
+
 # A skipped entry reads row 0 in its place, which must be finite (the first token writes it), and gets probability 0.
 # Where many queries select from few slots, the gathered copies cost more than the products that they save: the dense
 # operator then runs under a mask, the logarithm of how often each slot was selected, and all rows must be finite. Up to
@@ -90,12 +92,15 @@ SparseAttention <scale, plugin_version, plugin_namespace>
             q_tokens = Transpose <perm = [0, 2, 1, 3]> (q)
             q_by_head = Reshape (q_tokens, by_head_shape)
             q_grouped = Transpose <perm = [0, 2, 1, 3, 4]> (q_by_head)
-            scale_f = Constant <value_float : float = @scale> ()
-            factor = CastLike (scale_f, q)
-            q_scaled = Mul (q_grouped, factor)
+            eighth_f = Constant <value_float = 0.125> ()
+            eighth = CastLike (eighth_f, q)
+            q_eighth = Mul (q_grouped, eighth)
             k_transposed = Transpose <perm = [0, 1, 2, 4, 3]> (k_selected)
-            dots = MatMul (q_scaled, k_transposed)
-            scores = Cast <to = 1> (dots)
+            dots = MatMul (q_eighth, k_transposed)
+            dots_f = Cast <to = 1> (dots)
+            scale_f = Constant <value_float : float = @scale> ()
+            rest = Div (scale_f, eighth_f)
+            scores = Mul (dots_f, rest)
             row_axes = Constant <value_ints = [1, 3]> ()
             valid_row = Unsqueeze (valid, row_axes)
             lowest = Constant <value_float = -3.4e38> ()
@@ -255,6 +260,11 @@ def sparse_attention_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices:
     return torch.cat([_attend(q[:, :, t], k_cache, v_cache, indices[:, t], scale) for t in tiles], dim=2)
 
 
+def scaled_dots(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale · q kᵀ in fp32. An eighth of q is exact in 16 bits, and keeps products within fp16 that the scale would."""
+    return ((q * EIGHTH) @ k.transpose(-1, -2)).float() * (scale / EIGHTH)
+
+
 def _tiles(q: Tensor, k_cache: Tensor, K: int) -> list[slice]:
     """Of the query tokens; none where there is nothing to attend to."""
     B, Hkv, C, D = k_cache.shape
@@ -274,7 +284,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor, scale:
     v_BSHKD = v_cache[rows, :, slots].transpose(2, 3)
     v_BSHKD = v_BSHKD.masked_fill(~valid[:, :, None, :, None], 0)
     q_BSHGD = q.reshape(B, Hkv, Hq // Hkv, S, D).permute(0, 3, 1, 2, 4)
-    scores = ((q_BSHGD * scale) @ k_BSHKD.transpose(-1, -2)).float()  # unscaled they may exceed fp16
+    scores = scaled_dots(q_BSHGD, k_BSHKD, scale)
     valid_row = valid[:, :, None, None, :]
     probabilities = torch.softmax(scores.masked_fill(~valid_row, torch.finfo(torch.float32).min), dim=-1)
     probabilities = probabilities.masked_fill(~valid_row, 0).to(q.dtype)

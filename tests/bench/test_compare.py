@@ -16,6 +16,7 @@ from bench import compare
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import build
+from tests.bench import records
 from tests.engines import toy
 from tests.engines.commands import copy_tree, one_line, run_command
 
@@ -185,6 +186,18 @@ def test_a_group_that_fails_is_listed(export, engines, another_k, tmp_path: Path
     code, _, _ = run_command(compare.main, two_groups(export, engines, another_k, tmp_path / "bench"), capsys)
     assert code == 0 and len(lines(tmp_path / "bench", "timing")) > 0
     assert "out of memory" in [record["reason"] for record in lines(tmp_path / "bench", "skipped")]
+
+
+def test_nothing_measured_leaves_nothing(export, engines, tmp_path: Path, monkeypatch, capsys):
+    def measure(*_):
+        raise UserError("out of memory")
+
+    monkeypatch.setattr(compare, "measure_group", measure)
+    monkeypatch.setattr(compare, "measure_peers", lambda *_: [records.peer("transformers", 9.0)])
+    arguments = [*options(export, engines, tmp_path / "bench"), "--context", "32", "--phase", "decode"]
+    code, _, error = run_command(compare.main, arguments, capsys)
+    assert code == 1 and "nothing could be measured: out of memory" in one_line(error)
+    assert not list(tmp_path.glob("bench*"))
 
 
 def test_what_was_measured_before_a_stop_is_kept(export, engines, another_k, tmp_path: Path, monkeypatch, capsys):

@@ -54,8 +54,10 @@ def test_truncated_weights(damaged):
         load_model(damaged)
 
 
-def test_corrupt_weights(damaged):
-    (damaged / "model.safetensors").write_bytes(b"not a safetensors file at all")
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_corrupt_weights(damaged, name):
+    (damaged / "model.safetensors").unlink()
+    (damaged / name).write_bytes(b"not weights at all")
     with pytest.raises(UserError, match="cannot load the weights"):
         load_model(damaged)
 

@@ -83,6 +83,12 @@ def test_a_tiny_temperature_draws_among_the_best(temperature: float):
     assert set(draws(Sampling(temperature, seed=0), np.array([0, 3, 3, -3e38], np.float32), 50)) == {1, 2}
 
 
+@pytest.mark.parametrize("size", [3, 300, 151_936])
+def test_a_nucleus_is_never_empty(size: int):
+    """In fp32 equal probabilities may be no more than (1 - top_p) / V."""
+    assert 0 <= Sampler(Sampling(1.0, 1e-8, 0))(np.zeros(size, np.float32)) < size
+
+
 def test_a_seed_repeats_the_tokens_and_rows_differ(runner: Runner):
     def sample(seed: int) -> list[list[int]]:
         return Session(runner, 2).generate([[1, 2, 3], [1, 2, 3]], 12, sampling=Sampling(1.5, 0.95, seed))

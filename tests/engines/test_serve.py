@@ -648,7 +648,7 @@ def test_bodies_that_are_not_requests(client: httpx.Client, content: bytes, word
         ({"repetition_penalty": 1.1}, None), ({"min_p": 0.1}, None), ({"ignore_eos": True}, None),
         ({"best_of": 2}, None), ({"response_format": {"type": "json_object"}}, None), ({"logprobs": 0}, None),
         ({"min_tokens": 5}, None), ({"stop_token_ids": [5]}, None), ({"guided_json": {}}, None), ({"top_k": 5}, None),
-        ({"tool_choice": "required"}, None), ({"modalities": ["text", "audio"]}, None),
+        ({"tool_choice": "required"}, None), ({"prompt_logprobs": 0}, None), ({"modalities": ["text", "audio"]}, None),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(client: httpx.Client, change: dict[str, Any], param: str | None):
@@ -836,6 +836,13 @@ def test_an_error_of_one_request_ends_no_other(
         assert scheduler.alive
     assert good.answer.tokens == expected
     assert isinstance(events[-1].error, ZeroDivisionError) and "ZeroDivisionError" in caplog.text
+
+
+def test_an_error_of_ours_is_no_invitation_to_try_again(runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Sampler, "__call__", lambda *_: 1 / 0)
+    with serving(runners["sparse"]) as client:
+        response = client.post(COMPLETIONS, json={"prompt": "x"})
+        refused(response, 500, "this request failed: see the server's log", kind="server_error")
 
 
 def test_batches_of_all_capacities_take_what_the_command_says(

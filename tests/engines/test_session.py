@@ -177,10 +177,8 @@ def test_an_end_token_ends_its_row_only(runner: Runner, monkeypatch: pytest.Monk
     assert session.generate([[1], [2]], 3) == [[toy.END_OF_TEXT], [7, 7, 7]]
 
 
-def test_a_row_that_has_ended_needs_no_room(runner: Runner, monkeypatch: pytest.MonkeyPatch):
-    """Row 0 ends four tokens before the engine does, row 1 goes on for ten."""
-    prompts = [tokens(toy.MAX_POSITIONS - 4), tokens(30, seed=1)]
-
+@pytest.fixture
+def first_row_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sampler(sampling.Sampler):
         def __init__(self, settings: sampling.Sampling, row: int):
             super().__init__(settings)
@@ -190,6 +188,12 @@ def test_a_row_that_has_ended_needs_no_room(runner: Runner, monkeypatch: pytest.
             return toy.END_OF_TEXT if self.row == 0 else int(logits[: toy.END_OF_TEXT].argmax())
 
     monkeypatch.setattr(session_module, "Sampler", Sampler)
+
+
+@pytest.mark.usefixtures("first_row_ends_at_once")
+def test_a_row_that_has_ended_needs_no_room(runner: Runner):
+    """Row 0 ends four tokens before the engine does, row 1 goes on for ten."""
+    prompts = [tokens(toy.MAX_POSITIONS - 4), tokens(30, seed=1)]
     first, second = Session(runner, 2).generate(prompts, 10)
     assert first == [toy.END_OF_TEXT]
     session = Session(runner)
@@ -197,6 +201,16 @@ def test_a_row_that_has_ended_needs_no_room(runner: Runner, monkeypatch: pytest.
     while len(answer) < 10:
         answer.append(int(session.decode(answer[-1:])[0, : toy.END_OF_TEXT].argmax()))
     assert second == answer
+
+
+@pytest.mark.usefixtures("first_row_ends_at_once")
+def test_a_row_that_has_ended_keeps_what_it_holds(runner: Runner):
+    prompts = [tokens(5), tokens(3, seed=1)]
+    alone, session = Session(runner), Session(runner, 2)
+    alone.prefill(prompts[:1])
+    session.generate(prompts, 6)
+    session.truncate([5, 3])
+    np.testing.assert_allclose(session.decode([9, 9])[0], alone.decode([9])[0], atol=TOLERANCE)
 
 
 def test_a_prompt_beyond_the_capacity_is_refused_before_anything_is_computed(runner: Runner):

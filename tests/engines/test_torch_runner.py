@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dsa_export.cli import UserError
-from dsa_export.files import MANIFEST
+from dsa_export.files import MANIFEST, checkpoint_hash
 from dsa_export.onnx.__main__ import main as export_main
 from engines import build, generate
 from engines.memory import OutOfMemory
@@ -53,6 +54,19 @@ def pair(request: pytest.FixtureRequest, built: Path) -> tuple[Runner, Runner]:
 def prompts(lengths: list[int]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(3, 512, length) for length in lengths]
+
+
+def test_pickled_weights_are_linked_too(real_export: Path, checkpoint: Path, tmp_path: Path):
+    folder = copy_tree(checkpoint, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    export = copy_tree(real_export, tmp_path / "onnx")
+    manifest = json.loads((export / MANIFEST).read_text())
+    manifest["source"] = {"path": str(folder), "sha256": checkpoint_hash(folder)}
+    (export / MANIFEST).write_text(json.dumps(manifest))
+    arguments = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "sparse"]
+    build.build("torch", build.parse_arguments(arguments))
+    assert open_runner(tmp_path / "engines" / "torch" / "sparse")
 
 
 def test_torch_computes_what_onnx_runtime_does(pair: tuple[Runner, Runner]):

@@ -78,6 +78,15 @@ def test_products_beyond_fp16_that_the_scale_brings_back(form: str) -> None:
     torch.testing.assert_close(output, torch.full_like(q, 41))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scale_that_is_no_power_of_two_rounds_no_query(dtype: torch.dtype) -> None:
+    q, k = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype) for shape in ((50, 128), (60, 128))
+    )
+    scale = 128**-0.5
+    assert torch.equal(op.scaled_dots(q, k, scale), (q @ k.T).float() * scale)
+
+
 @pytest.mark.parametrize("tile_bytes", [op.GATHER_BYTES, 1])
 def test_gradients_are_those_of_the_torch_form(tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "GATHER_BYTES", tile_bytes)  # 1: a tile per token

@@ -29,6 +29,7 @@ from dsa_export.model.standard_ops import gather_rows, rotary, split_heads, visi
 from plugins.block_topk import block_importance, block_topk
 from plugins.block_topk.op import FORCED_BLOCKS
 from plugins.sparse_attention import sparse_attention
+from plugins.sparse_attention.op import scaled_dots
 
 BRANCHES = ("compression", "selection", "window")
 START_GATE = 3.0
@@ -218,7 +219,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: f
     """
     grouped = q.unflatten(1, (k.shape[1], -1))
     visible = visible[:, None, None]
-    scores = ((grouped * scale) @ k.unsqueeze(2).transpose(-1, -2)).float()  # unscaled they may exceed fp16
+    scores = scaled_dots(grouped, k.unsqueeze(2), scale)
     probabilities = torch.softmax(torch.where(visible, scores, torch.finfo(torch.float32).min), dim=-1)
     probabilities = torch.where(visible, probabilities, 0.0)
     return (probabilities.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2), probabilities
