@@ -39,7 +39,7 @@ def main() -> None:
     if 0 < prefix_cache < (least := slots_of(engine, SHORTEST)):
         raise UserError(f"--prefix-cache {prefix_cache} would keep nothing: the least that is kept is {least} tokens")
     scheduler = Scheduler(runner, slots=slots, queue=args.queue, prefix_cache=prefix_cache)
-    model = args.model_name or f"{engine.folder.resolve().name}-{engine.dtype}"
+    model = args.model_name or f"{engine.folder.resolve().name}-{engine.precision}"
     app = create_app(scheduler, Text(engine), model=model, max_body=args.max_body_bytes)
     host, port = address.getsockname()[:2]
 
@@ -96,7 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SECONDS",
         help="for running requests at a stop (default: %(default)s)",
     )
-    add("--model-name", metavar="NAME", help="what /v1/models says (default: the engine folder's name and type)")
+    add("--model-name", metavar="NAME", help="what /v1/models says (default: the engine folder's name and precision)")
     add("--max-body-bytes", type=positive, default=MAX_BODY_BYTES, metavar="N", help="(default: %(default)s)")
     return parser.parse_args(arguments)
 
