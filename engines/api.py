@@ -24,15 +24,16 @@ from pydantic_core import PydanticCustomError
 
 # What this server cannot do, with the values that ask for nothing; clients send these defaults, and null.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,), "allowed_token_ids": (), "chat_template": (), "chat_template_kwargs": ({},),
-    "continue_final_message": (False,), "include_stop_str_in_output": (False,), "length_penalty": (1,),
-    "prompt_logprobs": (), "skip_special_tokens": (True,), "truncate_prompt_tokens": (), "use_beam_search": (False,),
-    "bad_words": ([],), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"),
-    "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
-    "ignore_eos": (False,), "logit_bias": ({},), "logprobs": (False,), "min_p": (0,), "min_tokens": (0,),
-    "modalities": (["text"],), "presence_penalty": (0,), "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},), "stop_token_ids": ([],), "structured_outputs": (), "suffix": ("",),
-    "tool_calls": ([],), "tool_choice": ("none", "auto"), "tools": ([],), "top_k": (0, -1), "top_logprobs": (0,),
+    "add_generation_prompt": (True,), "allowed_token_ids": (), "bad_words": ([],), "best_of": (1,),
+    "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,), "echo": (False,),
+    "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "guided_choice": (),
+    "guided_grammar": (), "guided_json": (), "guided_regex": (), "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "logprobs": (False,),
+    "min_p": (0,), "min_tokens": (0,), "modalities": (["text"],), "presence_penalty": (0,), "prompt_logprobs": (),
+    "repetition_penalty": (1,), "response_format": ({"type": "text"},), "skip_special_tokens": (True,),
+    "stop_token_ids": ([],), "structured_outputs": (), "suffix": ("",), "tool_calls": ([],),
+    "tool_choice": ("none", "auto"), "tools": ([],), "top_k": (0, -1), "top_logprobs": (0,),
+    "truncate_prompt_tokens": (), "use_beam_search": (False,),
 }  # fmt: skip
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may fill the context
 

@@ -77,7 +77,13 @@ class DenseAttention(nn.Module):
 
     def store(self, name: str, new: Tensor, call: Call, stride: int = 1) -> Tensor:
         """Caches this call's rows and returns all rows; without a cache this call's rows are all there is."""
-        return new if call.caches is None else call.caches[self.layer].update(name, new, stride)
+        if call.caches is None:
+            return new
+        return call.caches[self.layer].update(name, new, stride, whole=self.wants_whole_cache(new))
+
+    def wants_whole_cache(self, new: Tensor) -> bool:
+        """Whether store() returns the free rows of the cache too."""
+        return False
 
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call

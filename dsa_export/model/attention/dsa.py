@@ -153,14 +153,8 @@ class SparseAttention(DenseAttention):
             entries.append(CacheEntry("pooled", 1, config.index_dim, stride=config.index_pool))
         return entries
 
-    def store(self, name: str, new: Tensor, call: Call, stride: int = 1) -> Tensor:
-        if call.caches is None:
-            return new
-        return call.caches[self.layer].update(name, new, stride, whole=self.wants_whole_cache(new))
-
     def wants_whole_cache(self, new: Tensor) -> bool:
-        """Whether the operators get free rows too: GPU kernels do not look at them, but would copy a slice."""
-        return self.sparse and new.is_cuda
+        return self.sparse and new.is_cuda  # the kernels do not look at free rows, but would copy a slice
 
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
