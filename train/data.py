@@ -217,6 +217,7 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
     """Lines or whole files through `datasets`, which reads local, compressed and remote files alike."""
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # one request for each file, local ones too
     try:
         rows = datasets.load_dataset(
             "text", data_files=address, split="train", streaming=True, sample_by=sample_by, encoding_errors="replace"

@@ -186,7 +186,12 @@ def argument_parser(
     rows.add_argument(
         "--cache", type=Path, default=CACHE, metavar="DIR", help=f"where tokens are kept for the next run [{CACHE}]"
     )
-    rows.add_argument("--held-out", type=int, metavar="N", help=f"windows to evaluate on {default('held_out')}")
+    rows.add_argument(
+        "--held-out",
+        type=int,
+        metavar="N",
+        help=f"windows to evaluate on, before and after; 0: none {default('held_out')}",
+    )
     rows.add_argument(
         "--allow-malformed", action="store_true", help="go on when more than 1 %% of the lines are malformed"
     )
@@ -232,9 +237,10 @@ def start(args: argparse.Namespace) -> Processes:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
-    training = "steps max_tokens batch_size accumulation kl_queries lora_rank save_every held_out max_rows"
+    training = "steps max_tokens batch_size accumulation kl_queries lora_rank save_every max_rows"
     at_least_one = f"{training} topk index_heads index_dim".split()
-    for name, least in [("warmup_steps", 0), ("seed", 0), ("min_tokens", 0), *((name, 1) for name in at_least_one)]:
+    at_least_zero = ("warmup_steps", "seed", "min_tokens", "held_out")
+    for name, least in [*((name, 0) for name in at_least_zero), *((name, 1) for name in at_least_one)]:
         value = getattr(args, name, None)
         _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     _require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")

@@ -336,7 +336,9 @@ class Trainer:
     # ------------------------------------------------------------ evaluation and report
 
     def _evaluate(self, when: str) -> dict[str, float]:
-        """By the first process alone. Raises UserError if a figure is not finite."""
+        """By the first process alone; empty without held-out windows. Raises UserError if a figure is not finite."""
+        if not len(self.data.held_out):
+            return {}
         result = self.stage.evaluate(self.model.to(self.device), self.data.held_out)
         for name, value in result.items():
             if not math.isfinite(value):
@@ -348,6 +350,11 @@ class Trainer:
         return result
 
     def _report(self, after: dict[str, float]) -> None:
+        if after:
+            self._show(after)
+        console.print(f"written: {self.out}/ (checkpoint, tokenizer, manifest.json, {METRICS}, loss.png)")
+
+    def _show(self, after: dict[str, float]) -> None:
         table = Table(
             "held-out", "before", "after", title=f"{self.stage.name}, {self.step} steps, {self.seconds:.0f} s"
         )
@@ -357,7 +364,6 @@ class Trainer:
         if "loss_sparse" in after:
             change = after["loss_sparse"] / after["loss_dense"] - 1
             console.print(f"On these windows the selection costs {change:+.2%} of the dense loss")
-        console.print(f"written: {self.out}/ (checkpoint, tokenizer, manifest.json, {METRICS}, loss.png)")
 
     # ------------------------------------------------------------ state
 

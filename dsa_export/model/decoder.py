@@ -129,6 +129,7 @@ class DSAModel(DSAPreTrainedModel):
         mean_aux = {name: torch.stack([a[name] for a in aux if name in a]).mean() for name in aux[0]}
         return self.norm(hidden), mean_aux
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM
 from dsa_export.config import DSAConfig
 from dsa_export.model import dense_twin, load_model
 from dsa_export.model.attention.dsa import SparseAttention
+from dsa_export.model.cache import DSACache
 from plugins.sparse_attention.op import sparse_attention_torch
 from tests.conftest import build_qwen
 
@@ -62,6 +63,15 @@ def test_assisted_generation_changes_nothing(dsa_model, tokens, sparse):
         assert torch.equal(
             model.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0, **draft), expected
         )
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@torch.no_grad()
+def test_the_bare_model_takes_the_cache_by_its_old_name_too(dsa_model, tokens):
+    cache = DSACache(dsa_model.model.cache_layouts)
+    for model in (dsa_model.model, dsa_model):
+        model(tokens[:, :20], past_key_values=cache, use_cache=True)
+    assert cache.lengths.tolist() == [40, 40]
 
 
 @torch.no_grad()

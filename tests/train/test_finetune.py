@@ -46,6 +46,13 @@ def test_dense_training_lowers_the_loss_and_the_warm_up_goes_on_from_it(
     assert torch.equal(sparse.model.layers[1].mlp.up_proj.weight, dense.model.layers[1].mlp.up_proj.weight)
 
 
+def test_without_held_out_windows_nothing_is_evaluated(tiny: Path, records: Path, tmp_path: Path, capsys) -> None:
+    manifest = finetuned(tiny, records, tmp_path / "out", "--attention", "dense", "--held-out", "0")
+    assert manifest["before"] == manifest["after"] == {} and manifest["data"]["windows_held_out"] == 0
+    assert "evaluation" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert "held-out" not in capsys.readouterr().out
+
+
 def test_the_held_out_loss_is_that_of_transformers(tiny: Path) -> None:
     ids = torch.randint(3, 250, (3, 24), generator=torch.Generator().manual_seed(0))
     windows = Windows(ids, ids.clone(), torch.tensor([24, 24, 24]))
