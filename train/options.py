@@ -215,6 +215,14 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
     group.add_argument(
         "--index-queries", choices=("own", "shared"), help="own projection, or the attention's queries [own]"
     )
+    group.add_argument(
+        "--passes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="updates from each forward pass of the frozen model, about other queries each time: in long windows that "
+        "pass is most of the work. Keeps what all layers attend with, 3 GB for 32,768 tokens of a 0.5B in bf16 [1]",
+    )
     add_selection_arguments(parser)
 
 
@@ -231,13 +239,17 @@ def start(args: argparse.Namespace) -> Processes:
         args.accumulation % processes.count == 0,
         f"--accumulation {args.accumulation} cannot be dealt out to {processes.count} processes",
     )
+    _require(
+        getattr(args, "passes", 1) == 1 or not processes.sharded,
+        f"--passes {getattr(args, 'passes', 1)} needs --parallel ddp: fsdp gathers the weights in a forward pass only",
+    )
     _require(not several or getattr(args, "model", "") is not None, "several processes need a --model to start from")
     return processes
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
-    training = "steps max_tokens batch_size accumulation kl_queries lora_rank save_every max_rows"
+    training = "steps max_tokens batch_size accumulation kl_queries passes lora_rank save_every max_rows"
     at_least_one = f"{training} topk index_heads index_dim".split()
     at_least_zero = ("warmup_steps", "seed", "min_tokens", "held_out")
     for name, least in [*((name, 0) for name in at_least_zero), *((name, 1) for name in at_least_one)]:

@@ -52,8 +52,8 @@ class Stage:
     name: str
     groups: Callable[[nn.Module], dict[str, list[nn.Parameter]]]
     """Parameters to train. Each group is clipped by itself: its gradients do not depend on another group's."""
-    terms: Callable[[nn.Module, Batch], dict[str, Tensor]]
-    """Scalars of a batch: those in `losses` are trained, the others reported."""
+    terms: Callable[[nn.Module, Any], dict[str, Tensor]]
+    """Scalars of a batch (or what `record` made of it): those in `losses` are trained, the others reported."""
     losses: tuple[str, ...]
     evaluate: Callable[[nn.Module, Windows], dict[str, float]]
     optimizers: Callable[[dict[str, list[nn.Parameter]], Settings], list[torch.optim.Optimizer]] = lambda groups, s: [
@@ -63,6 +63,10 @@ class Stage:
     """Changes the model in place before it trains (adapters), after the evaluation before."""
     finish: Callable[[nn.Module], None] = lambda model: None
     """Takes that back before the result is evaluated and saved."""
+    passes: int = 1
+    """Updates of a step, all from its batches."""
+    record: Callable[[nn.Module, Batch], Any] | None = None
+    """Computes what `terms` takes in the batch's place, without gradient and once per step: what its passes share."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ class Trainer:
         return self.max_minutes is not None and self.seconds >= 60 * self.max_minutes
 
     def _step(self) -> dict[str, Any]:
-        """One update. Terms are means over the step: by labels of what is predicted, by valid tokens of the rest."""
+        """The updates of one step. Terms are means over them: by labels of what is predicted, else by valid tokens."""
         settings = self.settings
         factor = settings.lr_factor(self.step)
         for optimizer, peaks in zip(self.optimizers, self.peak_lrs, strict=True):
@@ -281,9 +285,30 @@ class Trainer:
             for batch in batches
         ]
         totals = self.processes.sum({unit: sum(count[unit] for count in counts) for unit in ("labels", "tokens")})
+        recorded = batches
+        if self.stage.record:
+            with torch.no_grad(), precision.autocast(self.device, settings.dtype):
+                recorded = [self.stage.record(self.spread.model, batch) for batch in batches]
+        updates = [self._update(n, rows, mine, recorded, counts, totals) for n in range(self.stage.passes)]
+        means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
+        metrics = {"step": self.step + 1, **means, "lr": settings.lr * factor, "tokens": int(totals["tokens"])}
+        self.history.append(metrics)
+        return metrics
+
+    def _update(
+        self,
+        number: int,
+        rows: list[Tensor],
+        mine: range,
+        recorded: list[Any],
+        counts: list[dict[str, int]],
+        totals: dict[str, float],
+    ) -> dict[str, float]:
+        """One of a step's updates, from this process's micro-batches (`mine`): the terms and gradient norms."""
+        settings = self.settings
         sums: dict[str, float] = defaultdict(float)
-        for i, batch, count in zip(mine, batches, counts, strict=True):
-            torch.manual_seed(settings.seed_of(self.step, i))
+        for i, batch, count in zip(mine, recorded, counts, strict=True):
+            torch.manual_seed(settings.seed_of(self.step * self.stage.passes + number, i))
             with precision.autocast(self.device, settings.dtype):
                 terms = self.spread.run(self.stage.terms, batch)
             loss = torch.zeros((), device=self.device)
@@ -293,7 +318,7 @@ class Trainer:
                 sums[name] += term.item() * share
                 if name in self.stage.losses:
                     loss = loss + term * share
-            self.spread.backward(loss, last=batch is batches[-1])
+            self.spread.backward(loss, last=i == mine[-1])
         means = self.processes.sum(sums)
         norms = {
             f"grad_norm_{name}": collect(nn.utils.clip_grad_norm_(parameters, settings.clip)).item()
@@ -303,9 +328,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self.spread.model.zero_grad(set_to_none=True)
-        metrics = {"step": self.step + 1, **means, **norms, "lr": settings.lr * factor, "tokens": int(totals["tokens"])}
-        self.history.append(metrics)
-        return metrics
+        return means | norms
 
     def _check_divergence(self, rows: list[Tensor], losses: dict[str, float], norms: dict[str, float]) -> None:
         """Stops the run at a value that is not finite or a loss that explodes; the state before this step is saved."""

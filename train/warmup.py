@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import run
-from dsa_export.model import load_model
+from dsa_export.model import AttentionTrace, load_model
+from dsa_export.model.attention.base import mean_over_layers
 from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attention, load_config
 from train import base
 from train.data import Windows
@@ -47,6 +49,9 @@ REAL = Recipe(
 """25 minutes on one core in bf16 for Qwen2.5-0.5B, 50 in fp32. Measured in docs/results.md."""
 
 
+Recorded = tuple[list[AttentionTrace], dict[str, Tensor]]
+
+
 def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"indexer": [p for name, p in model.named_parameters() if INDEXER in name]}
 
@@ -61,8 +66,40 @@ def warmup_terms(
 ) -> dict[str, Tensor]:
     """{"kl", "recall", …} of a batch under dense attention. The head is not run: no cross-entropy is trained."""
     model.sparse = False
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return model.model(**inputs, observer=observer(batch, topk, kl_queries, kl_target)).aux_losses
+    return model.model(**inputs(batch), observer=observer(batch, topk, kl_queries, kl_target)).aux_losses
+
+
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def record(model: Any, batch: dict[str, Tensor]) -> Recorded:
+    """Every layer's trace under dense attention, and the batch: several updates share it, the base is frozen."""
+    traces: list[AttentionTrace] = []
+    model.sparse = False
+
+    def keep(trace: AttentionTrace) -> dict[str, Tensor]:
+        traces.append(trace)
+        return {}
+
+    model.model(**inputs(batch), observer=keep)
+    return traces, batch
+
+
+def replayed_terms(model: Any, recorded: Recorded, *options: Any, **named: Any) -> dict[str, Tensor]:
+    """warmup_terms, of which only the indexers are run; about other queries each time."""
+    traces, batch = recorded
+    observe = observer(batch, *options, **named)
+    terms = []
+    indexed = traces[0]
+    for trace in traces:
+        if trace.again:
+            trace = indexed = trace.again()
+        else:
+            parts = {name: getattr(indexed, name) for name in ("index_q", "index_weights", "index_k", "scored_k")}
+            trace = replace(trace, **parts)
+        terms.append(observe(trace))
+    return mean_over_layers(terms)
 
 
 def evaluation(args: argparse.Namespace, teacher: Any = None) -> Callable[[nn.Module, Windows], dict[str, float]]:
@@ -121,11 +158,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             name="warmup",
             groups=indexer_parameters,
             terms=partial(
-                warmup_terms, topk=model.config.index_topk, kl_queries=args.kl_queries, kl_target=args.kl_target
+                warmup_terms if args.passes == 1 else replayed_terms,
+                topk=model.config.index_topk,
+                kl_queries=args.kl_queries,
+                kl_target=args.kl_target,
             ),
             losses=("kl",),
             evaluate=evaluation(args),
             optimizers=lambda groups, settings: INDEXER_OPTIMIZERS[args.indexer_optimizer](groups["indexer"], settings),
+            passes=args.passes,
+            record=record if args.passes > 1 else None,
         )
 
     train_from(name, config, "warmup", args, processes, prepare)

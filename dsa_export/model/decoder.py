@@ -19,7 +19,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from dsa_export.config import DSAConfig
 from dsa_export.model import attention, feed_forward
 from dsa_export.model.attention import Call
-from dsa_export.model.attention.base import Observer, Selector
+from dsa_export.model.attention.base import Observer, Selector, mean_over_layers
 from dsa_export.model.cache import CacheEntry, DSACache, LayerCache
 from dsa_export.model.norm import RMSNorm
 from dsa_export.model.rope import RotaryTable
@@ -126,8 +126,7 @@ class DSAModel(DSAPreTrainedModel):
         for layer in self.layers:
             hidden, layer_aux = layer(hidden, call)
             aux.append(layer_aux)
-        mean_aux = {name: torch.stack([a[name] for a in aux if name in a]).mean() for name in aux[0]}
-        return self.norm(hidden), mean_aux
+        return self.norm(hidden), mean_over_layers(aux)
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(

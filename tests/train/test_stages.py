@@ -75,6 +75,41 @@ def test_the_warm_up_trains_the_indexer_and_leaves_the_base_bitwise(tiny: Path, 
     assert all(not torch.equal(untrained[name], after[name]) for name in indexer)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"index_share": 2}, {"index_pool": 2}, {"index_keys": "int8"}, {"kl_target": "output"}], ids=str
+)
+def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(tiny: Path, options: dict) -> None:
+    """The values and the indexers' gradients; and those of the indexers as they are now, not as they were recorded."""
+    target = {"kl_target": options.get("kl_target", "rms")}
+    model = load_model(tiny, **INDEXER, **{name: value for name, value in options.items() if name != "kl_target"})
+    parameters = warmup.indexer_parameters(model)["indexer"]
+    recorded = warmup.record(model, batch())
+    for _ in range(2):
+        values, gradients = [], []
+        for terms, of in ((warmup.warmup_terms, batch()), (warmup.replayed_terms, recorded)):
+            torch.manual_seed(3)
+            values.append(terms(model, of, topk=8, kl_queries=10, **target))
+            gradients.append(torch.autograd.grad(values[-1]["kl"], parameters))
+        assert values[0].keys() == values[1].keys() >= {"kl", "recall"}
+        torch.testing.assert_close(values[1], values[0])
+        torch.testing.assert_close(gradients[1], gradients[0])
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def test_passes_are_updates(tiny: Path, records: Path, tmp_path: Path) -> None:
+    """Of one window, with all its queries each time: as many steps on it."""
+    arguments = ["--batch-size", "1", "--max-rows", "1", "--packing", "cut", "--schedule", "constant"]
+    arguments += ["--warmup-steps", "0"]
+    passes = trained(tiny, records, tmp_path / "passes", *arguments, "--steps", "1", "--passes", "3")
+    steps = trained(tiny, records, tmp_path / "steps", *arguments, "--steps", "3")
+    assert weights(passes).keys() == weights(steps).keys()
+    torch.testing.assert_close(weights(passes), weights(steps), atol=1e-5, rtol=1e-3)
+    metrics = [json.loads(line) for line in (passes / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("step") for line in metrics] == [0, 1, 1] and metrics[1]["tokens"] == 48
+
+
 def test_the_teacher_of_the_warm_up_is_dense(tiny: Path) -> None:
     """Bug of the original: the "dense" teacher is masked by the untrained selection."""
     traces: list[AttentionTrace] = []

@@ -6,7 +6,7 @@ heads/size, K = k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -36,10 +36,12 @@ class AttentionTrace:
     indices: Tensor | None  # [B, S, K] int32; None where the core attended to everything, or nothing is selected yet
     lengths: Tensor  # [B] int64, valid tokens per row (rows are padded on the right)
     scale: float  # of the main attention's scores
+    again: Callable[[], AttentionTrace] | None = None
+    """Runs the layer's indexer anew on the same input: the trace before a selection. None: the layer has no indexer."""
 
     def for_followers(self, *, observed: bool) -> AttentionTrace:
         """What the layers that follow need of it: the selection, and for an observer what made it."""
-        selection = replace(self, q=NOTHING, k=NOTHING, value_norms=lambda: NOTHING)
+        selection = replace(self, q=NOTHING, k=NOTHING, value_norms=lambda: NOTHING, again=None)
         if observed:
             return selection
         return replace(selection, index_q=NOTHING, index_weights=NOTHING, index_k=NOTHING, scored_k=NOTHING)
@@ -65,3 +67,8 @@ class Call:
     selector: Selector | None = None  # None: the layer's own indexer selects
     handed_on: dict[int, AttentionTrace] = field(default_factory=dict)
     """Of the layers whose selection others follow: what those need."""
+
+
+def mean_over_layers(scalars: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each scalar over the layers that have it; the first has all."""
+    return {name: torch.stack([layer[name] for layer in scalars if name in layer]).mean() for name in scalars[0]}

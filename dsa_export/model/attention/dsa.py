@@ -6,6 +6,7 @@ before it is cached.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -163,14 +164,7 @@ class SparseAttention(DenseAttention):
             raise ValueError("an observer or a selector needs a call without cache")
         value_norms = partial(self.value_norms, v)
         if self.leads:
-            index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
-            scored = self.scored(index_q, index_weights, index_k, call)
-            scored_k = index_k
-            if self.pool > 1 and call.caches is None:
-                scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : index_k.shape[1]]
-            trace = AttentionTrace(
-                self.layer, q, k, value_norms, index_q, index_weights, index_k, scored_k, None, call.lengths, self.scale
-            )
+            trace, scored = self.index(hidden, q_BSE, q, k, value_norms, call)
             if self.sparse:
                 with torch.no_grad():
                     indices = self.select(scored, call) if call.selector is None else call.selector(trace)
@@ -186,6 +180,19 @@ class SparseAttention(DenseAttention):
         else:
             output = dense_attention(q, k, v, call.kv_lengths, self.scale)
         return output, call.observer(trace) if call.observer else {}
+
+    def index(
+        self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, value_norms: Callable[[], Tensor], call: Call
+    ) -> tuple[AttentionTrace, Scored]:
+        """Runs the indexer, and caches its keys: the layer's trace without a selection, and what that is made from."""
+        index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
+        scored = self.scored(index_q, index_weights, index_k, call)
+        scored_k = index_k
+        if self.pool > 1 and call.caches is None:
+            scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : index_k.shape[1]]
+        parts = (q, k, value_norms, index_q, index_weights, index_k, scored_k, None, call.lengths, self.scale)
+        trace = AttentionTrace(self.layer, *parts, again=lambda: self.index(hidden, q_BSE, q, k, value_norms, call)[0])
+        return trace, scored
 
     def scored(self, index_q: Tensor, index_weights: Tensor, index_k: Tensor, call: Call) -> Scored:
         """Caches this call's index keys [B, S, Di], and returns what the scores are computed from.
