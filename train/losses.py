@@ -38,7 +38,7 @@ from dsa_export.model.attention.base import NOTHING
 from dsa_export.topk import TopK
 from plugins.index_topk.op import topk_lowest_index_first
 
-TILE = {"cpu": 128, "cuda": 512}
+TILE = {"cpu": 32, "cuda": 512}
 """R, query rows handled at a time: little enough for a CPU's caches, enough to fill a GPU. See peak_bytes()."""
 
 TARGETS = ("rms", "output", "mean")
