@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,17 @@ def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(tiny: Path, options: 
         with torch.no_grad():
             for parameter in parameters:
                 parameter += 0.1 * torch.randn_like(parameter)
+
+
+def test_what_was_recorded_is_freed_without_the_garbage_collector(tiny: Path) -> None:
+    """It is gigabytes, and the collector counts objects."""
+    model = load_model(tiny, **INDEXER)
+    gc.disable()
+    try:
+        freed = weakref.ref(warmup.record(model, batch())[0][0].q)
+    finally:
+        gc.enable()
+    assert freed() is None
 
 
 def test_passes_are_updates(tiny: Path, records: Path, tmp_path: Path) -> None:

@@ -191,7 +191,10 @@ class SparseAttention(DenseAttention):
         if self.pool > 1 and call.caches is None:
             scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : index_k.shape[1]]
         parts = (q, k, value_norms, index_q, index_weights, index_k, scored_k, None, call.lengths, self.scale)
-        trace = AttentionTrace(self.layer, *parts, again=lambda: self.index(hidden, q_BSE, q, k, value_norms, call)[0])
+        unseen = replace(call, observer=None, handed_on={})  # or an observer that keeps traces would be kept by them
+        trace = AttentionTrace(
+            self.layer, *parts, again=lambda: self.index(hidden, q_BSE, q, k, value_norms, unseen)[0]
+        )
         return trace, scored
 
     def scored(self, index_q: Tensor, index_weights: Tensor, index_k: Tensor, call: Call) -> Scored:
