@@ -356,7 +356,7 @@ def measure(
             for length in args.task_lengths:
                 if any((record["task"], record["length"]) == (name, length) for record in results["tasks"]):
                     continue
-                count(progress, f"{name}, {length:,} tokens", args.samples * (1 + len(choices)))
+                count(progress, f"{name}, {length:,} tokens", args.samples * (1 + len({*map(str, choices)})))
                 results["tasks"] += study.task(name, length, args.samples, choices, tokenizer)
                 keep()
             show(task_table([record for record in results["tasks"] if record["task"] == name]))

@@ -171,6 +171,7 @@ class Study:
         answer, and every answer."""
         model, limit = self.model, tasks.TASKS[name].answer_tokens
         ends = self.ends(tokenizer)
+        settings = {str(choice): choice.ks for choice in choices}  # k by layer may come out as one of the others
         scores: dict[str, list[float]] = defaultdict(list)
         nats: dict[str, list[float]] = defaultdict(list)
         answers: list[Record] = []
@@ -179,7 +180,7 @@ class Study:
             rest = tokenizer(sample.rest, add_special_tokens=False)["input_ids"]
             ids, right = (torch.tensor([tokens], device=self.device) for tokens in (prompt, rest))
             texts: dict[str, str] = {}
-            for label, ks in [("dense", None), *((str(c), c.ks) for c in choices)]:
+            for label, ks in [("dense", None), *settings.items()]:
                 if ks and min(ks) >= length:  # everything is selected: that is dense, see _check_full
                     texts[label] = texts["dense"]
                     nats[label].append(nats["dense"][-1])
@@ -198,14 +199,14 @@ class Study:
                 "task": name,
                 "length": length,
                 "samples": samples,
-                "k": str(choice),
+                "k": label,
                 "dense": mean["dense"],
-                "sparse": mean[str(choice)],
+                "sparse": mean[label],
                 "dense_nats": cost_of["dense"],
-                "sparse_nats": cost_of[str(choice)],
-                "answers": answers if choice is choices[0] else None,
+                "sparse_nats": cost_of[label],
+                "answers": None if number else answers,
             }
-            for choice in choices
+            for number, label in enumerate(settings)
         ]
 
     def ends(self, tokenizer: Any) -> set[int]:

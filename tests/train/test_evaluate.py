@@ -403,6 +403,14 @@ def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, 
     assert [few["dense_nats"], few["sparse_nats"], all_selected["sparse_nats"]] == [2, 3, 2]
 
 
+def test_a_k_by_layer_that_is_one_of_the_others_counts_once(model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tasks, "answer", lambda model, *_: ([5], 2.0 + model.sparse))
+    monkeypatch.setattr(tasks, "recall", lambda *_: 1.0)
+    choices = [Choice(str(K), (K, K)), Choice("auto", (K, K))]
+    (record,) = Study(model, ["trained"], 1, 0).task("passkey", 400, 2, choices, tokenizer)
+    assert (record["k"], record["sparse"], record["sparse_nats"]) == (str(K), 1, 3)
+
+
 AUTO = ["--k", "auto", "--k-budget", "24"]
 
 
