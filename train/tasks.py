@@ -116,8 +116,9 @@ def variables(rng: random.Random, size: int) -> Sample:
 
 
 def common(rng: random.Random, size: int) -> Sample:
-    often, seldom = 30, 3
-    while size < 10 * often + 10 * seldom and often > 2:  # a short text holds each of them fewer times
+    seldom = max(3, -(-size // (len(_words()) + 90)))  # of a long text all words there are hold too little
+    often = 10 * seldom
+    while size < 10 * often + 10 * seldom and often > 3:  # a short text holds each of them fewer times
         often, seldom = often // 2, max(1, seldom // 2)
     words = rng.sample(_words(), min(len(_words()), 10 + max(1, (size - 10 * often) // seldom)))
     wanted, others = words[:10], words[10:]
