@@ -221,7 +221,7 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
         default=1,
         metavar="N",
         help="updates from each forward pass of the frozen model, about other queries each time: in long windows that "
-        "pass is most of the work. Keeps what all layers attend with, 3 GB for 32,768 tokens of a 0.5B in bf16 [1]",
+        "pass is most of the work. Keeps what all layers attend with, 6 GB for 32,768 tokens of a 0.5B [1]",
     )
     add_selection_arguments(parser)
 

@@ -79,7 +79,7 @@ def record(model: Any, batch: dict[str, Tensor]) -> Recorded:
     model.sparse = False
 
     def keep(trace: AttentionTrace) -> dict[str, Tensor]:
-        traces.append(trace)
+        traces.append(trace.without_indexer())
         return {}
 
     model.model(**inputs(batch), observer=keep)

@@ -105,7 +105,10 @@ def test_what_was_recorded_is_freed_without_the_garbage_collector(tiny: Path) ->
     model = load_model(tiny, **INDEXER)
     gc.disable()
     try:
-        freed = weakref.ref(warmup.record(model, batch())[0][0].q)
+        traces, _ = warmup.record(model, batch())
+        assert all(trace.index_q.numel() == 0 for trace in traces)  # the indexers are run again
+        freed = weakref.ref(traces[0].q)
+        del traces
     finally:
         gc.enable()
     assert freed() is None

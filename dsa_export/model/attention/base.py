@@ -42,9 +42,11 @@ class AttentionTrace:
     def for_followers(self, *, observed: bool) -> AttentionTrace:
         """What the layers that follow need of it: the selection, and for an observer what made it."""
         selection = replace(self, q=NOTHING, k=NOTHING, value_norms=lambda: NOTHING, again=None)
-        if observed:
-            return selection
-        return replace(selection, index_q=NOTHING, index_weights=NOTHING, index_k=NOTHING, scored_k=NOTHING)
+        return selection if observed else selection.without_indexer()
+
+    def without_indexer(self) -> AttentionTrace:
+        """The same without what the indexer made of its input, to be kept until it is run again."""
+        return replace(self, index_q=NOTHING, index_weights=NOTHING, index_k=NOTHING, scored_k=NOTHING)
 
 
 Observer = Callable[[AttentionTrace], dict[str, Tensor]]
