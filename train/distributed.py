@@ -138,13 +138,15 @@ class Spread:
         """function(model, *args), through the wrapper that gathers weights and gradients."""
         return self.module(function, *args)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradients of the sum of all processes' losses; they are exchanged after the `last` of an update."""
-        postponed: AbstractContextManager = nullcontext()
+    def exchange(self, *, last: bool) -> AbstractContextManager:
+        """Around run() and backward() of a micro-batch: DDP exchanges gradients in the `last` one of an update only."""
         if isinstance(self.module, DistributedDataParallel) and not last:
-            postponed = self.module.no_sync()
-        with postponed:
-            (loss * self.processes.count).backward()  # both wrappers take the mean over the processes
+            return self.module.no_sync()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of the sum of all processes' losses."""
+        (loss * self.processes.count).backward()  # both wrappers take the mean over the processes
 
     @torch.no_grad()
     def gather(self) -> Any:

@@ -309,16 +309,17 @@ class Trainer:
         sums: dict[str, float] = defaultdict(float)
         for i, batch, count in zip(mine, recorded, counts, strict=True):
             torch.manual_seed(settings.seed_of(self.step * self.stage.passes + number, i))
-            with precision.autocast(self.device, settings.dtype):
-                terms = self.spread.run(self.stage.terms, batch)
-            loss = torch.zeros((), device=self.device)
-            for name, term in terms.items():
-                unit = "labels" if name in ("cross_entropy", "distillation") else "tokens"
-                share = count[unit] / totals[unit]
-                sums[name] += term.item() * share
-                if name in self.stage.losses:
-                    loss = loss + term * share
-            self.spread.backward(loss, last=i == mine[-1])
+            with self.spread.exchange(last=i == mine[-1]):
+                with precision.autocast(self.device, settings.dtype):
+                    terms = self.spread.run(self.stage.terms, batch)
+                loss = torch.zeros((), device=self.device)
+                for name, term in terms.items():
+                    unit = "labels" if name in ("cross_entropy", "distillation") else "tokens"
+                    share = count[unit] / totals[unit]
+                    sums[name] += term.item() * share
+                    if name in self.stage.losses:
+                        loss = loss + term * share
+                self.spread.backward(loss)
         means = self.processes.sum(sums)
         norms = {
             f"grad_norm_{name}": collect(nn.utils.clip_grad_norm_(parameters, settings.clip)).item()

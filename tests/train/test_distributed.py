@@ -87,6 +87,29 @@ def test_the_warm_up_under_accelerate_launch(tiny: Path, records: Path, warm: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
+def test_gradients_are_exchanged_once_per_update() -> None:
+    """DDP decides in the forward pass whether the backward pass will exchange them."""
+    exchanges = []
+
+    def exchange(_, bucket):  # torch reads annotations, and does not know them as strings
+        exchanges.append(bucket.index())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        spread = distributed.Spread(torch.nn.Linear(2, 1), distributed.Processes(torch.device("cpu"), 0, 2))
+        spread.module.register_comm_hook(None, exchange)
+        for micro_step in range(3):
+            with spread.exchange(last=micro_step == 2):
+                spread.backward(spread.run(lambda model: model(torch.ones(1, 2)).sum()))
+        assert exchanges == [0] and spread.model.weight.grad.tolist() == [[6, 6]]
+        del spread
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 LEAVING_ALONE = """
 import gc
 from torch.nn.parallel import DistributedDataParallel
