@@ -19,7 +19,6 @@ import hashlib
 import json
 import sysconfig
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +115,10 @@ def parse_record(line: str) -> Document:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError("history must be a list of [user, assistant] pairs")
         messages += [("user", turn[0]), ("assistant", turn[1])]
-    return Document((*messages, ("user", question)), output)
+    messages.append(("user", question))
+    for text in (*(content for _, content in messages), output):
+        text.encode()  # raises for half of a surrogate pair (\ud83d), which no tokenizer takes
+    return Document(tuple(messages), output)
 
 
 @dataclass
@@ -176,9 +178,11 @@ def _is_text(path: Path) -> bool:
 
 def _json_lines(address: str, name: str, malformed: Malformed) -> Iterator[Document]:
     for number, line in enumerate(_stream(address, sample_by="line"), start=1):
+        if not line or line.isspace():
+            continue
         malformed.lines += 1
         try:
-            document = parse_record(line)
+            document = parse_record(line.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             malformed.add(f"{name} line {number}", str(error))
         else:
@@ -224,7 +228,7 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
         )
         for row in rows:
             yield row["text"]
-    except (OSError, EOFError, zlib.error) as error:  # missing, not reachable, or not as compressed as its name says
+    except Exception as error:  # missing, not reachable, not as compressed as its name says: each library has its own
         raise UserError(f"cannot read {address}: {(str(error).splitlines() or ['empty'])[0]}") from None
 
 

@@ -93,6 +93,8 @@ def test_plain_text_has_no_prompt(tokenizer) -> None:
         (json.dumps({"instruction": 3, "output": "y"}), "strings"),
         (json.dumps(record("y", history=[["only one"]])), "history"),
         (json.dumps(record("y", history="none")), "history"),
+        (json.dumps(record("half of a pair: \ud83d")), "surrogates"),
+        (json.dumps(record("y", history=[["\ud83d", "half of a pair"]])), "surrogates"),
     ],
 )
 def test_malformed_records_are_named(line: str, reason: str) -> None:
@@ -122,6 +124,20 @@ def test_one_percent_of_bad_lines_is_reported_and_left_out(tmp_path: Path, token
     source = write_jsonl(tmp_path / "d.jsonl", [*[record(f"Answer {i}.") for i in range(99)], "oops"])
     data = load(source, tokenizer, train_windows=10_000)
     assert data.facts["malformed"].startswith("1 of 100 lines") and "line 100" in data.facts["malformed"]
+
+
+def test_empty_lines_and_a_byte_order_mark_are_no_bad_lines(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", ["\ufeff" + json.dumps(record("one")), "", " ", record("two"), ""])
+    malformed = Malformed()
+    assert [document.answer for document in documents(source, malformed)] == ["one", "two"]
+    assert (malformed.lines, malformed.count) == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.zst", "text.txt.xz", "text.zip"])
+def test_a_file_that_is_not_as_compressed_as_its_name_says_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(UserError, match=f"cannot read .*{name}: "):
+        list(documents(str(tmp_path / name), Malformed()))
 
 
 def test_bad_lines_stop_a_long_stream_early(tmp_path: Path) -> None:
