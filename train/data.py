@@ -17,6 +17,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ CACHE = Path("out/data")
 SNAPSHOT_SECONDS = 30
 """Tokens that a killed run loses at most."""
 
+COMPRESSED = frozenset([".gz", ".zst", ".bz2", ".xz", ".lz4"])
 TEXT_SUFFIXES = frozenset(
     [
         ".py",
@@ -161,19 +163,29 @@ def documents(source: str, malformed: Malformed) -> Iterator[Document]:
         yield from _json_lines(source, source.rsplit("/", 1)[-1], malformed)
         return
     path = Path(source)
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    records = [f for f in files if {".jsonl", ".json"} & set(f.suffixes) and (f.suffix != ".json" or f == path)]
+    if not path.is_dir():
+        is_text = not {".jsonl", ".json"} & set(path.suffixes)
+        yield from _pieces(path) if is_text else _json_lines(_address(path), path.name, malformed)
+        return
+    files = _visible_files(path)
+    records = [f for f in files if _holds_records(f)]
     for file in records:
         yield from _json_lines(_address(file), file.name, malformed)
     if not records:
-        texts = [f for f in files if f == path or _is_text(f.relative_to(path))]
-        # Neighbours in a source tree are alike: an order that is stable, but not alphabetical.
-        texts.sort(key=lambda f: hashlib.blake2b(str(f.relative_to(path)).encode()).digest())
-        yield from _text_files(texts, source, cut=path.is_file())
+        yield from _text_files([f for f in files if f.suffix in TEXT_SUFFIXES], path)
 
 
-def _is_text(path: Path) -> bool:
-    return path.suffix in TEXT_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+def _visible_files(folder: Path) -> list[Path]:
+    """All below a folder but what is hidden, such as the notes that a download keeps of its own files."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+
+
+def _holds_records(file: Path) -> bool:
+    """*.jsonl, and compressed also *.json."""
+    if file.suffix in COMPRESSED:
+        return Path(file.stem).suffix in (".jsonl", ".json")
+    return file.suffix == ".jsonl"
 
 
 def _json_lines(address: str, name: str, malformed: Malformed) -> Iterator[Document]:
@@ -192,23 +204,26 @@ def _json_lines(address: str, name: str, malformed: Malformed) -> Iterator[Docum
     malformed.check()
 
 
-def _text_files(files: list[Path], source: str, *, cut: bool) -> Iterator[Document]:
-    """One document per file; with `cut` many, of PIECE characters and what is left of a line."""
+def _text_files(files: list[Path], folder: Path) -> Iterator[Document]:
+    """One document per file of a folder. Read without `datasets`, which takes a hundred times as long to open one."""
     if not files:
-        raise UserError(f"no *.jsonl and no text files in {source}")
-    for file in files:
-        for text in _stream(_address(file), sample_by="document"):
-            for piece in _pieces(text) if cut else [text]:
-                if piece.strip():
-                    yield Document((), piece)
+        raise UserError(f"no *.jsonl and no text files in {folder}")
+    # Neighbours in a source tree are alike: an order that is stable, but not alphabetical.
+    for file in sorted(files, key=lambda f: hashlib.blake2b(os.fsencode(f.relative_to(folder))).digest()):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield Document((), text)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + PIECE) + 1 or len(text)
-        yield text[start:end]
-        start = end
+def _pieces(file: Path) -> Iterator[Document]:
+    """A file of text as documents of PIECE characters and what is left of a line."""
+    for text in _stream(_address(file), sample_by="document"):
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + PIECE) + 1 or len(text)
+            if text[start:end].strip():
+                yield Document((), text[start:end])
+            start = end
 
 
 def _address(file: Path) -> str:
@@ -456,7 +471,7 @@ def _fingerprint(source: str, tokenizer: Any, options: list[Any]) -> str:
     address: Any = source
     if "://" not in source:
         path = stdlib_records() if source == "stdlib" else Path(source)
-        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        files = _visible_files(path) if path.is_dir() else [path]
         address = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     words = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps([address, words, options]).encode()).hexdigest()[:16]
