@@ -241,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for length in args.length
     }
+    for length, part in data.items():
+        check_measured(args, length, int(part.held_out.lengths.max()))
     source = model_source(args.model)
     facts = manifest_facts(args, data)
     partial = args.out.with_name(args.out.name + PARTIAL)
@@ -270,6 +272,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Wrote {args.write_topk}/: the same weights with k by layer; export it with --model {args.write_topk}"
         )
     console.print(f"Wrote {args.out}/: {RESULTS}, {MANIFEST} and {len(list(args.out.glob('*.png')))} pictures")
+
+
+def check_measured(args: argparse.Namespace, length: int, longest: int) -> None:
+    """Raises UserError if no query that is measured sees more than the least k. longest: tokens of a window."""
+    if longest // args.every * args.every <= min(args.ks):
+        raise UserError(
+            f"no measured query (--every {args.every}) of the windows of {length} tokens, the longest of which holds "
+            f"{longest}, sees more than k = {min(args.ks)} keys: lower --topk or --every, or choose --packing pack"
+        )
 
 
 def manifest_facts(args: argparse.Namespace, data: Mapping[int, TrainingData]) -> Record:
