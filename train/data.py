@@ -41,6 +41,9 @@ HELD_OUT_SHARE = 20
 PIECE = 8192
 """Characters of a document that is cut out of a single text file: some 2,000 tokens."""
 
+MAX_ROWS = 20_000
+"""Documents to train on, at most, unless told otherwise."""
+
 POOL = 4
 """Windows are drawn at random from this many times what is needed, so that a few long documents do not fill a run."""
 
@@ -374,7 +377,7 @@ def load_data(
     train_windows: int,
     held_out_windows: int,
     min_tokens: int = 0,
-    max_rows: int = 20_000,
+    max_rows: int = MAX_ROWS,
     packing: str = "pack",
     seed: int = 0,
     allow_malformed: bool = False,

@@ -19,7 +19,7 @@ from dsa_export.files import MANIFEST, check_output, manifest_object, read_manif
 from dsa_export.model.checkpoint import has_indexer, load_tokenizer, model_source
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
-from train.data import CACHE, TrainingData, check_source, check_tokenizer, load_data
+from train.data import CACHE, MAX_ROWS, TrainingData, check_source, check_tokenizer, load_data
 from train.distributed import Processes, pick_device
 from train.losses import TARGETS
 from train.precision import is_fast_in_bf16
@@ -181,7 +181,7 @@ def argument_parser(
         "--min-tokens", type=int, metavar="N", help=f"leave out shorter documents {default('min_tokens')}"
     )
     rows.add_argument(
-        "--max-rows", type=int, default=20_000, metavar="N", help="documents to train on, at most [20000]"
+        "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"documents to train on, at most [{MAX_ROWS}]"
     )
     rows.add_argument(
         "--cache", type=Path, default=CACHE, metavar="DIR", help=f"where tokens are kept for the next run [{CACHE}]"

@@ -11,6 +11,7 @@ import torch
 from dsa_export.cli import UserError
 from dsa_export.files import read_manifest
 from dsa_export.model import load_model
+from train.experiment import __main__ as experiment
 from train.experiment import measure, report
 from train.experiment.__main__ import main, parser, resolve
 from train.experiment.measure import crossover
@@ -86,6 +87,21 @@ def no_measuring(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_measuring")
+def test_the_tokenizer_reads_no_more_text_than_a_training_may(command, monkeypatch):
+    """Of a source on the hub it would read ten million rows."""
+    read = []
+    monkeypatch.setattr(experiment, "MAX_ROWS", 10)
+
+    def train_tokenizer(texts, _):
+        read.extend(texts)
+        raise UserError("enough seen")
+
+    monkeypatch.setattr(experiment, "train_tokenizer", train_tokenizer)
+    with pytest.raises(UserError, match="enough seen"):
+        command("--seeds", "0")
+    assert 0 < len(read) <= 10
+
+
 def test_with_everything_selected_dsa_is_its_dense_twin(command, capsys):
     """Initial weights, data, order, updates and learning rates are the same: only the attention can differ."""
     out = command("--seeds", "1", "--attention", "dense", "dsa", "--k", "32")

@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dsa_export.files import MANIFEST, check_output, output_folder, read_manifes
 from dsa_export.model import load_model
 from train import distributed
 from train.base import train_tokenizer
-from train.data import CACHE, Malformed, TrainingData, documents, load_data
+from train.data import CACHE, MAX_ROWS, Malformed, TrainingData, documents, load_data
 from train.distributed import Processes
 from train.experiment import measure, report
 from train.experiment.presets import PRESETS, Preset, quick
@@ -248,7 +249,8 @@ def make_plan(args: argparse.Namespace, presets: Sequence[Preset], processes: Pr
     data: dict[str, TrainingData] = {}
     for preset in presets:
         if preset.vocabulary not in tokenizers:
-            texts = (d.answer for d in documents(args.data, Malformed()) if not d.is_held_out())
+            read = islice(documents(args.data, Malformed()), MAX_ROWS)
+            texts = (document.answer for document in read if not document.is_held_out())
             with processes.first_goes_first(), console.status("Training the tokenizer"):
                 tokenizers[preset.vocabulary] = train_tokenizer(texts, preset.vocabulary)
         with processes.first_goes_first():
