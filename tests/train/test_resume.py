@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,18 @@ def command(tiny: Path, records: Path, out: Path, steps: int, *more: str) -> lis
 
 def weights_bytes(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
+
+
+def broken_pickle() -> bytes:
+    """A state whose pickle takes from an empty stack."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    with zipfile.ZipFile(buffer) as whole:
+        files = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as broken:
+        for name, content in files.items():
+            broken.writestr(name, b"\x80\x02s." if name.endswith("data.pkl") else content)
+    return buffer.getvalue()
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +213,9 @@ def test_torch_reports_a_full_disk_the_way_we_expect(tmp_path: Path) -> None:
     assert error.value.errno == errno.ENOSPC
 
 
-def test_an_unreadable_state_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "state.pt").write_bytes(b"not a state")
+@pytest.mark.parametrize("content", [b"", b"not a state", broken_pickle()])
+def test_an_unreadable_state_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(UserError, match="--overwrite"):
         checkpoint.load_state(tmp_path)
 
