@@ -47,8 +47,8 @@ def check_output(out: Path, kind: str | None = None) -> None:
         raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
     if os.path.ismount(out):
         raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
-    _check_writable(out)
-    _check_writable(out.parent)  # where the folder lies under its temporary name
+    check_writable(out)
+    check_writable(out.parent)  # where the folder lies under its temporary name
     if not out.exists() or not any(out.iterdir()):
         return
     found = manifest_kind(out)
@@ -62,16 +62,16 @@ def check_output_file(path: Path) -> None:
     """Raises UserError if no file `path` can be written. To be called before the work that this would waste."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file as the output")
-    _check_writable(path.parent)
+    check_writable(path.parent)
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path, what: str = "output") -> None:
     """Raises UserError if nothing can be written into a folder, or the folder cannot be made."""
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise UserError(f"{nearest} is a file: choose another output folder")
+        raise UserError(f"{nearest} is a file: choose another {what} folder")
     if not os.access(nearest, os.W_OK):
-        raise UserError(f"{nearest} cannot be written to: choose another output folder")
+        raise UserError(f"{nearest} cannot be written to: choose another {what} folder")
 
 
 @contextmanager

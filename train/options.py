@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
-from dsa_export.files import MANIFEST, check_output, manifest_object, read_manifest, remove_partial
+from dsa_export.files import MANIFEST, check_output, check_writable, manifest_object, read_manifest, remove_partial
 from dsa_export.model.checkpoint import has_indexer, load_tokenizer, model_source
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
@@ -231,6 +231,7 @@ def start(args: argparse.Namespace) -> Processes:
     check(args)
     check_source(args.data)
     check_output(args.out, "checkpoint")
+    check_writable(args.cache, "--cache")
     processes = distributed.start(args.device, args.parallel)
     several = processes.count > 1
     if args.accumulation is None:

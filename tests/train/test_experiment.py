@@ -100,6 +100,8 @@ def test_the_tokenizer_reads_no_more_text_than_a_training_may(command, monkeypat
     with pytest.raises(UserError, match="enough seen"):
         command("--seeds", "0")
     assert 0 < len(read) <= 10
+    with pytest.raises(UserError, match="is a file: choose another --cache folder"):
+        command("--cache", __file__)
 
 
 def test_with_everything_selected_dsa_is_its_dense_twin(command, capsys):

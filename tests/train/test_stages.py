@@ -363,6 +363,7 @@ def test_joint_training_runs_the_warm_up_first_if_it_is_missing(
         (["--steps", "3", "--warmup-steps", "4"], "--warmup-steps 4 is more than --steps 3"),
         (["--data", "nothing.jsonl"], "no such data: nothing.jsonl"),
         (["--out", "a-file"], "a-file is a file: choose another output folder"),
+        (["--cache", "a-file"], "a-file is a file: choose another --cache folder"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_default_model_is_trained(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dsa_export.cli import UserError, console, progress_bar, run
-from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, write_manifest
+from dsa_export.files import MANIFEST, check_output, check_writable, output_folder, read_manifest, write_manifest
 from dsa_export.model import load_model
 from train import distributed
 from train.base import train_tokenizer
@@ -232,6 +232,7 @@ def described(preset: Preset) -> str:
 def prepare_output(args: argparse.Namespace, processes: Processes) -> None:
     """Makes <out> with its manifest, so that a stopped experiment is known as ours. Raises UserError if it is not."""
     check_output(args.out)
+    check_writable(args.cache, "--cache")
     if (args.out / MANIFEST).is_file():
         read_manifest(args.out, "experiment", "python -m train.experiment")
     processes.wait()  # all have looked before the first one replaces it
