@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,17 @@ class Settings:
         taken = []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, windows)
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            taken.append(torch.randperm(windows, generator=generator)[place])
+            taken.append(_order(self.seed * 1_000_003 + epoch, windows)[place])
         return torch.stack(taken)
 
     def seed_of(self, step: int, micro_step: int) -> int:
         """Seed of what is random in a micro-batch: it hangs neither on the process that takes it nor on a stop."""
         return self.seed * 1_000_003 + step * self.accumulation + micro_step
+
+
+@lru_cache(maxsize=2)  # an epoch may end within a micro-batch
+def _order(seed: int, windows: int) -> Tensor:
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers import Qwen2Config
 from dsa_export.cli import UserError
 from dsa_export.model import AttentionTrace, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config
-from train import finetune, joint, options, precision, warmup
+from train import finetune, joint, options, precision, trainer, warmup
 from train.data import IGNORED, Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
@@ -535,6 +535,16 @@ def test_every_window_is_taken_once_per_epoch() -> None:
     taken = torch.cat([settings.rows(step, micro, 9) for step in range(3) for micro in range(2)]).tolist()
     assert sorted(taken[:9]) == sorted(taken[9:]) == list(range(9))
     assert taken[:9] != taken[9:]
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the experiment's 51,200 windows, 16 in an update, it took 8 ms per update to draw it for each window."""
+    settings = Settings(steps=10, lengths=(8,), batch_size=3, seed=4321)
+    drawn = []
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: drawn.append(n) or torch.arange(n))
+    taken = torch.cat([settings.rows(step, 0, 9) for step in range(6)]).tolist()
+    assert drawn == [9, 9] and taken == [*range(9)] * 2
+    trainer._order.cache_clear()
 
 
 @pytest.mark.parametrize("schedule, last", [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
