@@ -7,6 +7,8 @@ Sources (`--data`):
     any other file              one plain text document
     hf://…, https://…           JSON lines, streamed
 
+.zst needs the package zstandard, https:// needs aiohttp; neither is installed with the toolchain.
+
 Everything is read as a stream and only as far as needed; the tokens are cached, and a stopped run goes on tokenizing
 where it was. A document is held out for evaluation if its own hash says so:
 wherever it stands in the source, it is never trained on.
@@ -153,6 +155,8 @@ class Malformed:
 
 def check_source(source: str) -> None:
     """Raises UserError if a source is a path, and nothing is there."""
+    if not source:  # an unset variable of a script: as a path it would be the current folder
+        raise UserError("no such data: '' (an empty name)")
     if source != "stdlib" and "://" not in source and not Path(source).exists():
         raise UserError(f"no such data: {source}")
 

@@ -20,6 +20,7 @@ from train.data import (
     IGNORED,
     Document,
     Malformed,
+    check_source,
     check_tokenizer,
     documents,
     encode,
@@ -213,6 +214,11 @@ def test_a_path_that_looks_like_a_pattern_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "rows[1].jsonl", [record("text")])
     with pytest.raises(UserError, match="rename it"):
         list(documents(source, Malformed()))
+
+
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    with pytest.raises(UserError, match="no such data: ''"):
+        check_source("")
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "empty"])
