@@ -183,7 +183,14 @@ def parser() -> argparse.ArgumentParser:
         help="numbers of selected keys; `auto` adds k by layer under --k-budget [T/16 T/8 T/4 of the longest T]",
     )  # fmt: skip
     text.add_argument("--windows", type=positive, metavar="N", help="windows per length [4; --quick: 2]")
-    text.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), help="[all]")
+    text.add_argument("--rungs", nargs="+", choices=RUNGS, help="[all]")
+    text.add_argument(
+        "--score-tokens",
+        type=positive,
+        metavar="N",
+        help="score the last N tokens of each window only, after a prefix that attends to everything: long windows "
+        "then cost little more than one dense forward (without the rung `random`, whose keys it would need) [all]",
+    )
     text.add_argument(
         "--every",
         type=positive,
@@ -253,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if base is not None and base.config.vocab_size != config.vocab_size:
         raise UserError(f"--base {args.base} has another vocabulary than {args.model}")
     compute = options.DTYPES[args.dtype]
-    study = Study(model, args.rungs, args.every, args.seed, base)
+    study = Study(model, args.rungs, args.every, args.seed, base, args.score_tokens)
     try:
         with precision.autocast(device, compute), output_folder(args.out, keep_partial=True) as out:
             write_manifest(out, KIND, source, **facts)
@@ -276,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_measured(args: argparse.Namespace, length: int, longest: int) -> None:
     """Raises UserError if no query that is measured sees more than the least k. longest: tokens of a window."""
-    if longest // args.every * args.every <= min(args.ks):
+    scored = args.score_tokens or longest
+    if longest - scored + scored // args.every * args.every <= min(args.ks):
         raise UserError(
             f"no measured query (--every {args.every}) of the windows of {length} tokens, the longest of which holds "
             f"{longest}, sees more than k = {min(args.ks)} keys: lower --topk or --every, or choose --packing pack"
@@ -386,7 +394,17 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         if getattr(args, name) and not (args.tasks or args.quick):
             raise UserError(f"--{name.replace('_', '-')} needs --tasks")
     args.samples = args.samples or (1 if args.quick else 5)
-    args.every = args.every or (1 if max(args.length) <= 1024 else 8)
+    args.every = args.every or (1 if (args.score_tokens or max(args.length)) <= 1024 else 8)
+    args.rungs = args.rungs or [rung for rung in RUNGS if not (args.score_tokens and rung == "random")]
+    if args.score_tokens:
+        if args.score_tokens >= min(args.length) or args.score_tokens < 2:
+            raise UserError(
+                f"--score-tokens {args.score_tokens} must be at least 2 and less than --length {min(args.length)}"
+            )
+        if args.packing == "cut":
+            raise UserError("--score-tokens needs --packing pack: it is about the end of a window, which `cut` pads")
+        if "random" in args.rungs:
+            raise UserError("--score-tokens excludes the rung random: the prefix has no keys of a random indexer")
     if args.quick and not args.tasks:
         args.tasks = ["passkey", "kv"]
     args.tasks = list(TASKS) if "all" in args.tasks else list(dict.fromkeys(args.tasks))
@@ -477,9 +495,10 @@ def text_table(record: Record) -> Table:
     """The ladder at one length, with the shares of attention mass beside the trained indexer."""
     check, dense = record["full_selection"], record["dense"]
     few = f"blocks of {BLOCK} tokens (of fewer than {WINDOWS} windows: rather too small)"
+    scored = f", the last {record['score_tokens']} tokens of each" if record.get("score_tokens") else ""
     spread = few if record["windows"] < WINDOWS else "the windows"
     table = Table(
-        title=f"{record['length']:,} tokens, {record['windows']} windows, {record['tokens']:,} predictions",
+        title=f"{record['length']:,} tokens, {record['windows']} windows, {record['tokens']:,} predictions{scored}",
         caption=f"±: standard error, from {spread}. Everything selected equals dense: logits within "
         f"{check['max_abs_error']:.1e} (allowed {check['tolerance']:.1e}). Recall: share of the attention "
         "mass; normalised: 0 a window, 1 the keys of most mass. "

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dsa_export.model import AttentionTrace, DSAForCausalLM, Selector
 from dsa_export.model.attention.dsa import Indexer
+from dsa_export.model.cache import DSACache
 from dsa_export.topk import TopK, topk_per_layer
 from plugins.index_topk.op import topk_lowest_index_first
 from train.data import IGNORED
@@ -77,44 +78,62 @@ class Score:
 
 
 @torch.no_grad()
-def hidden_states(model: DSAForCausalLM, input_ids: Tensor, rung: str, topk: TopK) -> Tensor:
-    """input_ids [1, T] → the last hidden states [T, E] at one rung. "random" needs random_indexers() around it."""
+def hidden_states(
+    model: DSAForCausalLM, input_ids: Tensor, rung: str, topk: TopK, cache: DSACache | None = None
+) -> Tensor:
+    """input_ids [1, T] → the last hidden states [T, E] at one rung. "random" needs random_indexers() around it.
+
+    After what a cache holds, which stays as it was; there in the gathering form, for few tokens the cheaper one.
+    """
     ks = topk_per_layer(topk, len(model.model.layers))
     selector: Selector | None = None
     if rung in BEST_BY:
         selector = lambda trace: best_selection(trace, ks[trace.layer], BEST_BY[rung])  # noqa: E731
     elif rung == "window":
         selector = lambda trace: window_selection(trace, ks[trace.layer])  # noqa: E731
-    model.train()
+    model.train(cache is None)
     model.sparse = rung != "dense"
     model.set_topk(ks)
-    return model.model(input_ids, selector=selector).last_hidden_state[0]
+    return states_after(model, input_ids, cache, selector=selector)
+
+
+def states_after(model: DSAForCausalLM, input_ids: Tensor, cache: DSACache | None, **watch: Any) -> Tensor:
+    """input_ids [1, T] → the last hidden states [T, E] after what a cache holds, which stays as it was."""
+    states = model.model(input_ids, cache=cache, use_cache=cache is not None, **watch).last_hidden_state[0]
+    if cache is not None:
+        cache.crop(-input_ids.shape[1])
+    return states
 
 
 def best_selection(trace: AttentionTrace, k: int, target: str) -> Tensor:
     """The k visible keys that a target of the indexer puts first: indices [B, T, K]."""
     B, _, T, _ = trace.q.shape
-    indices = torch.full((B, T, min(k, T)), -1, dtype=torch.int32, device=trace.q.device)
+    most = int(trace.kv_lengths.max())
+    indices = torch.full((B, T, min(k, most)), -1, dtype=torch.int32, device=trace.q.device)
     norms = trace.value_norms() if target == "output" else None
     for b in range(B):
+        past = int(trace.kv_lengths[b]) - T
         for start in range(0, T, ROWS):
             stop = min(start + ROWS, T)
-            positions = torch.arange(start, stop, device=trace.q.device)[:, None]
-            visible = torch.arange(stop, device=trace.q.device) <= positions
-            q, keys = trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :stop]
-            norms_HC = None if norms is None else norms[b, :, :stop]
-            p = attention_target(attention_moments(q, keys, visible, norms_HC=norms_HC), target)
-            best = topk_lowest_index_first(p.masked_fill(~visible, -1), min(k, stop))
+            keys = past + stop
+            positions = torch.arange(past + start, keys, device=trace.q.device)[:, None]
+            visible = torch.arange(keys, device=trace.q.device) <= positions
+            norms_HC = None if norms is None else norms[b, :, :keys]
+            moments = attention_moments(
+                trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :keys], visible, norms_HC=norms_HC
+            )
+            p = attention_target(moments, target)
+            best = topk_lowest_index_first(p.masked_fill(~visible, -1), min(k, keys))
             indices[b, start:stop, : best.shape[-1]] = torch.where(best <= positions, best, -1).int()
     return indices
 
 
 def window_selection(trace: AttentionTrace, k: int) -> Tensor:
     """The last k keys, the query's own included: indices [B, T, K]."""
-    B, _, T, _ = trace.q.shape
-    positions = torch.arange(T, device=trace.q.device)[:, None]
-    indices = positions - torch.arange(min(k, T), device=trace.q.device)
-    return torch.where(indices >= 0, indices, -1).int().expand(B, -1, -1)
+    T = trace.q.shape[2]
+    positions = trace.kv_lengths[:, None, None] - T + torch.arange(T, device=trace.q.device)[:, None]
+    indices = positions - torch.arange(min(k, int(trace.kv_lengths.max())), device=trace.q.device)
+    return torch.where(indices >= 0, indices, -1).int()
 
 
 @contextmanager

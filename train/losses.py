@@ -334,6 +334,8 @@ class IndexerObserver:
         self.first = int(torch.randint(every, ())) if first is None and every > 1 else first or 0
 
     def __call__(self, trace: AttentionTrace) -> dict[str, Tensor]:
+        if trace.k.shape[2] != trace.q.shape[2]:
+            raise ValueError("the indexer is trained on calls without cache")
         with torch.autocast(trace.q.device.type, enabled=False):
             loss = indexer_kl(
                 trace.index_q,

@@ -24,7 +24,7 @@ MAP_SIZE = 256
 
 
 class SelectionMeter:
-    """An observer of one dense forward per window, of a batch of one row.
+    """An observer of one dense forward per window, or of its last tokens after a cache, of a batch of one row.
 
     Every `every`-th query is measured. The attention mass of a query is its mean over the heads. At each k of `ks`
     only queries count that see more than k keys, except in `curve`, which counts all: there a query with k keys or
@@ -57,11 +57,12 @@ class SelectionMeter:
         return {}
 
     def _measure(self, t: AttentionTrace) -> None:
-        T = t.q.shape[2]
+        T = int(t.kv_lengths[0])
+        past = T - t.q.shape[2]
         device = t.q.device
-        queries = torch.arange(self.every - 1, T, self.every, device=device)
+        queries = torch.arange(self.every - 1, T - past, self.every, device=device)
         if t.layer == 0:
-            self.rows += torch.tensor([int((queries >= k).sum()) for k in self.ks])
+            self.rows += torch.tensor([int((past + queries >= k).sum()) for k in self.ks])
             self.windows += torch.tensor([int(k < T) for k in self.ks])
             self.curve_rows += len(queries)
         slots = torch.arange(T, device=device)
@@ -70,10 +71,10 @@ class SelectionMeter:
         selected_rows = []
         mass_rows = []
         for rows in queries.split(ROWS):
-            positions = rows[:, None]
+            positions = past + rows[:, None]
             visible = slots <= positions
-            mass = attention_moments(t.q[0][:, rows] * t.scale, t.k[0], visible).mean
-            scores = index_scores(t.index_q[:, rows], t.index_weights[:, rows], t.scored_k)[0]
+            mass = attention_moments(t.q[0][:, rows] * t.scale, t.k[0, :, :T], visible).mean
+            scores = index_scores(t.index_q[:, rows], t.index_weights[:, rows], t.scored_k[:, :T])[0]
             # A stable sort keeps the lower of two equal indices first, as the operator does.
             order = scores.masked_fill_(~visible, -torch.inf).argsort(stable=True, dim=-1, descending=True)
             caught = mass.gather(-1, order).cumsum(-1)
@@ -81,7 +82,7 @@ class SelectionMeter:
             behind = mass.cumsum(-1)
             curve += caught.sum(0)
             for number, k in enumerate(self.ks):
-                crowded = rows >= k
+                crowded = positions[:, 0] >= k
                 if not crowded.any():
                     continue
                 chosen, ends = order[crowded, :k], positions[crowded]
@@ -106,15 +107,15 @@ class SelectionMeter:
             if k < T:
                 self.coverage[t.layer, number] += float(used[number].float().mean())
         self._add_curve(t.layer, curve.cpu())
-        self._measure_heads(t, queries)
+        self._measure_heads(t, queries, past)
         if selected_rows:
             self.maps[t.layer] = _shrink(torch.cat(selected_rows).float())
             self.mass_maps[t.layer] = _shrink(torch.cat(mass_rows))
 
-    def _measure_heads(self, t: AttentionTrace, queries: Tensor) -> None:
+    def _measure_heads(self, t: AttentionTrace, queries: Tensor, past: int) -> None:
         """Where each head's own best keys lie: the shares of its top k (the first of `ks`) by distance."""
         k = self.ks[0]
-        rows = queries[queries >= k]
+        rows = queries[past + queries >= k]
         rows = rows[:: max(1, len(rows) // ROWS)]
         if t.layer == 0:
             self.head_rows += len(rows)
@@ -125,8 +126,9 @@ class SelectionMeter:
         for head in range(t.index_q.shape[2]):
             one = slice(head, head + 1)
             scores = index_scores(t.index_q[:, rows, one], t.index_weights[:, rows, one], t.scored_k)[0]
-            chosen = scores.masked_fill_(slots > rows[:, None], -torch.inf).topk(k, dim=-1).indices
-            buckets = torch.bucketize(rows[:, None] - chosen, bounds, right=True)
+            ends = past + rows[:, None]
+            chosen = scores.masked_fill_(slots > ends, -torch.inf).topk(k, dim=-1).indices
+            buckets = torch.bucketize(ends - chosen, bounds, right=True)
             counts = torch.bincount(buckets.flatten(), minlength=len(DISTANCES) + 1)
             self.head_shares[t.layer, head] += counts.double().cpu() / k
 

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from dsa_export.cli import UserError
 from dsa_export.model import DSAForCausalLM
+from dsa_export.model.cache import DSACache
 from dsa_export.topk import describe_topk
 from train import tasks
 from train.data import Windows
-from train.ladder import Score, full_selection_error, hidden_states, random_indexers, score
+from train.ladder import Score, full_selection_error, hidden_states, random_indexers, score, states_after
 from train.selection import SelectionMeter
 
 MAP_LAYERS = 4
 FULL_TOKENS = 4096
 """The check that a full selection equals dense is made on so many tokens at most: it selects T of T."""
+
+PREFIX_TOKENS = 1024
+"""Tokens of a call of the prefix, which is not scored."""
 
 Record = dict[str, Any]
 Tick = Callable[[], None]
@@ -52,6 +56,8 @@ class Study:
     every: int
     seed: int
     base: DSAForCausalLM | None = None
+    score_tokens: int | None = None
+    """Tokens at the end of a window that are scored, after a prefix that attends to everything; None: all, without."""
     tick: Tick = lambda: None
     meters: list[SelectionMeter] = field(default_factory=list)
 
@@ -66,18 +72,35 @@ class Study:
         return SelectionMeter(layers, config.index_heads, ks, self.every, tuple(shown))
 
     @torch.no_grad()
-    def dense_states(self, input_ids: Tensor, meter: SelectionMeter | None = None) -> Tensor:
+    def dense_states(
+        self, input_ids: Tensor, meter: SelectionMeter | None = None, cache: DSACache | None = None
+    ) -> Tensor:
         """[1, T] → hidden states [T, E] with everything attended to; the meter watches the indexers."""
-        self.model.train()
+        self.model.train(cache is None)
         self.model.sparse = False
-        states = self.model.model(input_ids, observer=meter).last_hidden_state[0]
+        states = states_after(self.model, input_ids, cache, observer=meter)
         self.tick()
         return states
 
+    @torch.no_grad()
+    def prefix(self, model: DSAForCausalLM, input_ids: Tensor) -> DSACache | None:
+        """The cache of all but the tokens that are scored, with everything attended to; None if all are scored."""
+        if self.score_tokens is None:
+            return None
+        model.eval()
+        if model is self.model:
+            model.sparse = False
+        cache = DSACache(model.model.cache_layouts)
+        for part in input_ids[:, : -self.score_tokens].split(PREFIX_TOKENS, dim=1):
+            model.model(part, cache=cache, use_cache=True)
+        self.tick()
+        return cache
+
     def forwards(self, choices: Sequence[Choice], windows: Windows) -> int:
         """How often text() will call tick()."""
-        per_window = 1 + (self.base is not None) + len(self._plan(choices, windows.input_ids.shape[1]))
-        return len(windows) * per_window + 1
+        per_model = 1 if self.score_tokens is None else 2
+        per_window = per_model * (1 + (self.base is not None)) + len(self._plan(choices, windows.input_ids.shape[1]))
+        return len(windows) * per_window + per_model
 
     def _plan(self, choices: Sequence[Choice], length: int) -> list[tuple[str, Choice]]:
         """The (rung, k) to run at a length: those that leave something out; k by layer for the trained indexer only."""
@@ -104,20 +127,24 @@ class Study:
         check: Record = {}
         for row in range(len(windows)):
             batch = windows.batch(torch.tensor([row]), self.device)
-            input_ids = batch["input_ids"]
-            hidden = {"dense": self.dense_states(input_ids, meter)}
+            text = batch["input_ids"]
+            cache = self.prefix(self.model, text)
+            scored = slice(-(self.score_tokens or text.shape[1]), None)
+            input_ids, labels = text[:, scored], batch["labels"][0, scored]
+            hidden = {"dense": self.dense_states(input_ids, meter, cache)}
             if row == 0:
-                check = self._check_full(input_ids[:, :FULL_TOKENS], hidden["dense"][:FULL_TOKENS])
-                self.tick()
+                first = text[:, :FULL_TOKENS]
+                check = self._check_full(first, hidden["dense"][:FULL_TOKENS] if cache is None else None)
             for number, (rung, choice) in enumerate(plan):
                 with random_indexers(self.model, self.seed) if rung == "random" else nullcontext():
-                    hidden[str(number)] = hidden_states(self.model, input_ids, rung, choice.ks)
+                    hidden[str(number)] = hidden_states(self.model, input_ids, rung, choice.ks, cache)
                 self.tick()
             if self.base is not None:
+                cache = self.prefix(self.base, text)
                 with torch.no_grad():
-                    hidden["base"] = self.base.model(input_ids).last_hidden_state[0]
+                    hidden["base"] = states_after(self.base, input_ids, cache)
                 self.tick()
-            for reference, scores in score(heads, hidden, batch["labels"][0], tuple(heads)).items():
+            for reference, scores in score(heads, hidden, labels, tuple(heads)).items():
                 for name, one in scores.items():
                     sums[reference][name] += one
         means = {name: _means(one, sums["dense"]["dense"]) for name, one in sums["dense"].items()}
@@ -136,6 +163,7 @@ class Study:
         record: Record = {
             "length": length,
             "windows": len(windows),
+            "score_tokens": self.score_tokens,
             "tokens": sums["dense"]["dense"].tokens,
             "full_selection": check,
             "dense": means["dense"],
@@ -150,8 +178,10 @@ class Study:
         ]
         return record
 
-    def _check_full(self, input_ids: Tensor, dense: Tensor) -> Record:
+    def _check_full(self, input_ids: Tensor, dense: Tensor | None) -> Record:
+        dense = self.dense_states(input_ids) if dense is None else dense
         error, tolerance = full_selection_error(self.model, input_ids, dense)
+        self.tick()
         if not error <= tolerance:
             raise UserError(
                 f"with everything selected the logits differ from dense by {error:.2g} (rounding allows "

@@ -86,6 +86,56 @@ def test_no_rung_sees_the_future_and_all_are_dense_when_k_covers_the_text(model,
     torch.testing.assert_close(everything, dense, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"index_share": 2}, {"index_pool": 2}, {"index_keys": "int8"}, {"index_keys": "fp8"}], ids=str
+)
+@pytest.mark.parametrize("rung", ["dense", "best", "output", "trained", "window"])
+@torch.no_grad()
+def test_the_end_of_a_text_after_a_dense_prefix(checkpoint: Path, ids: torch.Tensor, rung: str, options: dict) -> None:
+    """As in one pass in which the queries of the prefix select everything."""
+    past = 30
+    model = load_model(checkpoint, **options)
+    study = Study(model, [rung], 1, 0, score_tokens=T - past)
+    cache = study.prefix(model, ids)
+    after = [hidden_states(model, ids[:, past:], rung, K, cache) for _ in range(2)]
+    assert cache.lengths.tolist() == [past] and torch.equal(*after)
+
+    def selector(trace) -> torch.Tensor:
+        leader = model.model.layers[trace.layer - trace.layer % model.config.index_share].self_attn
+        if rung in ("best", "output"):
+            chosen = best_selection(trace, K, {"best": "mean"}.get(rung, rung))
+        else:
+            chosen = window_selection(trace, K) if rung == "window" else leader.reselect(trace)[0]
+        everything = window_selection(trace, T)
+        everything[:, past:] = -1
+        everything[:, past:, : chosen.shape[-1]] = chosen[:, past:]
+        return everything
+
+    model.train().sparse = rung != "dense"
+    model.set_topk(K)
+    whole = model.model(ids, selector=selector).last_hidden_state[0]
+    torch.testing.assert_close(after[0], whole[past:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"index_share": 2}, {"index_pool": 2}], ids=str)
+def test_the_meter_after_a_prefix(checkpoint: Path, ids: torch.Tensor, options: dict) -> None:
+    """The last query is the only one that both measure at this k."""
+    model, k = load_model(checkpoint, **options), 32
+    of_end, of_all = (Study(model, [], 24, 0, score_tokens=tokens) for tokens in (24, None))
+    records = []
+    for study, part in ((of_end, ids[:, -24:]), (of_all, ids)):
+        meter = study.meter([k], maps=True)
+        study.dense_states(part, meter, study.prefix(model, ids))
+        records.append((meter.results(), meter.heads(), meter.maps))
+    (ends, end_heads, end_maps), (alls, all_heads, all_maps) = records
+    assert ends[0]["queries"] == alls[0]["queries"] == 1 and end_heads == all_heads
+    for name in ("recall", "window", "best"):
+        assert ends[0]["by_layer"][name] == pytest.approx(alls[0]["by_layer"][name], abs=1e-5)
+    for name in ("mean_distance", "share_within_window", "coverage"):
+        assert ends[0]["by_layer"][name] == alls[0]["by_layer"][name]
+    assert all(torch.equal(end_maps[layer][-1], all_maps[layer][-1]) for layer in all_maps)
+
+
 def test_random_indexers_are_new_repeatable_and_gone_afterwards(model) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen = []
@@ -341,6 +391,17 @@ def test_a_stopped_run_goes_on_to_the_same_results(checkpoint, records, tmp_path
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_only_the_end_of_each_window_is_scored(checkpoint, tiny, records, tmp_path: Path, capsys) -> None:
+    more = ["--k", "12", "--score-tokens", "17", "--dtype", "bf16", "--base", str(tiny)]
+    command.main(arguments(checkpoint, records, tmp_path / "out", *more))
+    assert "2 windows, 32 predictions, the last 17 tokens of each" in capsys.readouterr().out
+    (text,) = json.loads((tmp_path / "out" / "results.json").read_text())["text"]
+    assert text["score_tokens"] == 17 and text["base"]["loss"] == pytest.approx(text["dense"]["loss"], rel=0.01)
+    assert [row["rung"] for row in text["ladder"]] == [rung for rung in RUNGS if rung != "random"]
+    assert text["attention"][0]["queries"] == 2 * 17
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_every_rung_runs_in_bf16(checkpoint, records, tmp_path: Path) -> None:
     losses = []
     for dtype in ("fp32", "bf16"):
@@ -431,6 +492,9 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         ([*AUTO, "--write-topk", "new", "--index-share", "2"], "--write-topk keeps the checkpoint's weights"),
         ([*AUTO, "--write-topk", "MODEL"], "would replace --model"),
         ([*AUTO, "--write-topk", "OUT"], "would replace --out"),
+        (["--score-tokens", "96"], "--score-tokens 96 must be at least 2 and less than --length 96"),
+        (["--score-tokens", "9", "--packing", "cut"], "--score-tokens needs --packing pack"),
+        (["--score-tokens", "9", "--rungs", "random"], "--score-tokens excludes the rung random"),
         (["--index-pool", "7"], "pool must be at least 1 and divide k = 8"),
         (["--model", "TINY"], "has no indexer: run `python -m train.warmup"),
         (["--tasks", "kv", "--task-lengths", "60"], "too short for the task kv"),

@@ -19,7 +19,9 @@ NOTHING = torch.empty(0)
 
 @dataclass
 class AttentionTrace:
-    """What observers and selectors see of one layer of a call without cache (C = S). Tensors are not detached.
+    """What observers and selectors see of one layer of a call. Tensors are not detached.
+
+    C: the tokens of the call itself, or with a cache all that it holds, and free rows behind them.
 
     A layer without an indexer has q, k and value_norms of its own beside what its leader has of the indexer and the
     selection.
@@ -27,14 +29,15 @@ class AttentionTrace:
 
     layer: int
     q: Tensor  # [B, Hq, S, D], rotated
-    k: Tensor  # [B, Hkv, S, D], rotated
-    value_norms: Callable[[], Tensor]  # [B, Hq, S] fp32, ‖W_O,h v‖: what a key of weight 1 adds to the layer's output
+    k: Tensor  # [B, Hkv, C, D], rotated
+    value_norms: Callable[[], Tensor]  # [B, Hq, C] fp32, ‖W_O,h v‖: what a key of weight 1 adds to the layer's output
     index_q: Tensor  # [B, S, Hi, Di], rotated
     index_weights: Tensor  # [B, S, Hi], scale included
     index_k: Tensor  # [B, S, Di], rotated
-    scored_k: Tensor  # [B, S, Di], by which the tokens are scored: with pooled keys the mean of the token's group
+    scored_k: Tensor  # [B, C, Di], by which the tokens are scored: with pooled keys the mean of the token's group
     indices: Tensor | None  # [B, S, K] int32; None where the core attended to everything, or nothing is selected yet
-    lengths: Tensor  # [B] int64, valid tokens per row (rows are padded on the right)
+    lengths: Tensor  # [B] int64, valid tokens of this call per row (rows are padded on the right)
+    kv_lengths: Tensor  # [B] int64: past tokens + S
     scale: float  # of the main attention's scores
     again: Callable[[], AttentionTrace] | None = None
     """Runs the layer's indexer anew on the same input: the trace before a selection. None: the layer has no indexer."""

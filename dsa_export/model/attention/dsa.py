@@ -160,8 +160,6 @@ class SparseAttention(DenseAttention):
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if call.caches is not None and (call.observer or call.selector):
-            raise ValueError("an observer or a selector needs a call without cache")
         value_norms = partial(self.value_norms, v)
         if self.leads:
             trace, scored = self.index(hidden, q_BSE, q, k, value_norms, call)
@@ -188,12 +186,20 @@ class SparseAttention(DenseAttention):
         index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
         scored = self.scored(index_q, index_weights, index_k, call)
         scored_k = index_k
-        if self.pool > 1 and call.caches is None:
-            scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : index_k.shape[1]]
-        parts = (q, k, value_norms, index_q, index_weights, index_k, scored_k, None, call.lengths, self.scale)
+        if call.caches is None or call.observer or call.selector:
+            if self.pool > 1:
+                scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : k.shape[2]]
+            elif call.caches is not None:
+                scored_k = unrounded_keys(scored[2], scored[3])
+        parts = (q, k, value_norms, index_q, index_weights, index_k, scored_k, None)
         unseen = replace(call, observer=None, handed_on={})  # or an observer that keeps traces would be kept by them
         trace = AttentionTrace(
-            self.layer, *parts, again=lambda: self.index(hidden, q_BSE, q, k, value_norms, unseen)[0]
+            self.layer,
+            *parts,
+            call.lengths,
+            call.kv_lengths,
+            self.scale,
+            again=lambda: self.index(hidden, q_BSE, q, k, value_norms, unseen)[0],
         )
         return trace, scored
 
@@ -256,6 +262,13 @@ def round_keys(index_k: Tensor, key_type: str) -> tuple[Tensor, Tensor]:
     scales = keys.abs().amax(-1).clamp(min=1e-12) / largest
     keys = keys / scales[..., None]
     return keys.to(torch.float8_e4m3fn) if key_type == "fp8" else (keys.round() + 128).to(torch.uint8), scales
+
+
+def unrounded_keys(keys: Tensor, scales: Tensor | None) -> Tensor:
+    """Stored index keys [B, C, Di] as their type's numbers times the scales [B, C]; without scales as they are."""
+    if scales is None:
+        return keys
+    return (keys.float() - (128 if keys.dtype == torch.uint8 else 0)) * scales[..., None]
 
 
 def round_queries(index_q: Tensor, index_weights: Tensor) -> tuple[Tensor, Tensor]:
