@@ -96,8 +96,8 @@ def start(device: str, parallel: str | None) -> Processes:
         if parallel is not None:
             raise UserError(f"--parallel {parallel} needs several processes: torchrun --nproc-per-node 2 -m train.…")
         return Processes(pick_device(device))
-    pick_device(device)
-    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    on_cpu = pick_device(device).type == "cpu"  # without being told so, accelerate would join nobody on CPUs
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     console.quiet = not state.is_main_process
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") if parallel is None else parallel == "fsdp"
     return Processes(state.device, state.process_index, state.num_processes, sharded)

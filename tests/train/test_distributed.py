@@ -31,7 +31,7 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 
 def launch(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", *launcher, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=environment) as process:
         try:
             stdout, stderr = process.communicate(timeout=300)
@@ -138,7 +138,7 @@ def test_layers_that_follow_another_ones_indexer(tiny: Path, records: Path, tmp_
     if parallel == "ddp":
         settings += ["--passes", "2", "--indexer-optimizer", "adamw"]  # muon's bf16 makes rounding visible
     warmup.main([*settings, "--out", str(tmp_path / "one")])
-    options = ["--out", str(tmp_path / "two"), "--parallel", parallel]
+    options = ["--out", str(tmp_path / "two"), "--parallel", parallel, "--device", "auto"]
     result = launch([*TORCHRUN, str(script)], [*settings, *options])
     assert result.returncode == 0, result.stderr
     # Muon computes in bf16: where shards are summed in another order, its steps differ by some percent.
