@@ -53,6 +53,7 @@ class Recipe:
     index_dim: int = 64
     held_out: int = 8
     kl_queries: int | None = None
+    passes: int = 1
     weight_decay: float = 0.0
 
 
@@ -218,10 +219,10 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
     group.add_argument(
         "--passes",
         type=int,
-        default=1,
         metavar="N",
-        help="updates from each forward pass of the frozen model, about other queries each time: in long windows that "
-        "pass is most of the work. Keeps what all layers attend with, 6 GB for 32,768 tokens of a 0.5B [1]",
+        help="updates of each step, from one forward pass of the frozen model, about other queries each time: in long "
+        "windows that pass is most of the work. Keeps what all layers attend with, 6 GB for 32,768 tokens of a 0.5B "
+        f"[{real.passes}; small models, and with fsdp, which cannot: {small.passes}]",
     )
     add_selection_arguments(parser)
 
@@ -240,10 +241,12 @@ def start(args: argparse.Namespace) -> Processes:
         args.accumulation % processes.count == 0,
         f"--accumulation {args.accumulation} cannot be dealt out to {processes.count} processes",
     )
-    _require(
-        getattr(args, "passes", 1) == 1 or not processes.sharded,
-        f"--passes {getattr(args, 'passes', 1)} needs --parallel ddp: fsdp gathers the weights in a forward pass only",
-    )
+    if processes.sharded and hasattr(args, "passes"):
+        args.passes = args.passes or 1
+        _require(
+            args.passes == 1,
+            f"--passes {args.passes} needs --parallel ddp: fsdp gathers weights in a forward pass only",
+        )
     _require(not several or getattr(args, "model", "") is not None, "several processes need a --model to start from")
     return processes
 
@@ -310,7 +313,7 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     for name in ("batch_size", "lr", "min_tokens", "held_out", "weight_decay"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
-    for name in ("kl_queries", "indexer_lr"):
+    for name in ("kl_queries", "indexer_lr", "passes"):
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
     if args.dtype is None:

@@ -45,8 +45,9 @@ REAL = Recipe(
     min_tokens=1024,
     held_out=1,
     kl_queries=1024,
+    passes=4,
 )
-"""25 minutes on one core in bf16 for Qwen2.5-0.5B, 50 in fp32. Measured in docs/results.md."""
+"""45 to 60 minutes on one core in bf16 for Qwen2.5-0.5B. Measured in docs/results.md."""
 
 
 Recorded = tuple[list[AttentionTrace], dict[str, Tensor]]

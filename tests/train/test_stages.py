@@ -636,7 +636,7 @@ def test_a_real_model_reads_so_many_tokens_in_windows_that_grow_as_far_as_its_po
 ) -> None:
     args = warmup.parser().parse_args([*given, "--accumulation", "1"])
     resolve(args, warmup.SMALL, warmup.REAL, Qwen2Config(hidden_size=896, max_position_embeddings=positions))
-    assert (args.length, args.steps, args.kl_queries) == (lengths, steps, 1024)
+    assert (args.length, args.steps, args.kl_queries, args.passes) == (lengths, steps, 1024, 4)
     assert steps < 5 or 240_000 < settings_of(args).tokens_before(steps) <= 250_880
 
 
@@ -654,7 +654,7 @@ def test_max_tokens_sets_the_steps(lengths: list[int], steps: int, tiny: Path) -
     given = ["--max-tokens", "2000", "--batch-size", "2", "--accumulation", "1", "--length", *map(str, lengths)]
     args = warmup.parser().parse_args(given)
     resolve(args, warmup.SMALL, warmup.REAL, load_config(tiny))
-    assert args.steps == steps
+    assert (args.steps, args.passes) == (steps, 1)
     tokens = settings_of(args).tokens_before(steps)
     assert 2000 - 3 * 2 * lengths[-1] < tokens <= 2000
 
