@@ -294,7 +294,8 @@ class Trainer:
         if self.stage.record:
             with torch.no_grad(), precision.autocast(self.device, settings.dtype):
                 recorded = [self.stage.record(self.spread.model, batch) for batch in batches]
-        updates = [self._update(n, rows, mine, recorded, counts, totals) for n in range(self.stage.passes)]
+        parts = list(zip(mine, recorded, counts, strict=True))
+        updates = [self._update(number, parts, totals, rows) for number in range(self.stage.passes)]
         means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
         metrics = {"step": self.step + 1, **means, "lr": settings.lr * factor, "tokens": int(totals["tokens"])}
         self.history.append(metrics)
@@ -303,18 +304,20 @@ class Trainer:
     def _update(
         self,
         number: int,
-        rows: list[Tensor],
-        mine: range,
-        recorded: list[Any],
-        counts: list[dict[str, int]],
+        parts: list[tuple[int, Any, dict[str, int]]],
         totals: dict[str, float],
+        rows: list[Tensor],
     ) -> dict[str, float]:
-        """One of a step's updates, from this process's micro-batches (`mine`): the terms and gradient norms."""
+        """One of a step's updates: the terms and gradient norms.
+
+        parts: this process's micro-batches, each with its number in the step and its labels and tokens.
+        rows: the windows of the step, to be named if it goes wrong.
+        """
         settings = self.settings
         sums: dict[str, float] = defaultdict(float)
-        for i, batch, count in zip(mine, recorded, counts, strict=True):
+        for i, batch, count in parts:
             torch.manual_seed(settings.seed_of(self.step * self.stage.passes + number, i))
-            with self.spread.exchange(last=i == mine[-1]):
+            with self.spread.exchange(last=i == parts[-1][0]):
                 with precision.autocast(self.device, settings.dtype):
                     terms = self.spread.run(self.stage.terms, batch)
                 loss = torch.zeros((), device=self.device)
@@ -337,7 +340,7 @@ class Trainer:
         return means | norms
 
     def _check_divergence(self, rows: list[Tensor], losses: dict[str, float], norms: dict[str, float]) -> None:
-        """Stops the run at a value that is not finite or a loss that explodes; the state before this step is saved."""
+        """Stops the run at a value that is not finite or a loss that explodes; the state before this update is saved."""
         trained = {name: losses[name] for name in self.stage.losses}
         problems = [f"{name} is {value}" for name, value in {**trained, **norms}.items() if not math.isfinite(value)]
         if len(self.history) >= 2 * EXPLODED_STEPS:
@@ -353,7 +356,7 @@ class Trainer:
             self._save()
             windows = ", ".join(str(row) for row in torch.cat(rows).tolist())
             raise UserError(
-                f"{problems[0]} at step {self.step + 1} (windows {windows}); the weights before this step are saved in "
+                f"{problems[0]} at step {self.step + 1} (windows {windows}); the weights before this update are saved in "
                 f"{self.folder / STATE}: start again with a lower --lr and --overwrite"
             )
 
