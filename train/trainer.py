@@ -340,7 +340,7 @@ class Trainer:
         return means | norms
 
     def _check_divergence(self, rows: list[Tensor], losses: dict[str, float], norms: dict[str, float]) -> None:
-        """Stops the run at a value that is not finite or a loss that explodes; the state before this update is saved."""
+        """Stops at a value that is not finite or a loss that explodes; the state before this update is saved."""
         trained = {name: losses[name] for name in self.stage.losses}
         problems = [f"{name} is {value}" for name, value in {**trained, **norms}.items() if not math.isfinite(value)]
         if len(self.history) >= 2 * EXPLODED_STEPS:
@@ -356,8 +356,8 @@ class Trainer:
             self._save()
             windows = ", ".join(str(row) for row in torch.cat(rows).tolist())
             raise UserError(
-                f"{problems[0]} at step {self.step + 1} (windows {windows}); the weights before this update are saved in "
-                f"{self.folder / STATE}: start again with a lower --lr and --overwrite"
+                f"{problems[0]} at step {self.step + 1} (windows {windows}); the weights before this update are "
+                f"saved in {self.folder / STATE}: start again with a lower --lr and --overwrite"
             )
 
     def _eta(self) -> str:
