@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check_measured(args: argparse.Namespace, length: int, longest: int) -> None:
     """Raises UserError if no query that is measured sees more than the least k. longest: tokens of a window."""
     scored = args.score_tokens or longest
-    if longest - scored + scored // args.every * args.every <= min(args.ks):
+    if scored < args.every or longest - scored + scored // args.every * args.every <= min(args.ks):
         raise UserError(
             f"no measured query (--every {args.every}) of the windows of {length} tokens, the longest of which holds "
             f"{longest}, sees more than k = {min(args.ks)} keys: lower --topk or --every, or choose --packing pack"

@@ -511,7 +511,14 @@ def test_wrong_arguments_end_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("more", [["--every", "97"], ["--length", "512", "--topk", "256", "--packing", "cut"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--every", "97"],
+        ["--length", "512", "--topk", "256", "--packing", "cut"],
+        ["--score-tokens", "4", "--every", "8"],
+    ],
+)
 def test_windows_without_a_query_to_measure_end_in_one_line(checkpoint, records, tmp_path, more: list[str]) -> None:
     with pytest.raises(UserError, match=r"no measured query \(--every \d+\) .* sees more than k = \d+ keys"):
         command.main(arguments(checkpoint, records, tmp_path / "out", "--min-tokens", "1", *more))
