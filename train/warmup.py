@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,18 +86,17 @@ def record(model: Any, batch: dict[str, Tensor]) -> Recorded:
     return traces, batch
 
 
-def replayed_terms(model: Any, recorded: Recorded, *options: Any, **named: Any) -> dict[str, Tensor]:
+def replayed_terms(model: Any, recorded: Recorded, **options: Any) -> dict[str, Tensor]:
     """warmup_terms, of which only the indexers are run; about other queries each time."""
     traces, batch = recorded
-    observe = observer(batch, *options, **named)
+    observe = observer(batch, **options)
     terms = []
-    indexed = traces[0]
+    leader = traces[0]
     for trace in traces:
         if trace.again:
-            trace = indexed = trace.again()
+            trace = leader = trace.again()
         else:
-            parts = {name: getattr(indexed, name) for name in ("index_q", "index_weights", "index_k", "scored_k")}
-            trace = replace(trace, **parts)
+            trace = trace.with_indexer_of(leader)
         terms.append(observe(trace))
     return mean_over_layers(terms)
 

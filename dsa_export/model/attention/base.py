@@ -40,7 +40,8 @@ class AttentionTrace:
     kv_lengths: Tensor  # [B] int64: past tokens + S
     scale: float  # of the main attention's scores
     again: Callable[[], AttentionTrace] | None = None
-    """Runs the layer's indexer anew on the same input: the trace before a selection. None: the layer has no indexer."""
+    """Runs the layer's indexer anew on the same input: the trace before a selection. None: the layer has no indexer,
+    or nothing observes."""
 
     def for_followers(self, *, observed: bool) -> AttentionTrace:
         """What the layers that follow need of it: the selection, and for an observer what made it."""
@@ -50,6 +51,11 @@ class AttentionTrace:
     def without_indexer(self) -> AttentionTrace:
         """The same without what the indexer made of its input, to be kept until it is run again."""
         return replace(self, index_q=NOTHING, index_weights=NOTHING, index_k=NOTHING, scored_k=NOTHING)
+
+    def with_indexer_of(self, leader: AttentionTrace) -> AttentionTrace:
+        """The same with what the leader's indexer made of its input."""
+        names = ("index_q", "index_weights", "index_k", "scored_k")
+        return replace(self, **{name: getattr(leader, name) for name in names})
 
 
 Observer = Callable[[AttentionTrace], dict[str, Tensor]]

@@ -191,17 +191,15 @@ class SparseAttention(DenseAttention):
                 scored_k = scored[2].repeat_interleave(self.pool, dim=1)[:, : k.shape[2]]
             elif call.caches is not None:
                 scored_k = unrounded_keys(scored[2], scored[3])
-        parts = (q, k, value_norms, index_q, index_weights, index_k, scored_k, None)
-        unseen = replace(call, observer=None, handed_on={})  # or an observer that keeps traces would be kept by them
-        trace = AttentionTrace(
-            self.layer,
-            *parts,
-            call.lengths,
-            call.kv_lengths,
-            self.scale,
-            again=lambda: self.index(hidden, q_BSE, q, k, value_norms, unseen)[0],
-        )
-        return trace, scored
+        again = None
+        if call.observer:
+            unseen = replace(
+                call, observer=None, handed_on={}
+            )  # or an observer that keeps traces would be kept by them
+            again = lambda: self.index(hidden, q_BSE, q, k, value_norms, unseen)[0]  # noqa: E731
+        indexed = (index_q, index_weights, index_k, scored_k)
+        lengths = (call.lengths, call.kv_lengths)
+        return AttentionTrace(self.layer, q, k, value_norms, *indexed, None, *lengths, self.scale, again), scored
 
     def scored(self, index_q: Tensor, index_weights: Tensor, index_k: Tensor, call: Call) -> Scored:
         """Caches this call's index keys [B, S, Di], and returns what the scores are computed from.
