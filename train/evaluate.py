@@ -409,7 +409,8 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         args.tasks = ["passkey", "kv"]
     args.tasks = list(TASKS) if "all" in args.tasks else list(dict.fromkeys(args.tasks))
     args.task_lengths = sorted(set(args.task_lengths or args.length))
-    args.data = args.data or trained_on(args.model) or "stdlib"
+    if args.data is None:
+        args.data = trained_on(args.model) or "stdlib"
 
     longest = max(args.length)
     shares = (8,) if args.quick else (16, 8, 4)

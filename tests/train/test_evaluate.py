@@ -556,6 +556,13 @@ def test_an_edited_manifest_is_refused_where_the_data_is_left_to_it(tmp_path) ->
         command.trained_on(str(tmp_path))
 
 
+def test_an_empty_name_is_no_data(checkpoint, tmp_path) -> None:
+    """An unset variable of a script, not "what the checkpoint was trained on"."""
+    with pytest.raises(UserError, match="no such data: ''"):
+        command.main(["--model", str(checkpoint), "--length", "96", "--data", "", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_without_a_checkpoint_it_says_what_makes_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"there is no folder ckpt: `python -m train\.joint` makes it"):
