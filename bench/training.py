@@ -3,8 +3,9 @@
     python -m bench.training [--model DIR] [--length 2048] [--layers 4] [--out out/bench/training.jsonl]
 
 The original keeps the attention probabilities of every layer [Hq, T, T], scores every pair of tokens at once, and takes
-the KL over the logits gathered at the indexer's own top-k. Both steps are forward and backward of the same model, the
-same batch and the same indexer; without --model it has the shape of Qwen2.5-0.5B and random weights. --kl-lengths adds
+the KL over the logits gathered at the indexer's own top-k. All steps are forward and backward of the same model, the
+same batch and the same indexer; without --model it has the shape of Qwen2.5-0.5B and random weights. With --passes N,
+as train.warmup has it, N steps share one forward of the base: their time is that of one. --kl-lengths adds
 the memory of one layer's loss at longer windows, where the original's way would not fit.
 
 Memory is what a fresh process gained at most beside its model. One JSON line per figure, and a table.
@@ -37,8 +38,8 @@ from dsa_export.model.attention.base import Call
 from dsa_export.model.attention.dsa import SparseAttention
 from dsa_export.model.checkpoint import INDEXER
 from dsa_export.model.decoder import DecoderLayer
-from train.losses import indexer_kl, peak_bytes
-from train.warmup import warmup_terms
+from train.losses import TARGETS, indexer_kl, peak_bytes
+from train.warmup import REAL, record, replayed_terms, warmup_terms
 
 TOPK = 128
 SHAPE: dict[str, Any] = {
@@ -101,24 +102,31 @@ def batch_of(model: DSAForCausalLM, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def step(way: str, model: DSAForCausalLM, batch: dict[str, Tensor]) -> None:
-    """Forward and backward of the loss."""
-    if way == "ours":
-        loss = warmup_terms(model, batch, TOPK)["kl"]
+def steps(way: str, passes: int, model: DSAForCausalLM, batch: dict[str, Tensor]) -> None:
+    """Forward and backward of the loss; `passes` > 1 (ours only): as many of the loss from one forward of the base."""
+
+    def finish(loss: Tensor) -> None:
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    if passes > 1:
+        recorded = record(model, batch)
+        for _ in range(passes):
+            finish(replayed_terms(model, recorded, topk=TOPK, kl_queries=None, kl_target=TARGETS[0])["kl"])
+    elif way == "ours":
+        finish(warmup_terms(model, batch, TOPK)["kl"])
     else:
         model.sparse = False
-        loss = model.model(**batch, observer=None).aux_losses["kl"]
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+        finish(model.model(**batch, observer=None).aux_losses["kl"])
 
 
-def step_peak(way: str, model_name: str | None, layers: int | None, length: int) -> float | None:
+def step_peak(way: str, passes: int, model_name: str | None, layers: int | None, length: int) -> float | None:
     """MiB that a step takes beside the model; the short step before it loads what the libraries keep."""
     model = build(way, model_name, layers)
-    step(way, model, batch_of(model, 64))
+    steps(way, passes, model, batch_of(model, 64))
     memory = PeakMemory()
     memory.reset()
-    step(way, model, batch_of(model, length))
+    steps(way, passes, model, batch_of(model, length))
     return memory.mib()
 
 
@@ -155,6 +163,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--layers", type=int, metavar="N", help="only the first N layers [the model's; random: 4]")
     result.add_argument("--runs", type=int, default=5, metavar="N", help="timed steps of each way, in turn [5]")
     result.add_argument(
+        "--passes",
+        type=int,
+        default=REAL.passes,
+        metavar="N",
+        help=f"also N steps from one forward of the base, as train.warmup makes them [{REAL.passes}; 1: not]",
+    )
+    result.add_argument(
         "--kl-lengths", type=int, nargs="*", default=[], metavar="T", help="also the memory of one layer's loss [none]"
     )
     result.add_argument("--out", type=Path, default=Path("out/bench/training.jsonl"), metavar="FILE")
@@ -163,24 +178,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if min(args.length, args.runs, args.layers or 1, *args.kl_lengths) < 1:
-        raise UserError("--length, --runs, --layers and --kl-lengths must be at least 1")
+    if min(args.length, args.runs, args.passes, args.layers or 1, *args.kl_lengths) < 1:
+        raise UserError("--length, --runs, --passes, --layers and --kl-lengths must be at least 1")
     check_output_file(args.out)
-    ways = ("original", "ours")
+    ways = {"original": ("original", 1), "ours": ("ours", 1)}
+    if args.passes > 1:
+        ways[f"ours, {args.passes} passes"] = ("ours", args.passes)
     kl = {T: in_fresh_process(kl_peak, T) for T in args.kl_lengths}
-    peaks = {way: in_fresh_process(step_peak, way, args.model, args.layers, args.length) for way in ways}
-    models = {way: build(way, args.model, args.layers) for way in ways}
-    calls = {way: partial(step, way, models[way], batch_of(models[way], args.length)) for way in ways}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks = {
+        name: in_fresh_process(step_peak, *way, args.model, args.layers, args.length) for name, way in ways.items()
+    }
+    models = {way: build(way, args.model, args.layers) for way in ("original", "ours")}
+    batch = batch_of(models["ours"], args.length)
+    calls = {name: partial(steps, way, passes, models[way], batch) for name, (way, passes) in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     with progress_bar() as progress:
-        task = progress.add_task("steps", total=2 * (args.runs + 1))
+        task = progress.add_task("steps", total=len(ways) * (args.runs + 1))
         for number in range(args.runs + 1):
-            for way in ways[:: 1 if number % 2 else -1]:
-                taken = timed(calls[way])
+            for name, (_, passes) in list(ways.items())[:: 1 if number % 2 else -1]:
+                taken = timed(calls[name]) / passes
                 if number:  # the first is a warm-up
-                    seconds[way].append(taken)
+                    seconds[name].append(taken)
                 progress.advance(task)
-    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
 
     facts = {
         "model": args.model or "random weights, shape of Qwen2.5-0.5B",
@@ -188,16 +208,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "length": args.length,
         **machine(torch.get_num_threads()),
     }
-    lines: list[dict[str, Any]] = [
-        {"what": "step", "way": way, "seconds": medians[way], "runs": args.runs, "peak_mib": peaks[way], **facts}
-        for way in ways
-    ]
-    table = Table("", "s/step", "extra MiB", title=f"warm-up step, {facts['layers']} layers, T = {args.length}")
-    for way in ways:
-        table.add_row(way, f"{medians[way]:.3f}", _mib(peaks[way]))
-    memory_ratio = peaks["original"] / peaks["ours"] if None not in peaks.values() else None
-    lines.append({"what": "ratio", "time": medians["original"] / medians["ours"], "memory": memory_ratio, **facts})
-    table.add_row("original / ours", f"{medians['original'] / medians['ours']:.2f}×", f"{memory_ratio or 0:.1f}×")
+    lines: list[dict[str, Any]] = []
+    table = Table(
+        *("", "s/step", "original / this", "extra MiB", "original / this"),
+        title=f"warm-up step, {facts['layers']} layers, T = {args.length}",
+    )
+    for name, (_, passes) in ways.items():
+        time_ratio = medians["original"] / medians[name]
+        peak, largest = peaks[name], peaks["original"]
+        memory_ratio = largest / peak if largest and peak else None
+        measured = {"seconds": medians[name], "runs": args.runs, "time_ratio": time_ratio}
+        memory = {"peak_mib": peak, "memory_ratio": memory_ratio}
+        lines.append({"what": "step", "way": name, "passes": passes, **measured, **memory, **facts})
+        ratios = (f"{time_ratio:.2f}×", "" if memory_ratio is None else f"{memory_ratio:.1f}×")
+        table.add_row(name, f"{medians[name]:.3f}", ratios[0], _mib(peak), ratios[1])
     console.print(table)
     if kl:
         table = Table("T", "extra MiB", "formula", title="one layer's loss and gradient")

@@ -33,11 +33,23 @@ def test_the_loss_takes_the_memory_of_its_formula() -> None:
 
 def test_both_ways_run_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "t.jsonl"
-    training.main(["--length", "256", "--layers", "1", "--runs", "1", "--out", str(out)])
-    original, ours, ratio = (json.loads(line) for line in out.read_text().splitlines())
-    assert (original["way"], ours["way"]) == ("original", "ours") and original["seconds"] > 0 < ours["seconds"]
-    assert ratio["time"] == pytest.approx(original["seconds"] / ours["seconds"])
-    assert "original / ours" in capsys.readouterr().out
+    training.main(["--length", "256", "--layers", "1", "--runs", "1", "--passes", "2", "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["way"] for line in lines] == ["original", "ours", "ours, 2 passes"]
+    for line in lines:
+        assert line["seconds"] > 0 and line["time_ratio"] == pytest.approx(lines[0]["seconds"] / line["seconds"])
+    assert "original / this" in capsys.readouterr().out
+
+
+def test_steps_that_share_a_forward_run_the_base_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = training.build("ours", None, 1)
+    forward, calls = model.model.forward, []
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    updates = []
+    monkeypatch.setattr(model, "zero_grad", lambda **_: updates.append(1))
+    training.steps("ours", 3, model, training.batch_of(model, 40))
+    assert (len(calls), len(updates)) == (1, 3)
+    assert all(p.grad is not None for name, p in model.named_parameters() if training.INDEXER in name)
 
 
 def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
