@@ -31,7 +31,7 @@ from dsa_export.model.cache import DSACache
 from dsa_export.topk import TopK, topk_per_layer
 from plugins.index_topk.op import topk_lowest_index_first
 from train.data import IGNORED
-from train.losses import attention_moments, attention_target
+from train.losses import attention_target
 from train.selection import ROWS
 
 RUNGS = ("best", "output", "trained", "random", "window")
@@ -119,10 +119,8 @@ def best_selection(trace: AttentionTrace, k: int, target: str) -> Tensor:
             positions = torch.arange(past + start, keys, device=trace.q.device)[:, None]
             visible = torch.arange(keys, device=trace.q.device) <= positions
             norms_HC = None if norms is None else norms[b, :, :keys]
-            moments = attention_moments(
-                trace.q[b, :, start:stop] * trace.scale, trace.k[b, :, :keys], visible, norms_HC=norms_HC
-            )
-            p = attention_target(moments, target)
+            q_HRD = trace.q[b, :, start:stop] * trace.scale
+            p = attention_target(q_HRD, trace.k[b, :, :keys], visible, target, norms_HC=norms_HC)
             best = topk_lowest_index_first(p.masked_fill(~visible, -1), min(k, keys))
             indices[b, start:stop, : best.shape[-1]] = torch.where(best <= positions, best, -1).int()
     return indices

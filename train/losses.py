@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,11 +85,10 @@ def indexer_kl_reference(
 def peak_bytes(T: int, Hq: int, Hkv: int, Hi: int, Di: int, device: str = "cpu") -> int:
     """What indexer_kl and its backward hold at most, beside their inputs, for one row of T tokens in fp32.
 
-    A tile keeps p and both moments, and first the scores and the probabilities of one KV head's group, then the
-    indexer's activations and five [R, T] of its scores, all within the call. The gradients of the inputs stay, twice
-    while they are scaled.
+    A tile keeps p, and first the scores and the probabilities of one KV head's group, then the indexer's activations
+    and five [R, T] of its scores, all within the call. The gradients of the inputs stay, twice while they are scaled.
     """
-    tile = TILE[device] * T * (3 + max(2 * Hq // Hkv, Hi + 5))
+    tile = TILE[device] * T * (1 + max(2 * Hq // Hkv, Hi + 5))
     return 4 * (tile + 2 * T * (Hi * Di + Hi + Di))
 
 
@@ -181,32 +179,32 @@ class _IndexerKL(torch.autograd.Function):
             certain = int(rows[0]) + 1 if indices is None else 0  # so many keys, from the left, count for every row
 
             norms_HC = value_norms[b, :, :stop] if target == "output" else None
-            attention = attention_moments(q_HRD, k_HCD, support, certain, norms_HC)
-            p = attention_target(attention, target).to(accumulator)
-            activations_RHC = (index_q_RHD @ index_k_CD.T).relu_().to(accumulator)
+            p = attention_target(q_HRD, k_HCD, support, target, certain, norms_HC).to(accumulator)
+            active_RHC = (index_q_RHD @ index_k_CD.T).relu_()
+            activations_RHC = active_RHC.to(accumulator)
             scores = _mask(torch.bmm(weights_RH[:, None], activations_RHC)[:, 0], support, certain)
             log_student = scores.log_softmax(-1)
             kl += (torch.xlogy(p, p) - p * log_student.clamp(min=LOWEST)).sum()
 
             if measure_every:
                 some = slice(-(ordinal + 1) % measure_every, None, measure_every)
-                if indices is None:
-                    dense = attention.mean[some]
-                else:
-                    dense = attention_moments(q_HRD[:, some], k_HCD, visible[some]).mean
+                dense = mean_attention(q_HRD[:, some], k_HCD, visible[some])
                 shares.add(dense, rows[some, None], None if indices is None else support[some], scores[some])
 
             if with_gradient:
                 d_scores = log_student.exp_().sub_(p).div_(valid_rows)  # 0 outside the support: exp(-inf) = 0 = p
-                d_index_weights[b, rows] = torch.bmm(activations_RHC, d_scores[..., None])[..., 0].to(index_q.dtype)
+                # With the scores on the left: with a column on the right CPU libraries take ten times as long.
+                d_weights = torch.bmm(d_scores[:, None], activations_RHC.transpose(1, 2))
+                d_index_weights[b, rows] = d_weights[:, 0].to(index_q.dtype)
                 # ReLU's gradient, in place. The weights are the same for all keys: they multiply the small products.
-                torch.ops.aten.threshold_backward(d_scores[:, None], activations_RHC, 0, grad_input=activations_RHC)
-                d_activations = activations_RHC.to(index_q.dtype).flatten(0, 1)
+                d_scores = d_scores.to(index_q.dtype)
+                torch.ops.aten.threshold_backward(d_scores[:, None], active_RHC, 0, grad_input=active_RHC)
+                d_active = active_RHC.flatten(0, 1)
                 weights_RH1 = index_weights[b, rows, :, None]
-                d_index_q[b, rows] = (d_activations @ index_k_CD).view_as(index_q_RHD) * weights_RH1
-                d_index_k[b, :stop] += d_activations.T @ (index_q_RHD * weights_RH1).flatten(0, 1)
-                del d_activations, d_scores
-            del attention, p, activations_RHC, scores, log_student  # or they would live on beside the next tile's
+                d_index_q[b, rows] = (d_active @ index_k_CD).view_as(index_q_RHD) * weights_RH1
+                d_index_k[b, :stop] += d_active.T @ (index_q_RHD * weights_RH1).flatten(0, 1)
+                del d_active, d_scores
+            del p, active_RHC, activations_RHC, scores, log_student  # or they would live on beside the next tile's
 
         ctx.save_for_backward(d_index_q, d_index_weights, d_index_k.to(index_k.dtype))
         result, measured = kl / valid_rows, shares.means()
@@ -241,41 +239,36 @@ def _mask(scores: Tensor, support: Tensor, certain: int) -> Tensor:
     return scores
 
 
-class Moments(NamedTuple):
-    """Of the attention probabilities, over the query heads: [R, C] each, 0 outside the support.
+def _attention(q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int) -> Iterator[Tensor]:
+    """The attention probabilities [G, R, C] of one KV head's group of query heads after the other; 0 outside the
+    support [R, C] bool, whose first `certain` columns are all True. q is scaled already."""
+    dtype = torch.promote_types(q_HRD.dtype, torch.float32)
+    for q_GRD, k_CD in zip(q_HRD.unflatten(0, (len(k_HCD), -1)), k_HCD, strict=True):
+        yield _mask((q_GRD @ k_CD.T).to(dtype), support, certain).softmax(-1)
 
-    The squares are those of the probabilities times the norms of the values, if these are given.
+
+def mean_attention(q_HRD: Tensor, k_HCD: Tensor, support: Tensor) -> Tensor:
+    """The mean of the query heads' attention probabilities over the support [R, C] bool. q is scaled already."""
+    return torch.stack([a_GRC.sum(0) for a_GRC in _attention(q_HRD, k_HCD, support, 0)]).sum(0) / len(q_HRD)
+
+
+def attention_target(
+    q_HRD: Tensor, k_HCD: Tensor, support: Tensor, target: str, certain: int = 0, norms_HC: Tensor | None = None
+) -> Tensor:
+    """What the indexer is to learn, a distribution over the support [R, C]: see the top of this file.
+
+    The first `certain` columns of the support are all True. norms_HC: of the values, for `output`. q is scaled already.
     """
-
-    mean: Tensor
-    mean_square: Tensor
-
-
-def attention_moments(
-    q_HRD: Tensor, k_HCD: Tensor, support: Tensor, certain: int = 0, norms_HC: Tensor | None = None
-) -> Moments:
-    """Attention over the support [R, C] bool, whose first `certain` columns are all True. q is scaled already."""
-    Hq, R, D = q_HRD.shape
-    Hkv, C, _ = k_HCD.shape
-    mean, mean_square = torch.zeros(2, R, C, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
-    groups = q_HRD.view(Hkv, Hq // Hkv, R, D)
-    norms = [None] * Hkv if norms_HC is None else norms_HC.view(Hkv, Hq // Hkv, 1, C)
-    for q_GRD, k_CD, norms_G1C in zip(groups, k_HCD, norms, strict=True):  # one KV head's group at a time
-        a_GRC = _mask((q_GRD @ k_CD.T).to(mean.dtype), support, certain).softmax(-1)
-        mean += a_GRC.sum(0)
-        if norms_G1C is not None:
-            a_GRC *= norms_G1C
-        mean_square += a_GRC.square_().sum(0)
-        del a_GRC  # or it would live on beside the next group's
-    return Moments(mean.div_(Hq), mean_square.div_(Hq))
-
-
-def attention_target(attention: Moments, target: str) -> Tensor:
-    """What the indexer is to learn, a distribution over the support [R, C]: see the top of this file."""
-    if target == "mean":
-        return attention.mean
-    rms = attention.mean_square.sqrt()
-    return rms.div_(rms.sum(-1, keepdim=True))
+    sums = torch.zeros(support.shape, dtype=torch.promote_types(q_HRD.dtype, torch.float32), device=q_HRD.device)
+    norms = iter(()) if norms_HC is None else iter(norms_HC.unflatten(0, (len(k_HCD), -1)).unsqueeze(2))
+    for a_GRC in _attention(q_HRD, k_HCD, support, certain):
+        if norms_HC is not None:
+            a_GRC *= next(norms)
+        sums += (a_GRC if target == "mean" else a_GRC.square_()).sum(0)
+        del a_GRC  # or it would live on beside the next group's, as it would in a zip
+    if target != "mean":
+        sums.sqrt_()
+    return sums.div_(sums.sum(-1, keepdim=True))
 
 
 class _AttentionShares:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsa_export.model import AttentionTrace
 from plugins.index_topk import index_scores
-from train.losses import attention_moments
+from train.losses import mean_attention
 
 ROWS = 128
 """Measured query rows handled at a time."""
@@ -73,7 +73,7 @@ class SelectionMeter:
         for rows in queries.split(ROWS):
             positions = past + rows[:, None]
             visible = slots <= positions
-            mass = attention_moments(t.q[0][:, rows] * t.scale, t.k[0, :, :T], visible).mean
+            mass = mean_attention(t.q[0][:, rows] * t.scale, t.k[0, :, :T], visible)
             scores = index_scores(t.index_q[:, rows], t.index_weights[:, rows], t.scored_k[:, :T])[0]
             # A stable sort keeps the lower of two equal indices first, as the operator does.
             order = scores.masked_fill_(~visible, -torch.inf).argsort(stable=True, dim=-1, descending=True)

@@ -32,8 +32,8 @@ from train.options import (
 from train.trainer import Stage
 
 OUT = "out/warmup"
-MEASURE_EVERY = 8
-"""While training, the recall is measured on every 8th query that the indexer is trained on."""
+MEASURE_EVERY = 32
+"""While training, the recall is measured on every 32nd query that the indexer is trained on."""
 
 SMALL = Recipe(steps=150, batch_size=2, length=(512,), lr=1e-2, min_tokens=64, topk=64, index_heads=4, index_dim=32)
 REAL = Recipe(

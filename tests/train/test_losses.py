@@ -11,7 +11,7 @@ from torch import Tensor
 from plugins.index_topk import index_topk
 from tests.conftest import Largest
 from train import losses
-from train.losses import TARGETS, attention_moments, attention_target, indexer_kl, indexer_kl_reference
+from train.losses import TARGETS, attention_target, indexer_kl, indexer_kl_reference
 
 SCALE = 0.3
 
@@ -81,15 +81,14 @@ def test_the_target_ranks_what_one_head_needs_above_what_all_look_at_a_little() 
     a = torch.tensor([[0.3, 0.2, 0.5], [0.0, 0.2, 0.8]])
     q, k = torch.eye(2)[:, None], a.log().clamp(min=-99).T[None]  # the scores are the logarithms
     everything = torch.ones(1, 3, dtype=torch.bool)
-    moments = attention_moments(q, k, everything)
-    mean, rms = (attention_target(moments, target)[0] for target in ("mean", "rms"))
+    mean, rms = (attention_target(q, k, everything, target)[0] for target in ("mean", "rms"))
     torch.testing.assert_close(mean, a.mean(0))
     roots = a.square().mean(0).sqrt()
     torch.testing.assert_close(rms, roots / roots.sum())
     assert mean[0] < mean[1] and rms[0] > rms[1]
     # The first head's value of key 0 is nothing, nor is its output then changed by it.
     norms = torch.tensor([[1e-9, 1, 1], [1, 1, 1]])
-    output = attention_target(attention_moments(q, k, everything, norms_HC=norms), "output")[0]
+    output = attention_target(q, k, everything, "output", norms_HC=norms)[0]
     assert output[0] < 1e-6 and output[1] / output[2] == pytest.approx(float(rms[1] / rms[2]))
 
 
