@@ -14,7 +14,8 @@ Shapes: B batch, T tokens, Hq/Hkv query/KV heads, D head size, Hi/Di indexer hea
 For a query t, p is the target made of the attention probabilities a_h of the query heads, and I the index score. Both
 are distributions over the same keys: all visible ones in the warm-up, the selected ones in the joint stage. The loss is
 the mean over the valid queries of KL(p ‖ softmax(I)): padding rows neither add to the sum nor to the count.
-With `every` = n the mean is taken over each n-th query only: 1/n of the work, every key still counts.
+With `every` = n the mean is taken over each n-th query only: 1/n of the work, every key still counts. indexer_kl() is
+then given these queries alone: Q of them in place of T in index_q, index_weights, q and indices.
 
 Targets:
     mean    p = mean_h a_h, as published (DeepSeek-V3.2-Exp, section 2.1).
@@ -127,7 +128,7 @@ def indexer_kl(
 
     Args:
         target: one of TARGETS.
-        every, first: the queries first, first + every, … count (0 ≤ first < every; the shortest row has one).
+        every, first: the queries stand at first, first + every, … (0 ≤ first < every; the shortest row has one).
         topk: k of the measured shares. With `indices` the recall is theirs.
         measure_every: measure the shares on every n-th of these queries; 0: not at all.
     """
@@ -161,22 +162,23 @@ class _IndexerKL(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         accumulator = torch.promote_types(index_q.dtype, torch.float32)
-        queries = [torch.arange(first, length, every, device=q.device) for length in lengths.tolist()]
-        valid_rows = sum(map(len, queries))
+        positions = [torch.arange(first, length, every, device=q.device) for length in lengths.tolist()]
+        valid_rows = sum(map(len, positions))
         kl = torch.zeros((), dtype=accumulator, device=q.device)
         shares = _AttentionShares(topk, accumulator, q.device)
         d_index_q, d_index_weights = torch.zeros_like(index_q), torch.zeros_like(index_weights)
         d_index_k = torch.zeros_like(index_k, dtype=accumulator)
 
-        for b, ordinal, rows in _tiles(queries):
-            # From here on: R = len(rows) query rows, which see no key beyond C = stop.
-            stop = int(rows[-1]) + 1
-            q_HRD, k_HCD = q[b][:, rows] * scale, k[b, :, :stop]
+        for b, rows in _tiles(positions):
+            # From here on: R query rows, which see no key beyond C = stop.
+            at = positions[b][rows]
+            stop = int(at[-1]) + 1
+            q_HRD, k_HCD = q[b, :, rows] * scale, k[b, :, :stop]
             index_q_RHD, index_k_CD = index_q[b, rows], index_k[b, :stop]
             weights_RH = index_weights[b, rows].to(accumulator)
-            visible = torch.arange(stop, device=q.device) <= rows[:, None]
+            visible = torch.arange(stop, device=q.device) <= at[:, None]
             support = visible if indices is None else _selection_mask(indices[b, rows], stop)
-            certain = int(rows[0]) + 1 if indices is None else 0  # so many keys, from the left, count for every row
+            certain = int(at[0]) + 1 if indices is None else 0  # so many keys, from the left, count for every row
 
             norms_HC = value_norms[b, :, :stop] if target == "output" else None
             p = attention_target(q_HRD, k_HCD, support, target, certain, norms_HC).to(accumulator)
@@ -187,9 +189,9 @@ class _IndexerKL(torch.autograd.Function):
             kl += (torch.xlogy(p, p) - p * log_student.clamp(min=LOWEST)).sum()
 
             if measure_every:
-                some = slice(-(ordinal + 1) % measure_every, None, measure_every)
+                some = slice(-(rows.start + 1) % measure_every, None, measure_every)
                 dense = mean_attention(q_HRD[:, some], k_HCD, visible[some])
-                shares.add(dense, rows[some, None], None if indices is None else support[some], scores[some])
+                shares.add(dense, at[some, None], None if indices is None else support[some], scores[some])
 
             if with_gradient:
                 d_scores = log_student.exp_().sub_(p).div_(valid_rows)  # 0 outside the support: exp(-inf) = 0 = p
@@ -218,12 +220,12 @@ class _IndexerKL(torch.autograd.Function):
         return (*gradients, *[None] * 12)
 
 
-def _tiles(queries: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-    """(row b of the batch, number of queries of b before this tile, positions [R] of the tile's queries)."""
-    for b, positions in enumerate(queries):
-        rows = TILE[positions.device.type]
-        for start in range(0, len(positions), rows):
-            yield b, start, positions[start : start + rows]
+def _tiles(positions: list[Tensor]) -> Iterator[tuple[int, slice]]:
+    """(row b of the batch, the queries of a tile) for the queries at these positions of each row."""
+    for b, of_row in enumerate(positions):
+        rows = TILE[of_row.device.type]
+        for start in range(0, len(of_row), rows):
+            yield b, slice(start, min(start + rows, len(of_row)))
 
 
 def _selection_mask(indices: Tensor, keys: int) -> Tensor:
@@ -326,8 +328,17 @@ class IndexerObserver:
         self.every = every
         self.first = int(torch.randint(every, ())) if first is None and every > 1 else first or 0
 
+    @property
+    def queries(self) -> slice:
+        """Those that count."""
+        return slice(self.first, None, self.every)
+
     def __call__(self, trace: AttentionTrace) -> dict[str, Tensor]:
-        if trace.k.shape[2] != trace.q.shape[2]:
+        return self.terms(trace.of_queries(self.queries))
+
+    def terms(self, trace: AttentionTrace) -> dict[str, Tensor]:
+        """The same for a trace of those queries alone."""
+        if trace.k.shape[2] != trace.index_k.shape[1]:
             raise ValueError("the indexer is trained on calls without cache")
         with torch.autocast(trace.q.device.type, enabled=False):
             loss = indexer_kl(

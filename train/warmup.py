@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -94,10 +95,10 @@ def replayed_terms(model: Any, recorded: Recorded, **options: Any) -> dict[str, 
     leader = traces[0]
     for trace in traces:
         if trace.again:
-            trace = leader = trace.again()
+            trace = leader = trace.again(observe.queries)
         else:
-            trace = trace.with_indexer_of(leader)
-        terms.append(observe(trace))
+            trace = replace(trace, q=trace.q[:, :, observe.queries]).with_indexer_of(leader)
+        terms.append(observe.terms(trace))
     return mean_over_layers(terms)
 
 

@@ -46,7 +46,11 @@ def test_loss_and_gradients_equal_the_definition(
     tensors = inputs()
     indices = selection(tensors, k) if k else None
     expected = indexer_kl_reference(*tensors, torch.tensor(lengths), SCALE, indices, every, first, target)
-    actual = indexer_kl(*tensors, torch.tensor(lengths), SCALE, indices, target=target, every=every, first=first).kl
+    index_q, index_weights, index_k, q, k_BHTD, norms = tensors
+    rows = slice(first, None, every)
+    of_queries = (index_q[:, rows], index_weights[:, rows], index_k, q[:, :, rows], k_BHTD, norms)
+    chosen = None if indices is None else indices[:, rows]
+    actual = indexer_kl(*of_queries, torch.tensor(lengths), SCALE, chosen, target=target, every=every, first=first).kl
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(
         torch.autograd.grad(3 * actual, tensors[:3]), torch.autograd.grad(3 * expected, tensors[:3]), strict=True

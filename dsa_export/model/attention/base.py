@@ -39,14 +39,24 @@ class AttentionTrace:
     lengths: Tensor  # [B] int64, valid tokens of this call per row (rows are padded on the right)
     kv_lengths: Tensor  # [B] int64: past tokens + S
     scale: float  # of the main attention's scores
-    again: Callable[[], AttentionTrace] | None = None
-    """Runs the layer's indexer anew on the same input: the trace before a selection. None: the layer has no indexer,
-    or nothing observes."""
+    again: Callable[[slice], AttentionTrace] | None = None
+    """Runs the layer's indexer anew on the same input, for these of its queries: the trace before a selection. None:
+    the layer has no indexer, or nothing observes."""
 
     def for_followers(self, *, observed: bool) -> AttentionTrace:
         """What the layers that follow need of it: the selection, and for an observer what made it."""
         selection = replace(self, q=NOTHING, k=NOTHING, value_norms=lambda: NOTHING, again=None)
         return selection if observed else selection.without_indexer()
+
+    def of_queries(self, queries: slice) -> AttentionTrace:
+        """The same with these of the S queries alone."""
+        return replace(
+            self,
+            q=self.q[:, :, queries],
+            index_q=self.index_q[:, queries],
+            index_weights=self.index_weights[:, queries],
+            indices=None if self.indices is None else self.indices[:, queries],
+        )
 
     def without_indexer(self) -> AttentionTrace:
         """The same without what the indexer made of its input, to be kept until it is run again."""

@@ -46,14 +46,19 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
-    def forward(self, hidden: Tensor, q_BSE: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [B, S, E] → index_q [B, S, Hi, Di], index_weights [B, S, Hi], index_k [B, S, Di] of this call."""
+    def forward(
+        self, hidden: Tensor, q_BSE: Tensor, call: Call, queries: slice | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, S, E] → index_q [B, S, Hi, Di], index_weights [B, S, Hi], index_k [B, S, Di] of this call.
+
+        queries: the tokens that the first two are of, in place of all S.
+        """
         hidden = hidden.detach()
-        if self.own_queries:
-            index_q = rotary(self.q_proj(hidden), *call.index_rope, heads=self.heads)
-        else:
-            index_q = q_BSE.detach()
         index_k = rotary(self.k_norm(self.k_proj(hidden)), *call.index_rope, heads=1)
+        q_BSE, cos, sin = q_BSE.detach(), *call.index_rope
+        if queries is not None:
+            hidden, q_BSE, cos, sin = hidden[:, queries], q_BSE[:, queries], cos[:, queries], sin[:, queries]
+        index_q = rotary(self.q_proj(hidden), cos, sin, heads=self.heads) if self.own_queries else q_BSE
         # Under autocast what is rotated comes out in fp32, and so must the weights.
         index_weights = self.weights_proj(hidden).to(index_q.dtype) * (self.heads**-0.5 * self.dim**-0.5)
         return index_q.unflatten(-1, (self.heads, self.dim)), index_weights, index_k
@@ -180,10 +185,20 @@ class SparseAttention(DenseAttention):
         return output, call.observer(trace) if call.observer else {}
 
     def index(
-        self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, value_norms: Callable[[], Tensor], call: Call
+        self,
+        hidden: Tensor,
+        q_BSE: Tensor,
+        q: Tensor,
+        k: Tensor,
+        value_norms: Callable[[], Tensor],
+        call: Call,
+        queries: slice | None = None,
     ) -> tuple[AttentionTrace, Scored]:
-        """Runs the indexer, and caches its keys: the layer's trace without a selection, and what that is made from."""
-        index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call)
+        """Runs the indexer, and caches its keys: the layer's trace without a selection, and what that is made from.
+
+        queries: see Indexer.
+        """
+        index_q, index_weights, index_k = self.indexer(hidden, q_BSE, call, queries)
         scored = self.scored(index_q, index_weights, index_k, call)
         scored_k = index_k
         if call.caches is None or call.observer or call.selector:
@@ -193,10 +208,9 @@ class SparseAttention(DenseAttention):
                 scored_k = unrounded_keys(scored[2], scored[3])
         again = None
         if call.observer:
-            unseen = replace(
-                call, observer=None, handed_on={}
-            )  # or an observer that keeps traces would be kept by them
-            again = lambda: self.index(hidden, q_BSE, q, k, value_norms, unseen)[0]  # noqa: E731
+            # Without the observer: one that keeps traces would be kept by them.
+            unseen = replace(call, observer=None, handed_on={})
+            again = lambda rows: self.index(hidden, q_BSE, q[:, :, rows], k, value_norms, unseen, rows)[0]  # noqa: E731
         indexed = (index_q, index_weights, index_k, scored_k)
         lengths = (call.lengths, call.kv_lengths)
         return AttentionTrace(self.layer, q, k, value_norms, *indexed, None, *lengths, self.scale, again), scored
