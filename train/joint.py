@@ -72,10 +72,14 @@ def optimizers(
     settings: Settings,
     indexer_optimizer: str,
     indexer_lr: float,
+    index_dim: int,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for the base; the indexer has an optimizer and a rate of its own."""
     indexer = replace(settings, lr=indexer_lr)
-    return [adamw(groups["base"], settings), *INDEXER_OPTIMIZERS[indexer_optimizer](groups["indexer"], indexer)]
+    return [
+        adamw(groups["base"], settings),
+        *INDEXER_OPTIMIZERS[indexer_optimizer](groups["indexer"], indexer, index_dim),
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,7 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 *feed_forward.VARIANTS[model.config.feed_forward].LOSSES,
             ),
             evaluate=warmup.evaluation(args, teacher),
-            optimizers=partial(optimizers, indexer_optimizer=args.indexer_optimizer, indexer_lr=args.indexer_lr),
+            optimizers=partial(
+                optimizers,
+                indexer_optimizer=args.indexer_optimizer,
+                indexer_lr=args.indexer_lr,
+                index_dim=model.config.index_dim,
+            ),
         )
         if args.lora_rank is not None:
             stage = through_adapters(stage, args.lora_rank)

@@ -22,16 +22,18 @@ from train import distributed
 from train.data import CACHE, MAX_ROWS, TrainingData, check_source, check_tokenizer, load_data
 from train.distributed import Processes, pick_device
 from train.losses import TARGETS
+from train.muon import muon
 from train.precision import is_fast_in_bf16
-from train.trainer import Settings, Stage, Trainer, adamw, first_difference, muon
+from train.trainer import Settings, Stage, Trainer, adamw, first_difference
 
 SMALL_HIDDEN_SIZE = 256
 """Models up to this hidden size, such as the default one, train by the small recipe."""
 
-INDEXER_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Settings], list[torch.optim.Optimizer]]] = {
+INDEXER_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Settings, int], list[torch.optim.Optimizer]]] = {
     "muon": muon,
-    "adamw": lambda parameters, settings: [adamw(parameters, settings)],
+    "adamw": lambda parameters, settings, _: [adamw(parameters, settings)],
 }
+"""Given the parameters, the settings and the size of an indexer's head."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

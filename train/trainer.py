@@ -468,16 +468,6 @@ def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ada
     )
 
 
-def muon(parameters: list[nn.Parameter], settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for the rest. A step moves a matrix's entries by a fifth of the rate, in the root
-    mean square (whatever its size), and those of the rest by up to the rate."""
-    matrices = [p for p in parameters if p.ndim == 2]
-    return [
-        torch.optim.Muon(matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        adamw([p for p in parameters if p.ndim != 2], settings),
-    ]
-
-
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops as soon as Python is asked."""

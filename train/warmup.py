@@ -165,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ),
             losses=("kl",),
             evaluate=evaluation(args),
-            optimizers=lambda groups, settings: INDEXER_OPTIMIZERS[args.indexer_optimizer](groups["indexer"], settings),
+            optimizers=lambda groups, settings: INDEXER_OPTIMIZERS[args.indexer_optimizer](
+                groups["indexer"], settings, model.config.index_dim
+            ),
             passes=args.passes,
             record=record if args.passes > 1 else None,
         )

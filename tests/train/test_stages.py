@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import Qwen2Config
 
 from dsa_export.cli import UserError
@@ -21,8 +22,9 @@ from train import finetune, joint, options, precision, trainer, warmup
 from train.data import IGNORED, Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
+from train.muon import HeadwiseMuon, muon
 from train.options import resolve, settings_of
-from train.trainer import Settings, muon
+from train.trainer import Settings
 
 INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
 SHORT = [
@@ -606,7 +608,7 @@ def test_accumulation_equals_one_large_batch(tiny: Path, records: Path, tmp_path
 def test_muon_takes_the_matrices_of_the_indexer_and_adamw_the_rest(tiny: Path) -> None:
     model = load_model(tiny, **INDEXER)
     indexer = warmup.indexer_parameters(model)["indexer"]
-    matrices, others = muon(indexer, Settings(steps=1, lengths=(8,), lr=1e-3))
+    matrices, others = muon(indexer, Settings(steps=1, lengths=(8,), lr=1e-3), rows=4)
     taken = [p for optimizer in (matrices, others) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, taken)) == sorted(map(id, indexer))
     before = {id(p): p.detach().clone() for p in indexer}
@@ -618,6 +620,23 @@ def test_muon_takes_the_matrices_of_the_indexer_and_adamw_the_rest(tiny: Path) -
     for p in indexer:
         moved = (p.detach() - before[id(p)]).square().mean().sqrt().item()
         assert moved == pytest.approx(0.2e-3 if p.ndim == 2 else 1e-3, rel=0.25)
+
+
+def test_muon_moves_every_head_as_torchs_moves_a_matrix() -> None:
+    g = torch.Generator().manual_seed(0)
+    matrix, other, few = (nn.Parameter(torch.randn(*shape, generator=g)) for shape in ((8, 16), (12, 16), (3, 16)))
+    heads = [nn.Parameter(head.clone()) for p in (matrix, other) for head in p.detach().split(4)]
+    heads.append(nn.Parameter(few.detach().clone()))
+    ours = HeadwiseMuon([matrix, other, few], lr=0.1, rows=4, weight_decay=0.01)
+    theirs = torch.optim.Muon(heads, lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p in (matrix, other, few):
+            p.grad = torch.randn(p.shape, generator=g)
+        for head, gradient in zip(heads, [*matrix.grad.split(4), *other.grad.split(4), few.grad], strict=True):
+            head.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(torch.cat([matrix, other, few]), torch.cat(heads), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
