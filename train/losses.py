@@ -39,7 +39,8 @@ from dsa_export.topk import TopK
 from plugins.index_topk.op import topk_lowest_index_first
 
 TILE = {"cpu": 32, "cuda": 512}
-"""R, query rows handled at a time: little enough for a CPU's caches, enough to fill a GPU. See peak_bytes()."""
+"""Query rows handled at a time: little enough for a CPU's caches, enough to fill a GPU. See tile_rows()."""
+FEW_KEYS = 2048
 
 TARGETS = ("rms", "output", "mean")
 
@@ -83,13 +84,18 @@ def indexer_kl_reference(
     return kl_per_row[valid].mean()
 
 
+def tile_rows(keys: int, device: str) -> int:
+    """R, query rows handled at a time that see at most so many keys."""
+    return TILE[device] * (2 if keys <= FEW_KEYS else 1)
+
+
 def peak_bytes(T: int, Hq: int, Hkv: int, Hi: int, Di: int, device: str = "cpu") -> int:
     """What indexer_kl and its backward hold at most, beside their inputs, for one row of T tokens in fp32.
 
     A tile keeps p, and first the scores and the probabilities of one KV head's group, then the indexer's activations
     and five [R, T] of its scores, all within the call. The gradients of the inputs stay, twice while they are scaled.
     """
-    tile = TILE[device] * T * (1 + max(2 * Hq // Hkv, Hi + 5))
+    tile = tile_rows(T, device) * T * (1 + max(2 * Hq // Hkv, Hi + 5))
     return 4 * (tile + 2 * T * (Hi * Di + Hi + Di))
 
 
@@ -173,7 +179,7 @@ class _IndexerKL(torch.autograd.Function):
             # From here on: R query rows, which see no key beyond C = stop.
             at = positions[b][rows]
             stop = int(at[-1]) + 1
-            q_HRD, k_HCD = q[b, :, rows] * scale, k[b, :, :stop]
+            q_HRD, k_HCD = (q[b, :, rows] * scale).contiguous(), k[b, :, :stop]
             index_q_RHD, index_k_CD = index_q[b, rows], index_k[b, :stop]
             weights_RH = index_weights[b, rows].to(accumulator)
             visible = torch.arange(stop, device=q.device) <= at[:, None]
@@ -223,7 +229,7 @@ class _IndexerKL(torch.autograd.Function):
 def _tiles(positions: list[Tensor]) -> Iterator[tuple[int, slice]]:
     """(row b of the batch, the queries of a tile) for the queries at these positions of each row."""
     for b, of_row in enumerate(positions):
-        rows = TILE[of_row.device.type]
+        rows = tile_rows(int(of_row[-1]) + 1, of_row.device.type)
         for start in range(0, len(of_row), rows):
             yield b, slice(start, min(start + rows, len(of_row)))
 

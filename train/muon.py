@@ -1,13 +1,10 @@
 """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) for an indexer: every head is orthogonalised by itself.
 
-torch.optim.Muon takes whole matrices, one at a time. For the heads of all layers together the same takes a fifth of
-the time and trains as well: measured in CONTRIBUTING.md. What makes a step of the indexer cheap counts, as a warm-up
-makes many from one forward pass.
+torch.optim.Muon takes whole matrices: five times the time on a CPU, where a warm-up, which makes many updates from one
+forward pass, would spend most of it; and no better (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
-
-from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +31,6 @@ class HeadwiseMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -45,15 +41,11 @@ class HeadwiseMuon(torch.optim.Optimizer):
                 update = parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov's
                 whole = update.full_tensor() if isinstance(update, DTensor) else update
                 N, rows = len(whole), group["rows"]
-                blocks = whole.unflatten(0, (-1, rows if N % rows == 0 else N))
-                by_shape[blocks.shape[1:]].append((parameter, blocks))
-            for shape, updates in by_shape.items():
-                parameters, blocks_of = zip(*updates, strict=True)
-                orthogonal = orthogonalise(torch.cat(blocks_of)).split([len(blocks) for blocks in blocks_of])
-                for parameter, blocks in zip(parameters, orthogonal, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    change = like(parameter, blocks.flatten(0, 1).to(parameter.dtype))
-                    parameter.add_(change, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                blocks = orthogonalise(whole.unflatten(0, (-1, rows if N % rows == 0 else N)))
+                size = 0.2 * max(blocks.shape[1:]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                change = like(parameter, blocks.flatten(0, 1).to(parameter.dtype))
+                parameter.add_(change, alpha=-size * group["lr"])
 
 
 def orthogonalise(blocks: Tensor) -> Tensor:

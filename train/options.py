@@ -55,6 +55,7 @@ class Recipe:
     index_dim: int = 64
     held_out: int = 8
     kl_queries: int | None = None
+    """Of each window in a step, dealt out to its passes."""
     passes: int = 1
     weight_decay: float = 0.0
 
@@ -134,7 +135,11 @@ def argument_parser(
             metavar="N",
             help="train and judge the indexer on about N queries of each window, evenly spaced: long windows then cost "
             "little more than the model itself "
-            f"[{'all' if real is None or real.kl_queries is None else f'{real.kl_queries}; small models: all'}]",
+            + (
+                "[all]"
+                if real is None or real.kl_queries is None
+                else f"[{real.kl_queries} over --passes; small models: all]"
+            ),
         )
         run.add_argument(
             "--kl-target",
@@ -222,8 +227,9 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
         "--passes",
         type=int,
         metavar="N",
-        help="updates of each step, from one forward pass of the frozen model, about other queries each time: in long "
-        "windows that pass is most of the work. Keeps what all layers attend with, 6 GB for 32,768 tokens of a 0.5B "
+        help="updates of each step, from one forward pass of the frozen model, about other queries each time: many "
+        "about a few are worth more than few about many. Keeps what all layers attend with, 6 GB for 32,768 tokens of "
+        "a 0.5B "
         f"[{real.passes}; small models, and with fsdp, which cannot: {small.passes}]",
     )
     add_selection_arguments(parser)
@@ -315,9 +321,11 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     for name in ("batch_size", "lr", "min_tokens", "held_out", "weight_decay"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
-    for name in ("kl_queries", "indexer_lr", "passes"):
+    for name in ("indexer_lr", "passes"):
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
+    if hasattr(args, "kl_queries") and args.kl_queries is None and recipe.kl_queries:
+        args.kl_queries = max(1, recipe.kl_queries // getattr(args, "passes", 1))
     if args.dtype is None:
         args.dtype = "bf16" if recipe is not small and is_fast_in_bf16(pick_device(args.device)) else "fp32"
     if args.steps is None and args.max_tokens is None:

@@ -44,10 +44,10 @@ REAL = Recipe(
     lr=3e-3,
     min_tokens=1024,
     held_out=1,
-    kl_queries=1024,
-    passes=4,
+    kl_queries=2048,
+    passes=16,
 )
-"""45 to 60 minutes on one core in bf16 for Qwen2.5-0.5B. Measured in docs/results.md."""
+"""Half an hour on one core in bf16 for Qwen2.5-0.5B. Measured in docs/results.md."""
 
 
 Recorded = tuple[list[AttentionTrace], dict[str, Tensor]]

@@ -19,6 +19,7 @@ SCALE = 0.3
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(losses.TILE, "cpu", 16)
+    monkeypatch.setattr(losses, "FEW_KEYS", 24)
 
 
 def inputs(B: int = 3, T: int = 50, Hi: int = 3, Di: int = 8, Hq: int = 6, Hkv: int = 2, dtype=torch.float32, seed=0):

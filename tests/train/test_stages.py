@@ -655,8 +655,17 @@ def test_a_real_model_reads_so_many_tokens_in_windows_that_grow_as_far_as_its_po
 ) -> None:
     args = warmup.parser().parse_args([*given, "--accumulation", "1"])
     resolve(args, warmup.SMALL, warmup.REAL, Qwen2Config(hidden_size=896, max_position_embeddings=positions))
-    assert (args.length, args.steps, args.kl_queries, args.passes) == (lengths, steps, 1024, 4)
+    assert (args.length, args.steps, args.kl_queries, args.passes) == (lengths, steps, 128, 16)
     assert steps < 5 or 240_000 < settings_of(args).tokens_before(steps) <= 250_880
+
+
+@pytest.mark.parametrize(
+    "given, queries", [(["--passes", "1"], 2048), (["--passes", "4"], 512), (["--passes", "4", "--kl-queries", "9"], 9)]
+)
+def test_the_queries_of_a_step_are_dealt_out_to_its_passes(given: list[str], queries: int) -> None:
+    args = warmup.parser().parse_args([*given, "--accumulation", "1"])
+    resolve(args, warmup.SMALL, warmup.REAL, Qwen2Config(hidden_size=896))
+    assert args.kl_queries == queries
 
 
 def test_a_warm_up_goes_on_with_the_indexer_that_is_there(warm: Path, records: Path, tmp_path: Path) -> None:
