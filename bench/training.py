@@ -4,9 +4,9 @@
 
 The original keeps the attention probabilities of every layer [Hq, T, T], scores every pair of tokens at once, and takes
 the KL over the logits gathered at the indexer's own top-k. All steps are forward and backward of the same model, the
-same batch and the same indexer; without --model it has the shape of Qwen2.5-0.5B and random weights. With --passes N,
-as train.warmup has it, N steps share one forward of the base: their time is that of one. --kl-lengths adds
-the memory of one layer's loss at longer windows, where the original's way would not fit.
+same batch and the same indexer; without --model it has the shape of Qwen2.5-0.5B and random weights. --passes N times
+one of N steps that share a forward of the base, as train.warmup makes them, here about all queries each time.
+--kl-lengths adds the memory of one layer's loss at longer windows, where the original's way would not fit.
 
 Memory is what a fresh process gained at most beside its model. One JSON line per figure, and a table.
 """
@@ -39,7 +39,7 @@ from dsa_export.model.attention.dsa import SparseAttention
 from dsa_export.model.checkpoint import INDEXER
 from dsa_export.model.decoder import DecoderLayer
 from train.losses import TARGETS, indexer_kl, peak_bytes
-from train.warmup import REAL, record, replayed_terms, warmup_terms
+from train.warmup import record, replayed_terms, warmup_terms
 
 TOPK = 128
 SHAPE: dict[str, Any] = {
@@ -165,9 +165,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--passes",
         type=int,
-        default=REAL.passes,
+        default=4,
         metavar="N",
-        help=f"also N steps from one forward of the base, as train.warmup makes them [{REAL.passes}; 1: not]",
+        help="also one of N steps that share a forward of the base [4; 1: not]",
     )
     result.add_argument(
         "--kl-lengths", type=int, nargs="*", default=[], metavar="T", help="also the memory of one layer's loss [none]"

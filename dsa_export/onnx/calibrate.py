@@ -180,13 +180,16 @@ def gptq(weight: Tensor, second_moments: Tensor, block_size: int, dtype: torch.d
     # Row i: what an error of column i has to change in the columns after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
     rest = torch.linalg.cholesky(inverse, upper=True).float()
-    parts = [_round_rows(rows.clone(), rest, block_size, dtype) for rows in weight.split(ROWS)]
+    sizes = diagonal.float()
+    parts = [_round_rows(rows.clone(), rest, sizes, block_size, dtype) for rows in weight.split(ROWS)]
     integers, scales = (torch.cat(tensors).T.contiguous() for tensors in zip(*parts, strict=True))
     return Rounded(integers, scales)
 
 
-def _round_rows(weight: Tensor, rest: Tensor, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """weight [N, K], which is used up → integers [N, K] int8, scales [N, G]."""
+def _round_rows(
+    weight: Tensor, rest: Tensor, sizes: Tensor, block_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """weight [N, K], which is used up; sizes [K] of the inputs, squared → integers [N, K] int8, scales [N, G]."""
     N, K = weight.shape
     integers = torch.empty(N, K, dtype=torch.int8)
     scales = torch.empty(N, -(-K // block_size))
@@ -196,7 +199,8 @@ def _round_rows(weight: Tensor, rest: Tensor, block_size: int, dtype: torch.dtyp
         for column in range(start, stop):
             block, offset = divmod(column, block_size)
             if offset == 0:
-                scales[:, block] = best_scales(weight[:, column : column + block_size], dtype)
+                of_block = slice(column, column + block_size)
+                scales[:, block] = best_scales(weight[:, of_block], sizes[of_block], dtype)
             exact, scale = weight[:, column], scales[:, block]
             integer = (exact / scale).round().clamp(-8, 7)
             integers[:, column] = integer
@@ -207,10 +211,11 @@ def _round_rows(weight: Tensor, rest: Tensor, block_size: int, dtype: torch.dtyp
     return integers, scales
 
 
-def best_scales(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """blocks [N, block] → scales [N]: -8 times it is the value of largest size, or less where clipping costs less."""
+def best_scales(blocks: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """blocks [N, block], sizes [block] of their inputs, squared → scales [N]: -8 times it is the value of largest size,
+    or less where clipping costs the output less. (By the weights' own error, few large inputs make int4 costlier.)"""
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     tried = torch.stack([(largest * part / -8).to(dtype).float() for part in SHRINKAGE])
     tried[tried == 0] = 1  # all are zero, or too small for the type
-    errors = ((blocks / tried).round().clamp(-8, 7) * tried - blocks).square().sum(-1, keepdim=True)
+    errors = (((blocks / tried).round().clamp(-8, 7) * tried - blocks).square() @ sizes)[..., None]
     return tried.gather(0, errors.argmin(0, keepdim=True))[0, :, 0]
