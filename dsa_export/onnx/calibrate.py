@@ -180,7 +180,7 @@ def gptq(weight: Tensor, second_moments: Tensor, block_size: int, dtype: torch.d
     # Row i: what an error of column i has to change in the columns after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
     rest = torch.linalg.cholesky(inverse, upper=True).float()
-    sizes = diagonal.float()
+    sizes = (diagonal + diagonal.mean()).float()  # the mean: other texts have other small inputs
     parts = [_round_rows(rows.clone(), rest, sizes, block_size, dtype) for rows in weight.split(ROWS)]
     integers, scales = (torch.cat(tensors).T.contiguous() for tensors in zip(*parts, strict=True))
     return Rounded(integers, scales)
@@ -189,7 +189,7 @@ def gptq(weight: Tensor, second_moments: Tensor, block_size: int, dtype: torch.d
 def _round_rows(
     weight: Tensor, rest: Tensor, sizes: Tensor, block_size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """weight [N, K], which is used up; sizes [K] of the inputs, squared → integers [N, K] int8, scales [N, G]."""
+    """weight [N, K], which is used up; sizes [K]: see best_scales() → integers [N, K] int8, scales [N, G]."""
     N, K = weight.shape
     integers = torch.empty(N, K, dtype=torch.int8)
     scales = torch.empty(N, -(-K // block_size))
@@ -213,7 +213,8 @@ def _round_rows(
 
 def best_scales(blocks: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
     """blocks [N, block], sizes [block] of their inputs, squared → scales [N]: -8 times it is the value of largest size,
-    or less where clipping costs the output less. (By the weights' own error, few large inputs make int4 costlier.)"""
+    or less where clipping costs the output less. (By the weights' own error, weights of few large inputs were clipped.)
+    """
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     tried = torch.stack([(largest * part / -8).to(dtype).float() for part in SHRINKAGE])
     tried[tried == 0] = 1  # all are zero, or too small for the type

@@ -41,7 +41,8 @@ def obvious(weight: Tensor, moments_: Tensor, block: int) -> Tensor:
     for column in range(weight.shape[1]):
         if column % block == 0:
             of_block = slice(column, column + block)
-            scale = best_scales(left[:, of_block].float(), curvature.diagonal()[of_block].float(), FP32).double()
+            sizes = curvature.diagonal() + curvature.diagonal().mean()
+            scale = best_scales(left[:, of_block].float(), sizes[of_block].float(), FP32).double()
         inverse = torch.linalg.inv(curvature[column:, column:])
         done[:, column] = (left[:, column] / scale).round().clamp(-8, 7) * scale
         error = (left[:, column] - done[:, column]) / inverse[0, 0]
