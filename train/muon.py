@@ -26,7 +26,8 @@ class HeadwiseMuon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, rows: int, weight_decay: float = 0.0):
-        super().__init__(matrices, {"lr": lr, "rows": rows, "weight_decay": weight_decay})
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.rows = rows
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -40,8 +41,8 @@ class HeadwiseMuon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
                 update = parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov's
                 whole = update.full_tensor() if isinstance(update, DTensor) else update
-                N, rows = len(whole), group["rows"]
-                blocks = orthogonalise(whole.unflatten(0, (-1, rows if N % rows == 0 else N)))
+                N = len(whole)
+                blocks = orthogonalise(whole.unflatten(0, (-1, self.rows if N % self.rows == 0 else N)))
                 size = 0.2 * max(blocks.shape[1:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 change = like(parameter, blocks.flatten(0, 1).to(parameter.dtype))
