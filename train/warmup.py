@@ -47,7 +47,7 @@ REAL = Recipe(
     kl_queries=2048,
     passes=16,
 )
-"""Half an hour on one core in bf16 for Qwen2.5-0.5B. Measured in docs/results.md."""
+"""35 to 44 minutes on one core in bf16 for Qwen2.5-0.5B. Measured in docs/results.md."""
 
 
 Recorded = tuple[list[AttentionTrace], dict[str, Tensor]]
