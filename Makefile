@@ -22,8 +22,9 @@ demo: venv ## train, export, build and compare a small model, in minutes
 	$(BIN)/python -m engines.build
 	$(BIN)/python bench/compare.py
 
-plugins: venv ## build/plugins/libdsa_plugins.so: the operators as TensorRT plugins; needs g++, no GPU
+plugins: venv ## build/plugins/: the operators as TensorRT plugins and as CPU kernels; needs g++, no GPU
 	$(BIN)/python -m plugins.embed
+	$(BIN)/python -m plugins.cpu
 
 lint: venv ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

@@ -6,9 +6,9 @@ beyond, the attention core of the first layer is the first that may differ.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bench.parity import allowance
 from dsa_export.cli import UserError
 from dsa_export.files import link_or_copy
 from engines.artifacts import DTYPE_BYTES, Engine
+from engines.ort import load
 
 CORES = ("Attention", "GroupQueryAttention", "SparseAttention", "If")
 """If stands for SparseAttention where short caches are attended to densely (engines.ort_graph)."""
@@ -39,7 +40,7 @@ def compare_layers(dense: Engine, sparse: Engine, tokens: np.ndarray) -> list[Di
     Raises UserError if Polygraphy is missing, or an engine is no ONNX graph.
     """
     try:
-        from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+        from polygraphy.backend.onnxrt import OnnxrtRunner
         from polygraphy.comparator import Comparator, CompareFunc
         from polygraphy.logger import G_LOGGER
     except ImportError:
@@ -62,7 +63,8 @@ def compare_layers(dense: Engine, sparse: Engine, tokens: np.ndarray) -> list[Di
             for name in engine.manifest["files"]:
                 if name != "model.onnx":
                     link_or_copy(engine.folder / name, folder / name)
-            runners.append(OnnxrtRunner(SessionFromOnnx(os.fspath(folder / "model.onnx")), name=engine.variant))
+            session = partial(load, folder / "model.onnx", library=engine.cpu_library)
+            runners.append(OnnxrtRunner(session, name=engine.variant))
             feeds[engine.variant] = feed(engine, tokens)
         onnxruntime.set_default_logger_severity(3)  # without bound buffers every cache update warns of a copy
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(all="ignore"):

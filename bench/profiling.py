@@ -25,6 +25,7 @@ PROJECTIONS, CORE, SELECTION, HEAD, OTHER = PARTS = (
 STEPS = 8
 
 ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention", "SparseAttention")
+CHOOSING_OPERATORS = ("TopK", "IndexTopK")
 CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
@@ -58,14 +59,15 @@ def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
 
     ONNX Runtime inlines the bodies of our operators and forgets where their nodes came from. Nodes run in the order of
     the graph: within a layer, what runs without a module's name belongs to the selection up to its TopK (its If, where
-    everything is selected and nothing scored), and to the sparse core behind it. In an engine that has an If in the
-    core's place, which layers without an indexer have too, a layer's nodes are those that run while it does.
+    everything is selected and nothing scored), and to the sparse core behind it. Our CPU kernels are nodes themselves.
+    In an engine that has an If in the core's place, which layers without an indexer have too, a layer's nodes are those
+    that run while it does.
     """
     runs: list[dict[str, float]] = []
     pending: dict[str, float] = defaultdict(float)
     events = list(events)
     operators = {event.get("args", {}).get("op_name") for event in events}
-    last_of_selection = next((operator for operator in ("TopK", "If") if operator in operators), None)
+    last_of_selection = next((operator for operator in (*CHOOSING_OPERATORS, "If") if operator in operators), None)
     before = SELECTION if last_of_selection else OTHER
     inlined = before
     cores = _spans_of_cores(events)
@@ -76,7 +78,8 @@ def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
         elif _is_node(event):
             operator = event["args"]["op_name"]
             part = part_of(event["name"].removesuffix("_kernel_time"), operator) or inlined
-            if part == SELECTION and operator != "TopK" and any(start < _end(event) <= end for start, end in cores):
+            behind_the_choice = any(start < _end(event) <= end for start, end in cores)
+            if part == SELECTION and operator not in CHOOSING_OPERATORS and behind_the_choice:
                 part = CORE
             if operator == last_of_selection:
                 inlined = CORE
@@ -97,9 +100,9 @@ def _is_node(event: dict[str, Any]) -> bool:
 
 
 def _spans_of_cores(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(start, end) of the core in every If that stands in its place: what follows the If's last TopK, or all of it."""
+    """(start, end) of the core in every If that stands in its place: what follows the last choice in it, or all."""
     nodes = [event for event in events if _is_node(event)]
-    chosen = sorted(_end(event) for event in nodes if event["args"]["op_name"] == "TopK")
+    chosen = sorted(_end(event) for event in nodes if event["args"]["op_name"] in CHOOSING_OPERATORS)
     spans = []
     for event in nodes:
         if event["args"]["op_name"] == "If" and "SparseAttention" in event["name"]:
@@ -115,7 +118,7 @@ def part_of(node: str, operator: str) -> str | None:
     node: its name, which tells the module that it was exported from: "model.layers.0.self_attn.indexer.q_proj/MatMul".
     """
     module = node.partition("/")[0]
-    if operator == "TopK" or ".indexer" in module or "IndexTopK" in node:
+    if operator in CHOOSING_OPERATORS or ".indexer" in module or "IndexTopK" in node:
         return SELECTION
     if operator in ATTENTION_OPERATORS or "SparseAttention" in node:
         return CORE

@@ -21,6 +21,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, read_manifest, sha256
 from dsa_export.selection import INDEX_CACHES
 from dsa_export.topk import topk_per_layer
+from plugins import cpu
 
 VARIANTS = ("dense", "sparse")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -127,6 +128,11 @@ class Variant:
         """A sparse graph attends to everything while its caches have at most so many slots (engines.ort_graph)."""
         return 0
 
+    @property
+    def cpu_library(self) -> Path | None:
+        """The library of our CPU kernels that its graph needs; None: it has standard operators only."""
+        return None
+
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
         return [(f"{layer}.{tensor.name}", tensor) for layer, tensor in self._cached()]
@@ -170,19 +176,24 @@ class Variant:
 
         Dense: scores and probabilities of every head, fp32. Sparse: index scores of every indexer head before and after
         ReLU, their weighted sum, the same masked, and its mask; then K and V of the selected rows, gathered and
-        reshaped. Native sparse attention: scores, masked scores and probabilities of its compressed rows instead of
-        index scores. Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
+        reshaped; with our CPU kernels candidates and indices alone. Native sparse attention: scores, masked scores and
+        probabilities of its compressed rows instead of index scores. Together with the weights and the caches this is a
+        session's peak: `engines.memory.estimate`.
         """
         dense_scores = 2 * capacity * self.model.query_heads * 4
         if self.variant == "dense" or capacity <= self.dense_slots:
             return dense_scores
-        gathered_rows = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
+        selected = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
+        if self.cpu_library:
+            selected = self.max_topk * (8 + 4)
         compressed = [tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name == "compressed"]
         if compressed:
-            return 3 * compressed[0] * self.model.query_heads * 4 + gathered_rows
+            return 3 * compressed[0] * self.model.query_heads * 4 + selected
+        if self.cpu_library:
+            return selected
         rows = {tensor.name: tensor.concrete(1, capacity)[2] for tensor in self.cache}
         scored = rows.get("pooled", rows["index"])
-        return scored * (2 * self.model.index_heads + 3) * 4 + gathered_rows
+        return scored * (2 * self.model.index_heads + 3) * 4 + selected
 
 
 @dataclass(frozen=True)
@@ -220,6 +231,10 @@ class Engine(Variant):
         """The least slots with which a sparse engine selects in every layer."""
         attends_densely_at_first = self.manifest.get("dense_slots") is not None
         return max(self.max_topk, self.dense_slots) + attends_densely_at_first
+
+    @property
+    def cpu_library(self) -> Path | None:
+        return self.folder / cpu.LIBRARY if cpu.LIBRARY in self.manifest["files"] else None
 
     @property
     def attention_operator(self) -> str | None:
@@ -380,7 +395,11 @@ def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:
         "--plans": "two" if "decode.plan" in told("files") else None,
         "--plugin-library": told("plugin").get("path"),
     }
-    flags = {"--beyond-positions": "beyond_positions", "--compile": "compiled"}
+    flags = {
+        "--beyond-positions": "beyond_positions",
+        "--compile": "compiled",
+        "--standard-operators": "standard_operators",
+    }
     words = ["python", "-m", "engines.build"]
     words += [word for option, value in options.items() if value for word in (option, str(value))]
     return shlex.join([*words, *(flag for flag, name in flags.items() if manifest.get(name))])

@@ -2,7 +2,8 @@
 
 Writes <out>/<backend>/<variant>/ per engine, with a manifest that is checked before the engine is loaded.
 
-    ort           the graph and its weights in a folder of their own, loaded and run once
+    ort           the graph and its weights in a folder of their own, loaded and run once; on CPUs with the library of
+                  this project's kernels, which g++ compiles in seconds
     tensorrt-rtx  a plan of standard operators; needs no GPU
     tensorrt      a plan with this project's plugins; by trtexec if it is on the PATH, else by TensorRT's Python API
     torch         the checkpoint of the export, for the project's own model: CPU, or a GPU with CUDA graphs
@@ -50,6 +51,8 @@ from engines.artifacts import (
 )
 from engines.profiles import Profile, as_json, profiles
 from engines.text import tokenizer_files
+from plugins import cpu
+from plugins.compiler import BuildFailed
 from plugins.registry import DOMAIN
 
 PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
@@ -59,6 +62,7 @@ ONE_KV_HEAD = "; models with a single KV head are known to need --max-batch 1"
 QUANTISED = "; quantised sparse graphs are known to fail: export without --weights"
 OPTIONS_OF = {
     "dense_slots": ["--backend ort"],
+    "standard_operators": ["--backend ort"],
     "triton_repository": [f"--backend {name}" for name in triton.PLATFORMS],
     "compile": ["--backend torch"],
     "compute_capability": ["--backend tensorrt-rtx"],
@@ -135,6 +139,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "the caches (default: k, where nothing else changes)",
     )  # fmt: skip
     add(
+        "--standard-operators", action="store_true",
+        help="ort on CPUs: select by standard ONNX operators instead of this project's kernels; needs no C++ compiler, "
+        "and is slower",
+    )  # fmt: skip
+    add(
         "--compute-capability", nargs="+", default=[], metavar="X.Y",
         help="tensorrt-rtx: GPUs to build for, e.g. 8.9 12.0 (default: left open)",
     )  # fmt: skip
@@ -206,31 +215,29 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     from engines import ort_cuda
     from engines.ort import check_types
-    from engines.ort_graph import OPERATOR, dense_while_short, group_query
+    from engines.ort_graph import OPERATOR, group_query
 
     runtime_version("ort")
     for_cpu = not ort_cuda.usable()
-    if args.dense_slots and not for_cpu:
-        raise UserError("--dense-slots is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
+    for option in ("--dense-slots", "--standard-operators"):
+        if not for_cpu and getattr(args, option[2:].replace("-", "_")):
+            raise UserError(f"{option} is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
     for variant in args.variant:  # all are checked before the first is written
         check_types(export.graphs[variant])
-    shortened = None
+    adapted: onnx.ModelProto | None = None
+    library: Path | None = None
+    facts: dict[str, Any] = {}
     if "sparse" in args.variant and for_cpu:
-        slots = max(args.dense_slots or 0, min(export.graphs["sparse"].topk))
-        shortened = dense_while_short(export.graphs["sparse"], slots)
-        if args.dense_slots and shortened is None:
-            raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
+        adapted, library, facts = sparse_for_cpus(export.graphs["sparse"], args)
     for variant in args.variant:
         graph = export.graphs[variant]
         with output_folder(args.out / "ort" / variant) as folder:
-            if variant == "dense" or shortened is None:
+            if variant == "dense" or adapted is None:
                 link_or_copy(graph.path, folder / "model.onnx")
                 write_ort_engine(folder, graph, export, limits, graph.sha256)
             else:
-                onnx.save(shortened, folder / "model.onnx")
-                slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
-                selection = graph.selection | ({"dense_slots": slots} if slots > graph.max_topk else {})
-                write_ort_engine(folder, graph, export, limits, None, dense_slots=slots, selection=selection)
+                onnx.save(adapted, folder / "model.onnx")
+                write_ort_engine(folder, graph, export, limits, None, library, **facts)
         report(args.out / "ort" / variant)
         grouped = group_query(graph) if variant == "dense" and for_cpu else None
         if grouped is not None:
@@ -240,12 +247,51 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
             report(args.out / "ort" / "dense-gqa")
 
 
+def sparse_for_cpus(
+    graph: Graph, args: argparse.Namespace
+) -> tuple[onnx.ModelProto | None, Path | None, dict[str, Any]]:
+    """The sparse graph as CPUs run it fastest (None: as exported), its library of kernels, facts for the manifest."""
+    from engines.ort_graph import dense_while_short, with_cpu_kernels
+
+    facts: dict[str, Any] = {"standard_operators": True} if args.standard_operators else {}
+    slots = max(args.dense_slots or 0, min(graph.topk))
+    adapted = dense_while_short(graph, slots)
+    if adapted is not None:
+        slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
+        later = {"dense_slots": slots} if slots > graph.max_topk else {}
+        facts |= {"dense_slots": slots, "selection": graph.selection | later}
+    elif args.dense_slots:
+        raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
+    if args.standard_operators:
+        return adapted, None, facts
+    model = adapted or onnx.load(graph.path, load_external_data=False)
+    if not with_cpu_kernels(model, graph.dtype):
+        return adapted, None, facts
+    try:
+        with console.status("g++ compiles the kernels…"):
+            return model, cpu.build(), facts
+    except BuildFailed as error:
+        raise UserError(f"the kernels were not compiled, or pass --standard-operators: {error}") from None
+
+
 def write_ort_engine(
-    folder: Path, graph: Graph, export: Export, limits: Limits, graph_sha256: str | None, **facts: Any
+    folder: Path,
+    graph: Graph,
+    export: Export,
+    limits: Limits,
+    graph_sha256: str | None,
+    library: Path | None = None,
+    **facts: Any,
 ) -> None:
-    """Completes a folder that holds model.onnx, and runs it once. graph_sha256: None is computed."""
+    """Completes a folder that holds model.onnx, and runs it once. graph_sha256: None is computed.
+
+    library: of the custom operators in model.onnx.
+    """
     link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
     files = {"model.onnx": graph_sha256, graph.weights: graph.weights_sha256}
+    if library is not None:
+        shutil.copyfile(library, folder / cpu.LIBRARY)
+        files[cpu.LIBRARY] = None
     write_engine_manifest(folder, "ort", graph, export, limits, files, cpu=cpu_name(), **facts)
     check_engine(folder)
 

@@ -47,7 +47,7 @@ class OrtRunner:
     def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         self.engine = engine
         check_types(engine)
-        self.session = load(engine.folder / "model.onnx", threads, profile=profile)
+        self.session = load(engine.folder / "model.onnx", threads, profile=profile, library=engine.cpu_library)
         check_caches(self.session, engine)
         # GroupQueryAttention takes several tokens after others for one row only.
         self.row_by_row = engine.attention_operator == ort_graph.OPERATOR
@@ -154,8 +154,12 @@ def load(
     threads: int | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     profile: Path | None = None,
+    library: Path | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Loads a graph, for the CPU unless told otherwise. Raises UserError if ONNX Runtime refuses it."""
+    """Loads a graph, for the CPU unless told otherwise; library: of its custom operators.
+
+    Raises UserError if ONNX Runtime refuses it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cpus()
     # Threads that spin on after a call take the cores from whoever runs next: on two cores, engines timed in turn took
@@ -166,6 +170,8 @@ def load(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
+        if library is not None:
+            options.register_custom_ops_library(str(library.resolve()))
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:
         reason = "memory is full" if "bad_alloc" in str(error) or isinstance(error, MemoryError) else error

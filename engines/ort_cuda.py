@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsa_export.cli import UserError
-from engines.artifacts import Engine
+from engines.artifacts import Engine, rebuild_command
 from engines.device import DeviceCaches, DeviceRunner
 from engines.ort import RUN_ERRORS, check_caches, check_types, load, run_failure
 from engines.ort_graph import OPERATOR
@@ -39,6 +39,9 @@ class OrtCudaRunner(DeviceRunner):
         check_types(engine)
         if engine.attention_operator == OPERATOR:
             raise UserError(f"{engine.folder} was built for CPUs: remove it, its neighbour `dense` runs on GPUs too")
+        if engine.cpu_library is not None:
+            again = rebuild_command(engine.folder, engine.manifest)
+            raise UserError(f"{engine.folder} was built for CPUs, and there is a GPU here: run `{again}`")
         self.session = load(engine.folder / "model.onnx", threads, self.providers, profile)
         check_caches(self.session, engine)
 

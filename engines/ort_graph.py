@@ -3,7 +3,7 @@
 Dense: with GroupQueryAttention, the faster operator for single tokens at long contexts (128K: 2.3 times); Attention is
 the faster one up to some thousand tokens. The comparison holds the sparse engine against whichever wins.
 
-Sparse: with dense Attention while the caches are short.
+Sparse: with dense Attention while the caches are short, and with our own kernels for what selects (plugins/cpu).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 from engines.artifacts import Graph
+from plugins import cpu
+from plugins.registry import DOMAIN as OPERATORS
 
 OPERATOR = "GroupQueryAttention"
 DOMAIN = "com.microsoft"
@@ -238,3 +240,25 @@ def _embed(tensor: TensorProto, graph: Graph) -> TensorProto:
         file.seek(int(place.get("offset", 0)))
         data = file.read(int(place["length"]))
     return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
+
+
+# ---------------------------------------------------------------- both
+
+
+def with_cpu_kernels(model: onnx.ModelProto, dtype: str) -> bool:
+    """Turns our operators, wherever they stand, into those of the kernels' library; whether there are any."""
+    kernels = ("IndexTopK", "SparseAttention") if dtype == "fp32" else ()
+    graphs = [model.graph]
+    found = False
+    for graph in graphs:  # grows while it is walked
+        for node in graph.node:
+            graphs += [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
+            if node.domain == OPERATORS and node.op_type in kernels:
+                node.domain = cpu.DOMAIN
+                found = True
+    if found:
+        model.opset_import.append(helper.make_opsetid(cpu.DOMAIN, 1))
+        kept = [function for function in model.functions if function.name not in kernels]
+        del model.functions[:]
+        model.functions.extend(kept)
+    return found

@@ -56,14 +56,14 @@ def write_model(engine: Engine, repository: Path) -> Path:
         version.mkdir()
         for file in sorted(engine.manifest["files"].keys() - set(TOKENIZER_FILES)):
             link_or_copy(engine.folder / file, version / ("model.plan" if file == "engine.plan" else file))
-        (folder / "config.pbtxt").write_text(config(engine, target.name))
+        (folder / "config.pbtxt").write_text(config(engine, target.name, target.resolve() / "1"))
         source = {"path": str(engine.folder.resolve()), "sha256": engine.manifest["source"]["sha256"]}
         write_manifest(folder, KIND, source, backend=engine.backend, variant=engine.variant)
     return target
 
 
-def config(engine: Engine, name: str) -> str:
-    """The model's config.pbtxt."""
+def config(engine: Engine, name: str, version: Path) -> str:
+    """The model's config.pbtxt. version: the folder of its files, from which the server loads a library of kernels."""
     state_type = {cache: TYPES[tensor.dtype] for cache, tensor in engine.cache_names()}
     states = [
         _message(
@@ -89,6 +89,8 @@ def config(engine: Engine, name: str) -> str:
     lines.append(_message("sequence_batching", ["direct { }", idle, *states]))
     kind = "KIND_CPU" if engine.backend == "ort" else "KIND_GPU"
     profiles = [f"profile: [ {', '.join(_quoted(range(len(engine.manifest['profiles']))))} ]"]
+    if engine.cpu_library is not None:
+        lines.append(_message("model_operations", [f'op_library_filename: "{version / engine.cpu_library.name}"']))
     lines.append(_message("instance_group", ["count: 1", f"kind: {kind}", *(profiles if kind == "KIND_GPU" else [])]))
     return "\n".join(lines) + "\n"
 

@@ -6,13 +6,11 @@ Needs triton, g++ and TensorRT's headers; no GPU, no CUDA toolkit.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from plugins.compile import Image, compile_all
+from plugins.compiler import LINK_FLAGS, BuildFailed, compiler, run, run_all
 from plugins.headers import HeadersNotFound, tensorrt_headers
 from plugins.load import LIBRARY
 
@@ -22,13 +20,7 @@ BUILD = Path("build/plugins")
 
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
              "-Wno-deprecated-declarations", "-Wno-unused-parameter")  # fmt: skip
-# Static C++ runtime: the library then runs beside whatever runtime the host process brings.
-LINK_FLAGS = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined", "-Wl,-z,noexecstack")
 EXPORTS = "{ global: getCreators; setLoggerFinder; local: *; };\n"
-
-
-class BuildFailed(Exception):
-    """One line, or the compiler's own message."""
 
 
 def image_source(images: list[Image]) -> str:
@@ -82,16 +74,15 @@ def build(folder: Path = BUILD, jobs: int | None = None) -> Path:
     sources = [*(HERE / source for source in SOURCES), folder / "images.cpp"]
     library = folder / LIBRARY
     generated = ("images.cpp", "constants.h", "exports.map", "flags.txt")
-    parts = [*HERE.rglob("*.cpp"), *HERE.rglob("*.h"), *(folder / name for name in generated)]
+    headers_of_ours = (HERE / "native").glob("*.h")
+    parts = [*sources, *headers_of_ours, *(folder / name for name in generated)]
     if library.exists() and library.stat().st_mtime > max(part.stat().st_mtime for part in parts):
         return library
     objects = [folder / f"{source.parent.name}.{source.stem}.o" for source in sources]
-    compiler = os.environ.get("CXX", "g++")
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        commands = [[compiler, *flags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
-        list(pool.map(_run, commands))
+    pairs = zip(sources, objects, strict=True)
+    run_all([[compiler(), *flags, "-c", str(source), "-o", str(target)] for source, target in pairs], jobs)
     partial = folder / f".{LIBRARY}"
-    _run([compiler, *map(str, objects), *LINK_FLAGS, f"-Wl,--version-script={folder / 'exports.map'}", "-ldl",
+    run([compiler(), *map(str, objects), *LINK_FLAGS, f"-Wl,--version-script={folder / 'exports.map'}", "-ldl",
           "-o", str(partial)])  # fmt: skip
     return partial.replace(library)
 
@@ -100,15 +91,6 @@ def _update(path: Path, text: str) -> None:
     """Writes `text` unless it is there already, so that an unchanged file stays older than the library."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
-
-
-def _run(command: list[str]) -> None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise BuildFailed(f"{command[0]} not found: install a C++ compiler, or set CXX") from error
-    if result.returncode:
-        raise BuildFailed(result.stderr.strip() or f"{command[0]} failed without a message")
 
 
 def main() -> None:

@@ -241,9 +241,9 @@ def test_a_call_beyond_the_caches_never_reaches_the_runtime(runner: Runner):
 
 
 def test_the_prefill_chunk_is_halved_until_its_workspace_fits(runners: dict[str, Runner], monkeypatch):
-    sparse = runners["sparse"].engine
+    dense = runners["dense"].engine
     monkeypatch.setattr("engines.memory.WORKSPACE_BYTES", 2**20)
-    chunk = chunk_tokens(sparse, 128, batch=2, capacity=4096)
-    need = 2 * sparse.workspace_bytes_per_query(4096)
+    chunk = chunk_tokens(dense, 128, batch=2, capacity=4096)
+    need = 2 * dense.workspace_bytes_per_query(4096)
     assert chunk * need <= 2**20 < 2 * chunk * need
-    assert chunk_tokens(sparse, 64, batch=1, capacity=16) == 64
+    assert chunk_tokens(dense, 64, batch=1, capacity=16) == 64

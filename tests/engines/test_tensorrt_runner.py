@@ -19,7 +19,7 @@ import torch
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, sha256
-from engines import artifacts, tensorrt_runner
+from engines import artifacts, build, tensorrt_runner
 from engines.artifacts import open_engine
 from engines.ort_cuda import OrtCudaRunner
 from engines.scheduler import Batch, Row
@@ -31,9 +31,19 @@ from tests.engines.commands import copy_tree
 CAPACITY, CHUNK = 512, 32
 
 
-def plan_folder(engines: Path, tmp_path: Path, variant: str, backend: str = "tensorrt", **changes: Any) -> Path:
+@pytest.fixture(scope="module")
+def standard_engines(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of standard operators: what stands in for NVIDIA's products here has no others."""
+    folder = tmp_path_factory.mktemp("standard")
+    build.build("ort", build.parse_arguments(["--onnx", str(export), "--out", str(folder), "--standard-operators"]))
+    return folder
+
+
+def plan_folder(
+    standard_engines: Path, tmp_path: Path, variant: str, backend: str = "tensorrt", **changes: Any
+) -> Path:
     """An engine folder of an NVIDIA backend: a real manifest, and the toy's graph where the plan would be."""
-    folder = copy_tree(engines / "ort" / variant, tmp_path / "engines" / backend / variant)
+    folder = copy_tree(standard_engines / "ort" / variant, tmp_path / "engines" / backend / variant)
     plan = folder / "engine.plan"
     plan.write_bytes(b"plan")
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -133,9 +143,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(params=["dense", "sparse"])
 def pair(
-    request: pytest.FixtureRequest, engines: Path, tmp_path: Path, machine: Any, runners: dict[str, Runner]
+    request: pytest.FixtureRequest, standard_engines: Path, tmp_path: Path, machine: Any, runners: dict[str, Runner]
 ) -> tuple[Runner, Runner]:
-    folder = plan_folder(engines, tmp_path, request.param)
+    folder = plan_folder(standard_engines, tmp_path, request.param)
     machine(product(folder / "model.onnx"))
     return runners[request.param], open_runner(folder)
 
@@ -170,19 +180,25 @@ def test_rows_are_views_into_the_device_memory(pair: tuple[Runner, Runner]):
     np.testing.assert_allclose(results[1], results[0], atol=1e-4)
 
 
-def test_onnx_runtime_on_device_memory(engines: Path, runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch):
+def test_onnx_runtime_on_device_memory(
+    standard_engines: Path, runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch
+):
     """The runner of the CUDA provider, with this machine's memory as the device's."""
     monkeypatch.setattr(OrtCudaRunner, "device", torch.device("cpu"))
     monkeypatch.setattr(OrtCudaRunner, "providers", ("CPUExecutionProvider",))
     for variant in ("dense", "sparse"):
         runner = runners[variant]
-        expected, found = (Session(r, 2) for r in (runner, OrtCudaRunner(open_engine(engines / "ort" / variant))))
+        expected, found = (
+            Session(r, 2) for r in (runner, OrtCudaRunner(open_engine(standard_engines / "ort" / variant)))
+        )
         for rows in (prompts(200, 3), prompts(100, 70)):
             np.testing.assert_allclose(found.prefill(rows), expected.prefill(rows), atol=1e-4)
         assert found.capacity == 512
         np.testing.assert_allclose(found.decode([1, 2]), expected.decode([1, 2]), atol=1e-4)
     with pytest.raises(UserError, match="dense-gqa was built for CPUs: remove it"):
-        OrtCudaRunner(open_engine(engines / "ort" / "dense-gqa"))
+        OrtCudaRunner(open_engine(standard_engines / "ort" / "dense-gqa"))
+    with pytest.raises(UserError, match="sparse was built for CPUs, and there is a GPU here: run `python -m engines"):
+        OrtCudaRunner(runners["sparse"].engine)
 
 
 def test_each_phase_has_its_profile(pair: tuple[Runner, Runner]):
@@ -203,25 +219,27 @@ def test_the_capacity_is_the_builds(pair: tuple[Runner, Runner]):
         Session(runner).prefill(prompts(CAPACITY + 1))
 
 
-def test_a_plan_that_the_product_refuses(engines: Path, tmp_path: Path, machine: Any):
-    folder = plan_folder(engines, tmp_path, "dense")
+def test_a_plan_that_the_product_refuses(standard_engines: Path, tmp_path: Path, machine: Any):
+    folder = plan_folder(standard_engines, tmp_path, "dense")
     machine(product(folder / "model.onnx", loads=False))
     with pytest.raises(UserError, match=r"cannot load .*engine.plan \(header is wrong\): run `python -m engines.build"):
         open_runner(folder)
 
 
-def test_the_real_product_refuses_what_is_no_plan(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_real_product_refuses_what_is_no_plan(
+    standard_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """TensorRT-RTX itself, up to where it would need a GPU: a file of the right size and hash that is no plan."""
     version = artifacts.runtime_version("tensorrt-rtx")
-    folder = plan_folder(engines, tmp_path, "dense", "tensorrt-rtx", versions={"runtime": version})
+    folder = plan_folder(standard_engines, tmp_path, "dense", "tensorrt-rtx", versions={"runtime": version})
     monkeypatch.setattr(TensorRTRunner, "_compute_capability", lambda self: "8.9")
     with pytest.raises(UserError, match=r"cannot load .*engine.plan .*--backend tensorrt-rtx"):
         open_runner(folder)
 
 
-def test_two_plans_are_loaded_for_the_two_phases(engines: Path, tmp_path: Path, machine: Any):
+def test_two_plans_are_loaded_for_the_two_phases(standard_engines: Path, tmp_path: Path, machine: Any):
     profiles = [{"name": name, "plan": f"{name}.plan", "number": 0} for name in (PREFILL, DECODE)]
-    folder = plan_folder(engines, tmp_path, "dense", profiles=profiles, files={})
+    folder = plan_folder(standard_engines, tmp_path, "dense", profiles=profiles, files={})
     for name in (DECODE, PREFILL):
         (folder / f"{name}.plan").write_text(name)
     loaded = []
@@ -236,15 +254,15 @@ def test_two_plans_are_loaded_for_the_two_phases(engines: Path, tmp_path: Path, 
 # What is checked before anything is loaded
 
 
-def test_a_truncated_plan(engines: Path, tmp_path: Path, machine: Any):
-    folder = plan_folder(engines, tmp_path, "dense")
+def test_a_truncated_plan(standard_engines: Path, tmp_path: Path, machine: Any):
+    folder = plan_folder(standard_engines, tmp_path, "dense")
     (folder / "engine.plan").write_bytes(b"pla")
     with pytest.raises(UserError, match=r"has 3 bytes instead of 4 \(truncated or replaced\): run `python -m engines"):
         open_runner(folder, verify=False)
 
 
-def test_no_gpu_or_another_one(engines: Path, tmp_path: Path, machine: Any):
-    engine = open_engine(plan_folder(engines, tmp_path, "dense"))
+def test_no_gpu_or_another_one(standard_engines: Path, tmp_path: Path, machine: Any):
+    engine = open_engine(plan_folder(standard_engines, tmp_path, "dense"))
     with pytest.raises(UserError, match="torch sees no GPU"):
         check_gpu(engine, None)
     with pytest.raises(
@@ -252,14 +270,14 @@ def test_no_gpu_or_another_one(engines: Path, tmp_path: Path, machine: Any):
     ):
         check_gpu(engine, "9.0")
     check_gpu(engine, "8.9")
-    check_gpu(open_engine(plan_folder(engines, tmp_path / "open", "dense", compute_capability=[])), "12.0")
+    check_gpu(open_engine(plan_folder(standard_engines, tmp_path / "open", "dense", compute_capability=[])), "12.0")
 
 
-def test_a_plugin_library_that_is_gone_or_another(engines: Path, tmp_path: Path, machine: Any):
+def test_a_plugin_library_that_is_gone_or_another(standard_engines: Path, tmp_path: Path, machine: Any):
     library = tmp_path / "libdsa_plugins.so"
     library.write_bytes(b"code")
     plugin = {"path": str(library), "sha256": sha256(library)}
-    engine = open_engine(plan_folder(engines, tmp_path, "sparse", plugin=plugin))
+    engine = open_engine(plan_folder(standard_engines, tmp_path, "sparse", plugin=plugin))
     check_plugin(engine)
     library.write_bytes(b"other code")
     with pytest.raises(UserError, match=r"is not the one that .* was built with: run `make plugins` and then `python"):
@@ -269,9 +287,9 @@ def test_a_plugin_library_that_is_gone_or_another(engines: Path, tmp_path: Path,
         check_plugin(engine)
 
 
-def test_without_a_gpu_the_command_says_so(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_gpu_the_command_says_so(standard_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     version = artifacts.runtime_version("tensorrt-rtx")
-    folder = plan_folder(engines, tmp_path, "dense", "tensorrt-rtx", versions={"runtime": version})
+    folder = plan_folder(standard_engines, tmp_path, "dense", "tensorrt-rtx", versions={"runtime": version})
     with pytest.raises(UserError, match="needs an NVIDIA GPU and a CUDA build of torch"):
         open_runner(folder)

@@ -44,7 +44,10 @@ def test_the_config_fits_the_graph(repository: Path, variant: str):
 
 def test_the_model_lies_beside_it(repository: Path, export: Path):
     version = repository / "sparse_ort" / "1"
-    assert {path.name for path in version.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert {path.name for path in version.iterdir()} == {"model.onnx", "model.onnx.data", "libdsa_cpu.so"}
+    named = f'op_library_filename: "{version.resolve() / "libdsa_cpu.so"}"'
+    assert named in (version.parent / "config.pbtxt").read_text()
+    assert "op_library_filename" not in (repository / "dense_ort" / "config.pbtxt").read_text()
     assert (version / "model.onnx.data").samefile(export / "sparse" / "model.onnx.data")
 
 

@@ -1,0 +1,24 @@
+"""python -m plugins.cpu: builds the library of the CPU kernels."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from plugins.compiler import BuildFailed
+from plugins.cpu.library import BUILD, build
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m plugins.cpu", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("--out", type=Path, default=BUILD, help="build folder (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        print(build(args.out))
+    except BuildFailed as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,614 @@
+// Compiled with -DDSA_ISA=<name> for each instruction set, into a namespace of its own.
+#include "kernels.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dsa::cpu::DSA_ISA
+{
+namespace
+{
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRowsAtOnce = 4;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRowsAtOnce = 2;
+#else
+constexpr int kLanes = 4, kRowsAtOnce = 2;
+#endif
+constexpr int kVectors = 4;
+constexpr int kTile = 64; // keys handled at a time: transposed, they fill a part of the first cache
+static_assert(kTile % (kLanes * kVectors) == 0);
+
+typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+Floats& floats(float* p)
+{
+    return *reinterpret_cast<Floats*>(p);
+}
+
+Floats const& floats(float const* p)
+{
+    return *reinterpret_cast<Floats const*>(p);
+}
+
+/// Memory of this thread, kept for the next call.
+template <class T>
+T* scratch(std::vector<T>& memory, int64_t size)
+{
+    if (static_cast<int64_t>(memory.size()) < size)
+        memory.resize(size);
+    return memory.data();
+}
+
+/// Fetches one line of each of `count` rows (none if it is negative).
+template <class Row>
+void prefetch(Row const* const* rows, int64_t count, int64_t word)
+{
+    for (int64_t i = 0; i < count; ++i)
+        __builtin_prefetch(rows[i] + word);
+}
+
+/// columns[w][t] = rows[t][w], words of 4 bytes; the rows from `count` to kTile become zeros.
+///
+/// Meanwhile rows[kTile …], of the next tile, are fetched, `ahead` of them.
+void transpose(uint32_t const* const* rows, int64_t count, int64_t ahead, int64_t words, uint32_t* columns)
+{
+    int64_t w = 0;
+#if defined(__AVX512F__)
+    for (; w + 16 <= words; w += 16)
+        for (int64_t first = 0; first < kTile; first += 16)
+        {
+            __m512i r[16], s[16];
+            prefetch(rows + kTile + first, std::min<int64_t>(ahead - first, 16), w);
+            for (int i = 0; i < 16; ++i)
+                r[i] = first + i < count ? _mm512_loadu_si512(rows[first + i] + w) : _mm512_setzero_si512();
+            for (int i = 0; i < 16; i += 2)
+            {
+                s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+                s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+            }
+            for (int i = 0; i < 16; i += 4)
+            {
+                r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+                r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+                r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+                r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+            }
+            for (int i = 0; i < 4; ++i) // r[4 q + i]: words i, 4 + i, 8 + i, 12 + i of the rows 4 q … 4 q + 3
+            {
+                __m512i const a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
+                __m512i const c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88),
+                              d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
+                uint32_t* out = columns + (w + i) * kTile + first;
+                _mm512_storeu_si512(out, _mm512_shuffle_i32x4(a, c, 0x88));
+                _mm512_storeu_si512(out + 4 * kTile, _mm512_shuffle_i32x4(b, d, 0x88));
+                _mm512_storeu_si512(out + 8 * kTile, _mm512_shuffle_i32x4(a, c, 0xDD));
+                _mm512_storeu_si512(out + 12 * kTile, _mm512_shuffle_i32x4(b, d, 0xDD));
+            }
+        }
+#elif defined(__AVX2__)
+    for (; w + 8 <= words; w += 8)
+        for (int64_t first = 0; first < kTile; first += 8)
+        {
+            __m256 r[8], s[8];
+            if (w % 16 == 0)
+                prefetch(rows + kTile + first, std::min<int64_t>(ahead - first, 8), w);
+            for (int i = 0; i < 8; ++i)
+                r[i] = first + i < count ? _mm256_loadu_ps(reinterpret_cast<float const*>(rows[first + i] + w))
+                                         : _mm256_setzero_ps();
+            for (int i = 0; i < 8; i += 2)
+            {
+                s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+                s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4)
+            {
+                r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+                r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xEE);
+                r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+                r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xEE);
+            }
+            for (int i = 0; i < 4; ++i) // r[4 h + i]: words i, 4 + i of the rows 4 h … 4 h + 3
+            {
+                float* out = reinterpret_cast<float*>(columns + (w + i) * kTile + first);
+                _mm256_storeu_ps(out, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+                _mm256_storeu_ps(out + 4 * kTile, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+            }
+        }
+#endif
+    for (; w < words; ++w)
+        for (int64_t t = 0; t < kTile; ++t)
+            columns[w * kTile + t] = t < count ? rows[t][w] : 0;
+}
+
+/// acc + the products of four unsigned bytes of each lane of a and four signed ones of b.
+Ints add_products(Ints acc, Ints a, Ints b)
+{
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    __m512i const pairs = _mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+    return acc + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+    __m256i const pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    return acc + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    for (int byte = 0; byte < 4; ++byte)
+        acc += ((a >> 8 * byte) & 255) * ((b << (24 - 8 * byte)) >> 24);
+    return acc;
+#endif
+}
+
+/// dots[r][t] = rows[r] · keys[t] for n rows, of keys that stand as columns.
+template <int n>
+void float_dots(float const* const* rows, float const* columns, int64_t D, float* dots)
+{
+    for (int first = 0; first < kTile; first += kLanes * kVectors)
+    {
+        Floats acc[n][kVectors] = {};
+        for (int64_t d = 0; d < D; ++d)
+        {
+            Floats key[kVectors];
+            for (int v = 0; v < kVectors; ++v)
+                key[v] = floats(columns + d * kTile + first + v * kLanes);
+            for (int r = 0; r < n; ++r)
+                for (int v = 0; v < kVectors; ++v)
+                    acc[r][v] += key[v] * rows[r][d];
+        }
+        for (int r = 0; r < n; ++r)
+            for (int v = 0; v < kVectors; ++v)
+                floats(dots + r * kTile + first + v * kLanes) = acc[r][v];
+    }
+}
+
+/// The same for signed bytes and keys of unsigned ones; of the dots, start[r] is added.
+template <int n>
+void byte_dots(
+    int8_t const* const* rows, int32_t const* start, uint32_t const* columns, int64_t words, float* dots)
+{
+    for (int first = 0; first < kTile; first += kLanes * kVectors)
+    {
+        Ints acc[n][kVectors];
+        for (int r = 0; r < n; ++r)
+            for (int v = 0; v < kVectors; ++v)
+                acc[r][v] = Ints{} + start[r];
+        for (int64_t w = 0; w < words; ++w)
+        {
+            Ints key[kVectors];
+            for (int v = 0; v < kVectors; ++v)
+                key[v] = *reinterpret_cast<Ints const*>(columns + w * kTile + first + v * kLanes);
+            for (int r = 0; r < n; ++r)
+            {
+                int32_t four;
+                std::memcpy(&four, rows[r] + 4 * w, 4);
+                for (int v = 0; v < kVectors; ++v)
+                    acc[r][v] = add_products(acc[r][v], key[v], Ints{} + four);
+            }
+        }
+        for (int r = 0; r < n; ++r)
+            for (int v = 0; v < kVectors; ++v)
+                floats(dots + r * kTile + first + v * kLanes) = __builtin_convertvector(acc[r][v], Floats);
+    }
+}
+
+/// What the zero of unsigned keys, 128, takes from the dots of a head: the same for all keys.
+int32_t zero_key_dot(int8_t const* row, int64_t Di)
+{
+    int32_t sum = 0;
+    for (int64_t d = 0; d < Di; ++d)
+        sum += row[d];
+    return -128 * sum;
+}
+
+/// Scores of one query for a tile of keys, before their own scale: [kTile]. starts: zero_key_dot of its heads.
+void score(IndexTopK const& call, int64_t query, int32_t const* starts, uint32_t const* columns, float* scores)
+{
+    float dots[kRowsAtOnce * kTile];
+    std::fill_n(scores, kTile, 0.0f);
+    for (int64_t h = 0; h < call.Hi; h += kRowsAtOnce)
+    {
+        int const n = static_cast<int>(std::min<int64_t>(kRowsAtOnce, call.Hi - h));
+        int64_t const at = (query * call.Hi + h) * call.Di;
+        // Of fewer heads than fit, the last stands in for those that are missing: its dots are not read again.
+        if (call.index_scale)
+        {
+            int8_t const* rows[kRowsAtOnce];
+            int32_t start[kRowsAtOnce];
+            for (int r = 0; r < kRowsAtOnce; ++r)
+            {
+                rows[r] = static_cast<int8_t const*>(call.index_q) + at + std::min(r, n - 1) * call.Di;
+                start[r] = starts[h + std::min(r, n - 1)];
+            }
+            byte_dots<kRowsAtOnce>(rows, start, columns, call.Di / 4, dots);
+        }
+        else
+        {
+            float const* rows[kRowsAtOnce];
+            for (int r = 0; r < kRowsAtOnce; ++r)
+                rows[r] = static_cast<float const*>(call.index_q) + at + std::min(r, n - 1) * call.Di;
+            float_dots<kRowsAtOnce>(rows, reinterpret_cast<float const*>(columns), call.Di, dots);
+        }
+        for (int r = 0; r < n; ++r)
+        {
+            float const weight = call.index_weights[query * call.Hi + h + r];
+            for (int t = 0; t < kTile; t += kLanes)
+            {
+                Floats const dot = floats(dots + r * kTile + t);
+                floats(scores + t) += weight * (dot < 0.0f ? Floats{} : dot); // of NaN, NaN
+            }
+        }
+    }
+}
+
+/// Bit t: scores[t] is not at most `threshold`. Where either is NaN, it is not.
+uint64_t above(float const* scores, float threshold)
+{
+    uint64_t mask = 0;
+#if defined(__AVX512F__)
+    for (int t = 0; t < kTile; t += 16)
+        mask |= uint64_t(_mm512_cmp_ps_mask(_mm512_loadu_ps(scores + t), _mm512_set1_ps(threshold), _CMP_NLE_UQ)) << t;
+#elif defined(__AVX2__)
+    for (int t = 0; t < kTile; t += 8)
+    {
+        __m256 const more = _mm256_cmp_ps(_mm256_loadu_ps(scores + t), _mm256_set1_ps(threshold), _CMP_NLE_UQ);
+        mask |= uint64_t(_mm256_movemask_ps(more)) << t;
+    }
+#else
+    for (int t = 0; t < kTile; ++t)
+        mask |= uint64_t(!(scores[t] <= threshold)) << t;
+#endif
+    return mask;
+}
+
+/// A score and a group as one integer: the larger, the better. The lower group wins a tie; NaN ranks highest.
+uint64_t ranked(float score, int64_t group)
+{
+    if (!(score <= std::numeric_limits<float>::max()))
+        score = std::numeric_limits<float>::max();
+    uint32_t const bits = std::bit_cast<uint32_t>(score + 0.0f); // -0 is 0
+    uint32_t const order = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    return uint64_t(order) << 32 | ~static_cast<uint32_t>(group);
+}
+
+float score_of(uint64_t candidate)
+{
+    uint32_t const order = candidate >> 32;
+    return std::bit_cast<float>(order & 0x80000000 ? order & 0x7FFFFFFF : ~order);
+}
+
+int64_t group_of(uint64_t candidate)
+{
+    return static_cast<uint32_t>(~candidate);
+}
+
+/// The `wanted` best of what is added in the order of the groups, and some more until they are sorted out.
+struct Best
+{
+    uint64_t* candidates;
+    int64_t wanted, room, count;
+    float threshold; // NaN, and all are taken, until `wanted` are there
+
+    void sort_out()
+    {
+        if (count < wanted || wanted == 0)
+            return;
+        std::nth_element(candidates, candidates + wanted - 1, candidates + count, std::greater<uint64_t>());
+        count = wanted;
+        threshold = score_of(candidates[wanted - 1]);
+    }
+};
+
+int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+/// What a query sees: groups below `groups`, of which those from `first` to `stop` are ranked, the others selected.
+struct Sight
+{
+    int64_t tokens, groups, first, stop, wanted;
+
+    Sight(IndexTopK const& call, int64_t b, int64_t t)
+    {
+        int64_t const end = call.kv_lengths[b] - call.S + t + 1;
+        tokens = std::clamp<int64_t>(end, 0, call.G * call.pool);
+        groups = ceil_div(tokens, call.pool);
+        int64_t const settled = std::clamp<int64_t>(end - call.window, 0, tokens); // tokens before the window
+        first = std::min(ceil_div(call.sinks, call.pool), groups);
+        stop = std::max(settled / call.pool, first);
+        wanted = std::max<int64_t>(call.k / call.pool - first - (groups - stop), 0);
+        if (tokens <= call.k) // everything is selected: nothing is ranked
+            first = stop = groups;
+        wanted = std::min(wanted, stop - first);
+    }
+};
+
+/// e^x for x <= 0, by halves of ln 2 and the series.
+Floats exp_negative(Floats x)
+{
+    Floats const lowest = Floats{} - 87.0f;
+    x = x < lowest ? lowest : x;
+    Floats const magic = Floats{} + 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+    Floats const shifted = x * 1.44269504f + magic;
+    Floats const n = shifted - magic;
+    Floats const r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    Floats y = Floats{} + 1.0f / 5040;
+    for (float const term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
+        y = y * r + term;
+    return (Floats)((Ints)y + ((Ints)shifted << 23));
+}
+
+/// sums[r][d] += weights[r][i] * rows[i][d] for n heads and `vectors` vectors of d, over `count` rows.
+template <int n, int vectors>
+void add_weighted(
+    float const* const* rows, int64_t count, float const* const* weights, float* const* sums, int64_t first)
+{
+    Floats acc[n][vectors];
+    for (int r = 0; r < n; ++r)
+        for (int v = 0; v < vectors; ++v)
+            acc[r][v] = floats(sums[r] + first + v * kLanes);
+    for (int64_t i = 0; i < count; ++i)
+        for (int v = 0; v < vectors; ++v)
+        {
+            Floats const value = floats(rows[i] + first + v * kLanes);
+            for (int r = 0; r < n; ++r)
+                acc[r][v] += value * weights[r][i];
+        }
+    for (int r = 0; r < n; ++r)
+        for (int v = 0; v < vectors; ++v)
+            floats(sums[r] + first + v * kLanes) = acc[r][v];
+}
+
+template <int n>
+void add_weighted_rows(
+    float const* const* rows, int64_t count, float const* const* weights, float* const* sums, int64_t D)
+{
+    int64_t d = 0;
+    for (; d + kLanes * kVectors <= D; d += kLanes * kVectors)
+        add_weighted<n, kVectors>(rows, count, weights, sums, d);
+    for (; d + kLanes <= D; d += kLanes)
+        add_weighted<n, 1>(rows, count, weights, sums, d);
+    for (; d < D; ++d)
+        for (int r = 0; r < n; ++r)
+            for (int64_t i = 0; i < count; ++i)
+                sums[r][d] += weights[r][i] * rows[i][d];
+}
+
+void select(IndexTopK const& call, int64_t task)
+{
+    int64_t const slice = task % call.slices, block = task / call.slices % call.blocks;
+    int64_t const b = task / call.slices / call.blocks;
+    int64_t const t0 = block * kQueriesPerBlock, t1 = std::min(t0 + kQueriesPerBlock, call.S);
+    int64_t const width = call.k / call.pool, room = 2 * width + kTile;
+    thread_local std::vector<uint64_t> memory;
+    thread_local std::vector<uint32_t> columns_memory;
+    int64_t const words = call.index_scale ? call.Di / 4 : call.Di;
+    uint64_t* const candidates = scratch(memory, (t1 - t0) * room);
+    uint32_t* const columns = scratch(columns_memory, words * kTile);
+
+    std::vector<Sight> sights;
+    std::vector<Best> bests;
+    std::vector<int32_t> starts(call.index_scale ? (t1 - t0) * call.Hi : 0);
+    for (size_t row = 0; row < starts.size(); ++row)
+    {
+        int64_t const at = ((b * call.S + t0) * call.Hi + row) * call.Di;
+        starts[row] = zero_key_dot(static_cast<int8_t const*>(call.index_q) + at, call.Di);
+    }
+    int64_t stop = 0;
+    for (int64_t t = t0; t < t1; ++t)
+    {
+        sights.emplace_back(call, b, t);
+        Best const none{candidates + (t - t0) * room, sights.back().wanted, room, 0, std::nanf("")};
+        bests.push_back(none);
+        if (sights.back().first < sights.back().stop)
+            stop = std::max(stop, sights.back().stop);
+    }
+
+    int64_t const tiles = ceil_div(stop, kTile);
+    auto const* keys = static_cast<uint32_t const*>(call.index_k) + b * call.G * words;
+    for (int64_t tile = tiles * slice / call.slices; tile < tiles * (slice + 1) / call.slices; ++tile)
+    {
+        int64_t const first = tile * kTile, count = std::min<int64_t>(stop - first, kTile);
+        uint32_t const* rows[2 * kTile];
+        for (int64_t i = 0; i < 2 * kTile; ++i)
+            rows[i] = keys + (first + i) * words;
+        transpose(rows, count, std::min<int64_t>(stop - first - kTile, kTile), words, columns);
+        for (int64_t t = t0; t < t1; ++t)
+        {
+            Sight const& sight = sights[t - t0];
+            Best& best = bests[t - t0];
+            int64_t const from = std::max(sight.first - first, int64_t(0)), to = std::min(sight.stop - first, count);
+            if (from >= to || best.wanted == 0)
+                continue;
+            alignas(64) float scores[kTile];
+            score(call, b * call.S + t, starts.data() + (t - t0) * call.Hi, columns, scores);
+            if (call.index_scale)
+                for (int64_t i = 0; i < count; ++i)
+                    scores[i] *= call.index_scale[b * call.G + first + i];
+            if (best.count + kTile > best.room)
+                best.sort_out();
+            uint64_t chosen = above(scores, best.threshold) & (~uint64_t(0) << from);
+            if (to < kTile)
+                chosen &= (uint64_t(1) << to) - 1;
+            for (; chosen; chosen &= chosen - 1)
+            {
+                int const i = std::countr_zero(chosen);
+                best.candidates[best.count++] = ranked(scores[i], first + i);
+            }
+        }
+    }
+    for (int64_t t = t0; t < t1; ++t)
+    {
+        Best& best = bests[t - t0];
+        best.sort_out();
+        int64_t const place = (b * call.S + t) * call.slices + slice;
+        call.counts[place] = static_cast<int32_t>(best.count);
+        std::copy_n(best.candidates, best.count, call.candidates + place * width);
+    }
+}
+
+void finish(IndexTopK const& call, int64_t query)
+{
+    Sight const sight(call, query / call.S, query % call.S);
+    int64_t const width = call.k / call.pool;
+    int32_t* out = call.indices + query * call.k;
+    int32_t* const end = out + call.k;
+    auto emit = [&](int64_t group)
+    {
+        for (int64_t token = group * call.pool; token < std::min((group + 1) * call.pool, sight.tokens); ++token)
+            *out++ = static_cast<int32_t>(token);
+    };
+    for (int64_t g = 0; g < sight.first; ++g)
+        emit(g);
+    thread_local std::vector<uint64_t> memory;
+    memory.clear();
+    for (int64_t slice = 0; slice < call.slices; ++slice)
+    {
+        int64_t const place = query * call.slices + slice;
+        uint64_t const* candidates = call.candidates + place * width;
+        memory.insert(memory.end(), candidates, candidates + call.counts[place]);
+    }
+    Best best{memory.data(), sight.wanted, 0, static_cast<int64_t>(memory.size()), 0};
+    best.sort_out();
+    for (int64_t i = 0; i < best.count; ++i)
+        emit(group_of(best.candidates[i]));
+    for (int64_t g = sight.stop; g < sight.groups; ++g)
+        emit(g);
+    std::fill(out, end, -1);
+}
+
+void attend(SparseAttention const& call, int64_t task)
+{
+    int64_t const part = task % call.parts, h = task / call.parts % call.Hkv, query = task / call.parts / call.Hkv;
+    int64_t const b = query / call.S, t = query % call.S, G = call.Hq / call.Hkv, D = call.D;
+    int64_t const begin = call.K * part / call.parts, end = call.K * (part + 1) / call.parts;
+    int64_t const room = ceil_div(end - begin, kTile) * kTile;
+
+    thread_local std::vector<float> scores_memory, sums_memory;
+    thread_local std::vector<uint32_t> columns_memory;
+    thread_local std::vector<float const*> rows_memory;
+    float* const scores = scratch(scores_memory, G * room);
+    uint32_t* const columns = scratch(columns_memory, D * kTile);
+    float const** const k_rows = scratch(rows_memory, 2 * (end - begin));
+    float const** const v_rows = k_rows + (end - begin);
+    int64_t const cache = (b * call.Hkv + h) * call.C;
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i)
+    {
+        int64_t const slot = call.indices[query * call.K + i];
+        if (slot < 0 || slot >= call.C)
+            continue;
+        k_rows[count] = call.k_cache + (cache + slot) * D;
+        v_rows[count++] = call.v_cache + (cache + slot) * D;
+    }
+
+    auto q_row = [&](int64_t g) { return call.q + ((b * call.Hq + h * G + g) * call.S + t) * D; };
+    for (int64_t first = 0; first < count; first += kTile)
+    {
+        int64_t const rows = std::min<int64_t>(count - first, kTile);
+        int64_t const ahead = std::min<int64_t>(count - first - kTile, kTile);
+        transpose(reinterpret_cast<uint32_t const* const*>(k_rows + first), rows, ahead, D, columns);
+        for (int64_t g = 0; g < G; g += kRowsAtOnce)
+        {
+            float const* q_rows[kRowsAtOnce];
+            float dots[kRowsAtOnce * kTile];
+            for (int r = 0; r < kRowsAtOnce; ++r)
+                q_rows[r] = q_row(std::min(g + r, G - 1));
+            float_dots<kRowsAtOnce>(q_rows, reinterpret_cast<float const*>(columns), D, dots);
+            for (int r = 0; r < kRowsAtOnce && g + r < G; ++r)
+                std::copy_n(dots + r * kTile, kTile, scores + (g + r) * room + first);
+        }
+    }
+
+    // Sums, largest score and sum of weights of each head: for the output, or for merge_parts.
+    int64_t const width = D + 2;
+    float* const sums = call.parts > 1 ? call.partial + task * G * width : scratch(sums_memory, G * width);
+    std::fill_n(sums, G * width, 0.0f);
+    for (int64_t g = 0; g < G; ++g)
+    {
+        float* const row = scores + g * room;
+        float largest = -std::numeric_limits<float>::infinity();
+        for (int64_t i = 0; i < count; ++i)
+            largest = std::max(largest, row[i] *= call.scale);
+        for (int64_t i = 0; i < count; i += kLanes)
+            floats(row + i) = exp_negative(floats(row + i) - largest);
+        float weight = 0;
+        for (int64_t i = 0; i < count; ++i)
+            weight += row[i];
+        sums[g * width + D] = largest;
+        sums[g * width + D + 1] = weight;
+    }
+    for (int64_t first = 0; first < count; first += kTile)
+    {
+        int64_t const rows = std::min<int64_t>(count - first, kTile);
+        for (int64_t d = 0; d < D; d += 16)
+            prefetch(v_rows + first + rows, std::min<int64_t>(count - first - rows, kTile), d);
+        for (int64_t g = 0; g < G; g += kRowsAtOnce)
+        {
+            float const* weights[kRowsAtOnce];
+            float* heads[kRowsAtOnce];
+            for (int r = 0; r < kRowsAtOnce && g + r < G; ++r)
+            {
+                weights[r] = scores + (g + r) * room + first;
+                heads[r] = sums + (g + r) * width;
+            }
+            if (g + kRowsAtOnce <= G)
+                add_weighted_rows<kRowsAtOnce>(v_rows + first, rows, weights, heads, D);
+            else
+                for (int r = 0; g + r < G; ++r)
+                    add_weighted_rows<1>(v_rows + first, rows, weights + r, heads + r, D);
+        }
+    }
+    if (call.parts > 1)
+        return;
+    for (int64_t g = 0; g < G; ++g)
+    {
+        float* const out = call.output + ((b * call.Hq + h * G + g) * call.S + t) * D;
+        float const weight = sums[g * width + D + 1];
+        for (int64_t d = 0; d < D; ++d)
+            out[d] = count ? sums[g * width + d] / weight : 0.0f;
+    }
+}
+
+void merge_parts(SparseAttention const& call, int64_t task)
+{
+    int64_t const h = task % call.Hkv, query = task / call.Hkv, b = query / call.S, t = query % call.S;
+    int64_t const G = call.Hq / call.Hkv, D = call.D, width = D + 2;
+    for (int64_t g = 0; g < G; ++g)
+    {
+        auto sums = [&](int64_t part) { return call.partial + ((task * call.parts + part) * G + g) * width; };
+        float largest = -std::numeric_limits<float>::infinity(), weight = 0;
+        for (int64_t part = 0; part < call.parts; ++part)
+            if (sums(part)[D + 1] > 0)
+                largest = std::max(largest, sums(part)[D]);
+        float* const out = call.output + ((b * call.Hq + h * G + g) * call.S + t) * D;
+        std::fill_n(out, D, 0.0f);
+        for (int64_t part = 0; part < call.parts; ++part)
+        {
+            if (!(sums(part)[D + 1] > 0))
+                continue;
+            float const share = std::exp(sums(part)[D] - largest);
+            weight += share * sums(part)[D + 1];
+            for (int64_t d = 0; d < D; ++d)
+                out[d] += share * sums(part)[d];
+        }
+        for (int64_t d = 0; weight > 0 && d < D; ++d)
+            out[d] /= weight;
+    }
+}
+
+} // namespace
+
+extern Kernels const kernels{select, finish, attend, merge_parts};
+
+} // namespace dsa::cpu::DSA_ISA

@@ -1,0 +1,57 @@
+// The CPU kernels, compiled once for each instruction set; library.cpp calls those that the processor has.
+#pragma once
+
+#include <cstdint>
+
+namespace dsa::cpu
+{
+
+/// dsa::IndexTopK, shapes as in index_topk/op.py. Of keys in 8 bits, 128 is zero; `scale` is given with them only.
+struct IndexTopK
+{
+    int64_t B, S, Hi, Di, G;
+    int64_t k, sinks, window, pool;
+    void const* index_q;        // float, or int8 with keys in 8 bits
+    float const* index_weights;
+    void const* index_k;        // float or uint8
+    int64_t const* kv_lengths;
+    float const* index_scale;   // or null: keys are float
+    int32_t* indices;
+
+    // How the work is cut: `blocks` of queries for each row of the batch, and `slices` of the keys.
+    int64_t blocks, slices;
+    uint64_t* candidates;       // [B, S, slices, k / pool]
+    int32_t* counts;            // [B, S, slices]
+};
+
+/// dsa::SparseAttention, shapes as in sparse_attention/op.py.
+struct SparseAttention
+{
+    int64_t B, Hq, Hkv, S, C, D, K;
+    float scale;
+    float const* q;
+    float const* k_cache;
+    float const* v_cache;
+    int32_t const* indices;
+    float* output;
+
+    // Each query's rows are cut into `parts`; with more than one, merged by merge_parts.
+    int64_t parts;
+    float* partial;             // [B, S, Hkv, parts, G, D + 2]: weighted sums, largest score, sum of weights
+};
+
+struct Kernels
+{
+    /// Candidates of one task: of B · blocks · slices.
+    void (*select)(IndexTopK const&, int64_t task);
+    /// Indices of one query out of B · S, from its candidates.
+    void (*finish)(IndexTopK const&, int64_t query);
+    /// One part of a query's rows for one KV head: of B · S · Hkv · parts.
+    void (*attend)(SparseAttention const&, int64_t task);
+    /// Output of one query for one KV head, from its parts: of B · S · Hkv.
+    void (*merge_parts)(SparseAttention const&, int64_t task);
+};
+
+constexpr int64_t kQueriesPerBlock = 16;
+
+} // namespace dsa::cpu

@@ -1,0 +1,263 @@
+"""The CPU kernels in ONNX Runtime, of every instruction set that this processor has, against the definitions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+from torch import Tensor
+
+from plugins import cpu
+from plugins.compiler import BuildFailed
+from plugins.index_topk import index_topk_reference
+from plugins.index_topk.op import forced_groups
+from plugins.registry import DOMAIN
+from tests.plugins import bodies
+from tests.plugins.problems import (
+    TopK,
+    assert_attention,
+    assert_selection,
+    attention_problem,
+    sets,
+    topk_problem,
+)
+
+FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+KERNELS = ["baseline", *(name for name, flag in {"avx2": "avx2", "avx512": "avx512_vnni"}.items() if flag in FLAGS)]
+REFUSED = (state.InvalidArgument, state.RuntimeException)
+
+
+@cache
+def session(
+    kernels: str, threads: int, operator: str, keys: str, **attributes: int | float
+) -> onnxruntime.InferenceSession:
+    model = bodies.model(operator, bodies.TYPES["float32"], keys, **attributes)
+    del model.functions[:]
+    (node,) = model.graph.node
+    node.domain = cpu.DOMAIN
+    (entry,) = (entry for entry in model.opset_import if entry.domain == DOMAIN)
+    entry.domain = cpu.DOMAIN
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(cpu.build().resolve()))
+    before = os.environ.get("DSA_CPU_KERNELS")
+    os.environ["DSA_CPU_KERNELS"] = kernels
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    finally:
+        if before is None:
+            del os.environ["DSA_CPU_KERNELS"]
+        else:
+            os.environ["DSA_CPU_KERNELS"] = before
+
+
+def run(kernels: str, operator: str, tensors: list[Tensor], threads: int = 2, **attributes: int | float) -> Tensor:
+    keys = "int8" if operator == "IndexTopK" and tensors[2].dtype == torch.uint8 else "model"
+    runner = session(kernels, threads, operator, keys, **attributes)
+    names = [value.name for value in runner.get_inputs()]
+    feeds = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
+    return torch.from_numpy(runner.run(None, feeds)[0])
+
+
+@st.composite
+def small_problems(draw: st.DrawFn) -> tuple[TopK, dict[str, int]]:
+    """Exact arithmetic, many ties; lengths negative, 0, below k, at and above the capacity; sinks, windows, pools."""
+    S = draw(st.integers(1, 35))
+    pool = draw(st.sampled_from([1, 1, 2, 4]))
+    G = draw(st.sampled_from([1, 9, 63, 64, 65, 200]))
+    lengths = draw(st.lists(st.integers(-2, G * pool + 3), min_size=1, max_size=3))
+    options = {"sinks": draw(st.integers(0, 9)), "window": draw(st.integers(0, 20)), "pool": pool}
+    k = pool * draw(st.integers(forced_groups(**options) or 1, 40))
+    heads, size = draw(st.integers(1, 9)), draw(st.sampled_from([4, 12, 20, 32, 64]))
+    problem = topk_problem(
+        [-(-length // pool) for length in lengths], S, G, heads, size, k, torch.float32, True, draw(st.integers(0, 999))
+    )
+    problem.kv_lengths = torch.tensor(lengths)
+    return problem, options if options != {"sinks": 0, "window": 0, "pool": 1} else {}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@given(small_problems())
+@settings(max_examples=60, deadline=None)
+def test_the_selection_is_the_definition(kernels: str, case: tuple[TopK, dict[str, int]]) -> None:
+    problem, options = case
+    *tensors, k = problem.arguments()
+    got = run(kernels, "IndexTopK", tensors, k=k, **options)
+    assert sets(got) == sets(index_topk_reference(*problem.arguments(), **options))
+    assert (got >= 0).int().diff(dim=-1).le(0).all()  # -1 stands behind what is selected
+
+
+@st.composite
+def byte_problems(draw: st.DrawFn) -> tuple[list[Tensor], int, dict[str, int]]:
+    B, S, G = draw(st.integers(1, 2)), draw(st.integers(1, 20)), draw(st.sampled_from([5, 64, 130]))
+    heads, size = draw(st.integers(1, 9)), draw(st.sampled_from([4, 32, 36, 64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+
+    def numbers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    tensors = [
+        numbers(-63, 64, B, S, heads, size).to(torch.int8),
+        numbers(-4, 5, B, S, heads).float() / 4,
+        numbers(0, 256, B, G, size).to(torch.uint8),
+        numbers(0, G + 1, B),
+        numbers(1, 5, B, G).float() / 4,
+    ]
+    options = draw(st.sampled_from([{}, {"sinks": 2, "window": 5, "pool": 1}]))
+    return tensors, draw(st.integers(8, 40)), options
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@given(byte_problems())
+@settings(max_examples=60, deadline=None)
+def test_keys_in_bytes_are_scored_exactly(kernels: str, case: tuple[list[Tensor], int, dict[str, int]]) -> None:
+    tensors, k, options = case
+    *shared, scale = tensors
+    expected = index_topk_reference(*shared, k, index_scale=scale, **options)
+    assert sets(run(kernels, "IndexTopK", tensors, k=k, **options)) == sets(expected)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("S", [1, 20])
+def test_the_selection_is_the_best_of_many_real_numbers_however_it_is_cut(kernels: str, S: int) -> None:
+    problem = topk_problem([9000, 700], S, 9000, 8, 64, 300, torch.float32, ties=False, seed=1)
+    *tensors, k = problem.arguments()
+    indices = run(kernels, "IndexTopK", tensors, k=k)
+    assert_selection(indices, problem)
+    one_row = [t[:1] for t in tensors]  # of one query with two threads, two slices of the keys
+    assert sets(run(kernels, "IndexTopK", one_row, k=k)) == sets(indices[:1])
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+def test_scores_in_order(order: str) -> None:
+    """The most and the fewest candidates that the kernel can meet."""
+    G, k = 5000, 64
+    scores = {"rising": torch.arange(G), "falling": G - torch.arange(G), "equal": torch.ones(G)}[order].float()
+    tensors = [
+        torch.ones(1, 1, 1, 4),
+        torch.ones(1, 1, 1),
+        (scores / 4)[None, :, None].expand(1, G, 4),
+        torch.tensor([G]),
+    ]
+    expected = set(range(G - k, G)) if order == "rising" else set(range(k))
+    assert sets(run(KERNELS[-1], "IndexTopK", tensors, k=k)) == [[expected]]
+
+
+def test_nan_ranks_highest_and_infinity_is_ranked() -> None:
+    keys = torch.zeros(1, 200, 4)
+    keys[0, 150] = torch.nan
+    keys[0, 120, 0] = torch.inf
+    keys[0, 50, 0] = 2.0
+    tensors = [torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2), keys, torch.tensor([200])]
+    for kernels in KERNELS:
+        assert sets(run(kernels, "IndexTopK", tensors, k=3)) == [[{150, 120, 50}]]
+
+
+ATTENTION_CASES = [
+    (2, 3, 300, 2, 7, 64, 64),
+    (1, 1, 900, 1, 1, 64, 700),
+    (2, 2, 50, 3, 4, 80, 33),
+    (1, 5, 90, 1, 9, 36, 130),
+]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("shape", ATTENTION_CASES)
+def test_attention_is_the_definition(kernels: str, shape: tuple[int, ...]) -> None:
+    problem = attention_problem(*shape, torch.float32, seed=3)
+    *tensors, scale = problem.arguments()
+    assert_attention(run(kernels, "SparseAttention", tensors, scale=scale), problem)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@given(
+    st.integers(1, 2), st.integers(1, 4), st.integers(1, 200), st.integers(1, 3), st.integers(1, 9),
+    st.sampled_from([4, 16, 24, 48, 128]), st.integers(1, 300), st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_attention_of_any_shape(kernels: str, B: int, S: int, C: int, Hkv: int, group: int, D: int, K: int, seed: int):
+    problem = attention_problem(B, S, C, Hkv, group, D, K, torch.float32, seed)
+    *tensors, scale = problem.arguments()
+    assert_attention(run(kernels, "SparseAttention", tensors, scale=scale), problem)
+
+
+def test_attention_with_large_scores_stays_finite() -> None:
+    problem = attention_problem(1, 2, 200, 1, 4, 64, 150, torch.float32, seed=5)
+    problem.q *= 100
+    *tensors, scale = problem.arguments()
+    assert_attention(run(KERNELS[-1], "SparseAttention", tensors, scale=scale), problem)
+
+
+def test_calls_at_once_do_not_mix() -> None:
+    """Two sessions, several threads: the kernels' memory belongs to the thread."""
+    problems = [topk_problem([4000], 1, 4000, 8, 64, 100 + 50 * i, torch.float32, False, i) for i in range(2)]
+    expected = [sets(run(KERNELS[-1], "IndexTopK", list(p.arguments()[:4]), k=p.k)) for p in problems]
+
+    def call(i: int) -> bool:
+        p = problems[i % 2]
+        return sets(run(KERNELS[-1], "IndexTopK", list(p.arguments()[:4]), k=p.k)) == expected[i % 2]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(40)))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [({"k": 0}, "k, sinks, window or pool is wrong"), ({"k": 6, "sinks": 0, "window": 0, "pool": 4}, "pool is wrong")],
+)
+def test_wrong_attributes_are_refused_when_the_graph_is_loaded(attributes: dict[str, int], message: str) -> None:
+    with pytest.raises(REFUSED, match=message):
+        session(KERNELS[-1], 1, "IndexTopK", "model", **attributes)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(REFUSED, match="DSA_CPU_KERNELS"):
+        session("mmx", 1, "IndexTopK", "model", k=1)
+
+
+def wrong_inputs() -> Iterator[tuple[str, dict[str, float], list[Tensor], str]]:
+    topk = list(topk_problem([8], 1, 8, 2, 8, 4, torch.float32, True, 0, poison=False).arguments()[:4])
+    yield "IndexTopK", {"k": 4}, [topk[0], topk[1][..., :1], *topk[2:]], r"index_weights must be \[B, S, Hi\]"
+    yield "IndexTopK", {"k": 4}, [*topk[:2], topk[2][..., :4], topk[3]], "of one B and Di"
+    yield "IndexTopK", {"k": 4}, [*topk[:3], torch.tensor([8, 8])], r"kv_lengths must be \[B\]"
+    attention = list(attention_problem(1, 1, 8, 2, 2, 8, 4, torch.float32, 0, poison=False).arguments()[:4])
+    yield "SparseAttention", {"scale": 1.0}, [attention[0][:, :3], *attention[1:]], "multiple of KV heads"
+    yield "SparseAttention", {"scale": 1.0}, [*attention[:2], attention[2][:, :, :5], attention[3]], "differ"
+
+
+@pytest.mark.parametrize(("operator", "attributes", "tensors", "message"), list(wrong_inputs()))
+def test_wrong_inputs_are_refused(operator: str, attributes: dict[str, float], tensors: list[Tensor], message: str):
+    with pytest.raises(REFUSED, match=message):
+        run(KERNELS[-1], operator, tensors, **attributes)
+
+
+def test_without_a_compiler_the_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildFailed, match="no-such-compiler not found: install a C"):
+        cpu.build(tmp_path)
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_a_library_that_is_there_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = cpu.build()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cpu.build() == library
+
+
+def test_empty_calls() -> None:
+    tensors = [torch.zeros(1, 0, 2, 8), torch.zeros(1, 0, 2), torch.zeros(1, 9, 8), torch.tensor([9])]
+    assert run(KERNELS[-1], "IndexTopK", tensors, k=4).shape == (1, 0, 4)
+    q, caches = torch.zeros(1, 2, 0, 8), torch.zeros(1, 1, 9, 8)
+    nothing = torch.zeros(1, 0, 4, dtype=torch.int32)
+    assert run(KERNELS[-1], "SparseAttention", [q, caches, caches, nothing], scale=1.0).shape == (1, 2, 0, 8)
+    assert np.prod(q.shape) == 0
