@@ -140,8 +140,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add(
         "--standard-operators", action="store_true",
-        help="ort on CPUs: select by standard ONNX operators instead of this project's kernels; needs no C++ compiler, "
-        "and is slower",
+        help="ort on CPUs: select by standard ONNX operators instead of this project's kernels, as is always done "
+        "without AVX2; needs no C++ compiler, and is slower",
     )  # fmt: skip
     add(
         "--compute-capability", nargs="+", default=[], metavar="X.Y",
@@ -262,7 +262,7 @@ def sparse_for_cpus(
         facts |= {"dense_slots": slots, "selection": graph.selection | later}
     elif args.dense_slots:
         raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
-    if args.standard_operators:
+    if args.standard_operators or not cpu.fast_here():
         return adapted, None, facts
     model = adapted or onnx.load(graph.path, load_external_data=False)
     if not with_cpu_kernels(model, graph.dtype):

@@ -28,6 +28,12 @@ if platform.machine() == "x86_64":
     INSTRUCTION_SETS["avx512"] = (*avx2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")))
 
 
+def fast_here() -> bool:
+    """Whether this processor has vectors for which the kernels are written: elsewhere standard operators are faster."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and " avx2 " in cpuinfo.read_text()
+
+
 def build(folder: Path = BUILD) -> Path:
     """Builds the library in `folder`, unless a present one is newer than its sources. Raises BuildFailed."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,14 +8,17 @@ import numpy as np
 import onnx
 import pytest
 
+from dsa_export.cli import UserError
 from dsa_export.selection import describe_selection
 from engines import build
-from engines.artifacts import Graph, open_export
+from engines.artifacts import Engine, Graph, open_engine, open_export, rebuild_command
 from engines.ort_graph import dense_while_short
 from engines.session import Session, open_runner
+from plugins import cpu
 from tests.dsa_export.conftest import CAPACITY
 from tests.dsa_export.conftest import Graph as Exported
 from tests.engines import toy
+from tests.engines.commands import one_line, run_command
 from tests.engines.test_session import TOLERANCE, tokens
 
 K = 16
@@ -104,3 +107,69 @@ def test_a_graph_that_cannot_be_shortened_is_linked_as_it_is(export: Path, tmp_p
             node.input[2] = node.input[1]
     onnx.save(latent, tmp_path / "latent.onnx")
     assert dense_while_short(Graph(**{**vars(graph), "path": tmp_path / "latent.onnx"}), 64) is None
+
+
+def operators(graph: onnx.GraphProto) -> list[tuple[str, str]]:
+    """(domain, operator) of every node, those of branches too."""
+    found = []
+    for node in graph.node:
+        found.append((node.domain, node.op_type))
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                found += operators(attribute.g)
+    return found
+
+
+def build_sparse(export: Path, out: Path, *options: str) -> Engine:
+    arguments = ["--onnx", str(export), "--out", str(out), "--variant", "sparse", *options]
+    build.build("ort", build.parse_arguments(arguments))
+    return open_engine(out / "ort" / "sparse")
+
+
+@pytest.mark.skipif(not cpu.fast_here(), reason="this processor has no AVX2")
+def test_the_kernels_take_the_place_of_the_bodies_and_standard_operators_do_without(export: Path, tmp_path: Path):
+    kernels = build_sparse(export, tmp_path / "kernels")
+    standard = build_sparse(export, tmp_path / "standard", "--standard-operators")
+    assert kernels.cpu_library == kernels.folder / "libdsa_cpu.so" and kernels.cpu_library.is_file()
+    assert standard.cpu_library is None and not list(standard.folder.glob("*.so"))
+    models = [onnx.load(engine.folder / "model.onnx", load_external_data=False) for engine in (kernels, standard)]
+    for model, domain in zip(models, ("dsa.cpu", "dsa"), strict=True):
+        ours = [node for node in operators(model.graph) if node[0].startswith("dsa")]
+        assert ours == [(domain, "IndexTopK"), (domain, "SparseAttention")] * toy.LAYERS
+    bodies = [{function.name for function in model.functions} for model in models]
+    assert bodies[1] - bodies[0] == {"IndexTopK", "SparseAttention"}
+    assert "--standard-operators" in rebuild_command(standard.folder, standard.manifest)
+    assert "--standard-operators" not in rebuild_command(kernels.folder, kernels.manifest)
+    prompts = [tokens(150), tokens(90, seed=1)]
+    ours, theirs = (Session(open_runner(engine.folder, threads=2), 2) for engine in (kernels, standard))
+    np.testing.assert_allclose(ours.prefill(prompts), theirs.prefill(prompts), atol=TOLERANCE)
+    np.testing.assert_allclose(ours.decode([5, 6]), theirs.decode([5, 6]), atol=TOLERANCE)
+
+
+def test_graphs_in_16_bits_and_old_processors_keep_the_bodies(export: Path, tmp_path: Path, monkeypatch) -> None:
+    engine = build_sparse(toy.write_export(tmp_path / "onnx", dtype="fp16"), tmp_path / "engines")
+    assert engine.cpu_library is None
+    monkeypatch.setattr("plugins.cpu.fast_here", lambda: False)
+    assert build_sparse(export, tmp_path / "old").cpu_library is None
+
+
+@pytest.mark.skipif(not cpu.fast_here(), reason="this processor has no AVX2")
+def test_without_a_compiler_the_build_says_what_to_do(export: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    options = ["--onnx", str(export), "--out", "engines"]
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1 and "or pass --standard-operators: no-such-compiler not found" in one_line(error)
+    assert not (tmp_path / "engines").exists()
+    assert run_command(build.main, [*options, "--standard-operators"], capsys)[0] == 0
+
+
+@pytest.mark.skipif(not cpu.fast_here(), reason="this processor has no AVX2")
+def test_a_library_that_is_damaged_is_refused(export: Path, tmp_path: Path) -> None:
+    engine = build_sparse(export, tmp_path)
+    assert engine.cpu_library is not None
+    whole = engine.cpu_library.read_bytes()
+    engine.cpu_library.unlink()  # this process has it loaded
+    engine.cpu_library.write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match=r"libdsa_cpu.so has \d+ bytes instead of \d+ .*: run `python -m engines.build"):
+        open_runner(engine.folder, verify=False)
