@@ -142,7 +142,7 @@ def main() -> None:
         "gb_per_s": round(bandwidth / 1e9, 1),
         "onnxruntime": onnxruntime.__version__,
     }
-    table = Table("operator", "keys", "queries", "context", "kernels", "body", "", "of the floor")
+    table = Table("operator", "keys", "queries", "context", "kernels, ms", "body, ms", "", "floor")
     records = []
     for case in cases(args.context):
         record = timings(case, args.threads, measure.Budget(args.runs, 0.2, 10.0), args.seed)
@@ -150,7 +150,7 @@ def main() -> None:
         records.append(record | {"floor_ms": round(floor_ms, 4), "machine": machine})
         ours, body = record["kernels_ms"], record["body_ms"]
         shape = (case.operator, case.keys, str(case.queries), f"{case.context:,}")
-        figures = (f"{ours:.3f} ms", f"{body:.3f} ms", f"{body / ours:.1f}×", f"{floor_ms / ours:.0%}")
+        figures = (f"{ours:.3f}", f"{body:.3f}", f"{body / ours:.1f}×", f"{floor_ms / ours:.0%}")
         table.add_row(*shape, *figures)
         console.print(f"{case.operator} {case.keys} {case.queries} x {case.context:,}: {ours:.3f} ms, {body:.3f} ms")
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -118,7 +118,7 @@ def part_of(node: str, operator: str) -> str | None:
     node: its name, which tells the module that it was exported from: "model.layers.0.self_attn.indexer.q_proj/MatMul".
     """
     module = node.partition("/")[0]
-    if operator in CHOOSING_OPERATORS or ".indexer" in module or "IndexTopK" in node:
+    if operator in (*CHOOSING_OPERATORS, "RoundKeys", "RoundQueries") or ".indexer" in module or "IndexTopK" in node:
         return SELECTION
     if operator in ATTENTION_OPERATORS or "SparseAttention" in node:
         return CORE

@@ -247,7 +247,7 @@ def _embed(tensor: TensorProto, graph: Graph) -> TensorProto:
 
 def with_cpu_kernels(model: onnx.ModelProto, dtype: str) -> bool:
     """Turns our operators, wherever they stand, into those of the kernels' library; whether there are any."""
-    kernels = ("IndexTopK", "SparseAttention") if dtype == "fp32" else ()
+    kernels = cpu.OPERATORS if dtype == "fp32" else ()
     graphs = [model.graph]
     found = False
     for graph in graphs:  # grows while it is walked

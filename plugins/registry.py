@@ -33,7 +33,8 @@ def function_protos(index_options: bool = False, index_keys: str = "model") -> l
     """
     from plugins.block_topk.op import FUNCTION_BODY as block_topk
     from plugins.index_topk.op import function_body as index_topk
+    from plugins.index_topk.rounding import FUNCTION_BODIES as rounding
     from plugins.sparse_attention.op import FUNCTION_BODY as sparse_attention
 
-    bodies = (index_topk(index_options, index_keys), sparse_attention, block_topk)
+    bodies = (index_topk(index_options, index_keys), *rounding, sparse_attention, block_topk)
     return [function_proto(body) for body in bodies]

@@ -1,5 +1,5 @@
 """The operators as CPU kernels, and the library that brings them to ONNX Runtime as operators of domain `dsa.cpu`."""
 
-from plugins.cpu.library import DOMAIN, LIBRARY, build, fast_here
+from plugins.cpu.library import DOMAIN, LIBRARY, OPERATORS, build, fast_here
 
-__all__ = ["DOMAIN", "LIBRARY", "build", "fast_here"]
+__all__ = ["DOMAIN", "LIBRARY", "OPERATORS", "build", "fast_here"]

@@ -607,8 +607,21 @@ void merge_parts(SparseAttention const& call, int64_t task)
     }
 }
 
+void round_row(Rounding const& call, int64_t row)
+{
+    float const* const numbers = call.numbers + row * call.size;
+    uint8_t* const bytes = call.bytes + row * call.size;
+    float largest = 1e-12f;
+    for (int64_t i = 0; i < call.size; ++i)
+        largest = std::max(largest, std::fabs(numbers[i]));
+    float const scale = largest / static_cast<float>(call.full);
+    for (int64_t i = 0; i < call.size; ++i)
+        bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(numbers[i] / scale)) + call.zero);
+    call.scales[row] = call.weights ? call.weights[row] * scale : scale;
+}
+
 } // namespace
 
-extern Kernels const kernels{select, finish, attend, merge_parts};
+extern Kernels const kernels{select, finish, attend, merge_parts, round_row};
 
 } // namespace dsa::cpu::DSA_ISA

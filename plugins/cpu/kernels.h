@@ -40,6 +40,17 @@ struct SparseAttention
     float* partial;             // [B, S, Hkv, parts, G, D + 2]: weighted sums, largest score, sum of weights
 };
 
+/// dsa::RoundKeys and dsa::RoundQueries: rows of numbers as bytes, see index_topk/rounding.py.
+struct Rounding
+{
+    int64_t rows, size;
+    int32_t full, zero;         // the largest entry of a row becomes zero ± full
+    float const* numbers;
+    uint8_t* bytes;             // signed ones too, as their bits
+    float* scales;              // [rows]
+    float const* weights;       // or null: what the scales are multiplied by
+};
+
 struct Kernels
 {
     /// Candidates of one task: of B · blocks · slices.
@@ -50,6 +61,7 @@ struct Kernels
     void (*attend)(SparseAttention const&, int64_t task);
     /// Output of one query for one KV head, from its parts: of B · S · Hkv.
     void (*merge_parts)(SparseAttention const&, int64_t task);
+    void (*round_row)(Rounding const&, int64_t row);
 };
 
 constexpr int64_t kQueriesPerBlock = 16;

@@ -1,4 +1,4 @@
-// Registers the CPU kernels with ONNX Runtime as dsa.cpu::IndexTopK and dsa.cpu::SparseAttention.
+// Registers the CPU kernels with ONNX Runtime as operators of domain dsa.cpu.
 #include "kernels.h"
 #include "ort_api.h"
 
@@ -28,7 +28,7 @@ namespace
 {
 
 constexpr char const* kDomain = "dsa.cpu";
-constexpr int64_t kKeysPerSlice = 1024, kRowsPerPart = 128;
+constexpr int64_t kKeysPerSlice = 1024, kRowsPerPart = 128, kNumbersOfOneThread = 16384;
 
 ort::Api const* api = nullptr;
 
@@ -119,10 +119,10 @@ Tensor input(OrtKernelContext* context, size_t index)
 }
 
 template <class T>
-T* output(OrtKernelContext* context, std::vector<int64_t> const& dims)
+T* output(OrtKernelContext* context, size_t index, std::vector<int64_t> const& dims)
 {
     OrtValue* value = nullptr;
-    check(api->KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &value));
+    check(api->KernelContext_GetOutput(context, index, dims.data(), dims.size(), &value));
     void* data = nullptr;
     check(api->GetTensorMutableData(value, &data));
     return static_cast<T*>(data);
@@ -173,7 +173,7 @@ struct IndexTopKKernel
     static constexpr char const* kName = "IndexTopK";
     static constexpr int kInputs[] = {ort::kUndefined, ort::kFloat, ort::kUndefined, ort::kInt64, ort::kFloat};
     static constexpr size_t kRequiredInputs = 4;
-    static constexpr int kOutput = ort::kInt32;
+    static constexpr int kOutputs[] = {ort::kInt32};
 
     int64_t k, sinks, window, pool;
     Kernels const& kernels = chosen_kernels();
@@ -211,7 +211,7 @@ struct IndexTopKKernel
         call.index_q = q.data, call.index_k = keys.data;
         call.index_weights = static_cast<float const*>(weights.data);
         call.kv_lengths = static_cast<int64_t const*>(lengths.data);
-        call.indices = output<int32_t>(context, {call.B, call.S, k});
+        call.indices = output<int32_t>(context, 0, {call.B, call.S, k});
         if (call.B == 0 || call.S == 0)
             return;
 
@@ -232,7 +232,7 @@ struct SparseAttentionKernel
     static constexpr char const* kName = "SparseAttention";
     static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
     static constexpr size_t kRequiredInputs = 4;
-    static constexpr int kOutput = ort::kFloat;
+    static constexpr int kOutputs[] = {ort::kFloat};
 
     float scale = 0;
     Kernels const& kernels = chosen_kernels();
@@ -260,7 +260,7 @@ struct SparseAttentionKernel
         call.k_cache = static_cast<float const*>(k_cache.data);
         call.v_cache = static_cast<float const*>(v_cache.data);
         call.indices = static_cast<int32_t const*>(indices.data);
-        call.output = output<float>(context, q.dims);
+        call.output = output<float>(context, 0, q.dims);
         int64_t const tasks = call.B * call.S * call.Hkv;
         if (tasks == 0)
             return;
@@ -274,6 +274,77 @@ struct SparseAttentionKernel
         parallel(context, kernels.attend, call, tasks * call.parts);
         if (call.parts > 1)
             parallel(context, kernels.merge_parts, call, tasks);
+    }
+};
+
+void round_rows(OrtKernelContext* context, Kernels const& kernels, Rounding const& call)
+{
+    if (call.rows * call.size < kNumbersOfOneThread)
+        for (int64_t row = 0; row < call.rows; ++row)
+            kernels.round_row(call, row);
+    else
+        parallel(context, kernels.round_row, call, call.rows);
+}
+
+/// The shape without its last dimension, of which `size` is the length.
+std::vector<int64_t> rows_of(std::vector<int64_t> dims, int64_t& size, int64_t& rows)
+{
+    require(!dims.empty(), "what is rounded must have a dimension");
+    size = dims.back();
+    dims.pop_back();
+    rows = 1;
+    for (int64_t const dim : dims)
+        rows *= dim;
+    return dims;
+}
+
+struct RoundKeysKernel
+{
+    static constexpr char const* kName = "RoundKeys";
+    static constexpr int kInputs[] = {ort::kFloat};
+    static constexpr size_t kRequiredInputs = 1;
+    static constexpr int kOutputs[] = {ort::kUint8, ort::kFloat};
+
+    Kernels const& kernels = chosen_kernels();
+
+    explicit RoundKeysKernel(OrtKernelInfo const*) {}
+
+    void compute(OrtKernelContext* context) const
+    {
+        Tensor const keys = input(context, 0);
+        Rounding call{};
+        std::vector<int64_t> const rows = rows_of(keys.dims, call.size, call.rows);
+        call.full = 127, call.zero = 128;
+        call.numbers = static_cast<float const*>(keys.data);
+        call.bytes = output<uint8_t>(context, 0, keys.dims);
+        call.scales = output<float>(context, 1, rows);
+        round_rows(context, kernels, call);
+    }
+};
+
+struct RoundQueriesKernel
+{
+    static constexpr char const* kName = "RoundQueries";
+    static constexpr int kInputs[] = {ort::kFloat, ort::kFloat};
+    static constexpr size_t kRequiredInputs = 2;
+    static constexpr int kOutputs[] = {ort::kInt8, ort::kFloat};
+
+    Kernels const& kernels = chosen_kernels();
+
+    explicit RoundQueriesKernel(OrtKernelInfo const*) {}
+
+    void compute(OrtKernelContext* context) const
+    {
+        Tensor const queries = input(context, 0), weights = input(context, 1);
+        Rounding call{};
+        std::vector<int64_t> const rows = rows_of(queries.dims, call.size, call.rows);
+        require(weights.dims == rows, "index_weights must be [B, S, Hi]");
+        call.full = 63;
+        call.numbers = static_cast<float const*>(queries.data);
+        call.weights = static_cast<float const*>(weights.data);
+        call.bytes = output<uint8_t>(context, 0, queries.dims);
+        call.scales = output<float>(context, 1, rows);
+        round_rows(context, kernels, call);
     }
 };
 
@@ -311,8 +382,8 @@ ort::CustomOp custom_op()
     op.GetInputCharacteristic = [](CustomOp const*, size_t i)
     { return static_cast<int>(i < Kernel::kRequiredInputs ? ort::kRequired : ort::kOptional); };
     op.GetInputMemoryType = [](CustomOp const*, size_t) { return 0; };
-    op.GetOutputTypeCount = [](CustomOp const*) { return size_t(1); };
-    op.GetOutputType = [](CustomOp const*, size_t) { return Kernel::kOutput; };
+    op.GetOutputTypeCount = [](CustomOp const*) { return std::size(Kernel::kOutputs); };
+    op.GetOutputType = [](CustomOp const*, size_t i) { return Kernel::kOutputs[i]; };
     op.GetOutputCharacteristic = [](CustomOp const*, size_t) { return static_cast<int>(ort::kRequired); };
     op.GetStartVersion = [](CustomOp const*) { return 1; };
     op.GetEndVersion = [](CustomOp const*) { return 1; };
@@ -333,7 +404,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
 {
     using namespace dsa::cpu;
     api = base->GetApi(ort::kApiVersion);
-    static ort::CustomOp const operators[] = {custom_op<IndexTopKKernel>(), custom_op<SparseAttentionKernel>()};
+    static ort::CustomOp const operators[] = {custom_op<IndexTopKKernel>(), custom_op<SparseAttentionKernel>(),
+        custom_op<RoundKeysKernel>(), custom_op<RoundQueriesKernel>()};
     return guarded([&]
     {
         // Sessions share the domain; it lives as long as the process.

@@ -12,11 +12,12 @@ import torch
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
 from dsa_export.model import AttentionTrace, dense_twin, load_model
-from dsa_export.model.attention.dsa import pool_keys, round_keys, round_queries
+from dsa_export.model.attention.dsa import pool_keys
 from engines import nvidia_graph
 from engines.artifacts import open_export
 from engines.ort_graph import dense_while_short
 from plugins.index_topk.op import index_scores
+from plugins.index_topk.rounding import round_keys, round_queries
 from tests.dsa_export.conftest import Graph, export_command
 
 OPTIONS = {

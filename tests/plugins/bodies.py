@@ -26,18 +26,27 @@ def model(operator: str, float_type: int, keys: str = "model", **attributes: int
         if keys != "model":
             inputs["index_k"] = (TensorProto.FLOAT8E4M3FN if keys == "fp8" else TensorProto.UINT8, "B G Di")
             inputs["index_scale"] = (TensorProto.FLOAT, "B G")
-        output = helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "S", attributes["k"]])
+        outputs = [helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "S", attributes["k"]])]
     elif operator == "BlockTopK":
         inputs = {"importance": (TensorProto.FLOAT, "B H S J"), "kv_lengths": (TensorProto.INT64, "B")}
-        output = helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "H", "S", "N"])
+        outputs = [helper.make_tensor_value_info("indices", TensorProto.INT32, ["B", "H", "S", "N"])]
+    elif operator == "RoundKeys":
+        inputs = {"index_k": (float_type, "B S Di")}
+        outputs = [helper.make_tensor_value_info("rounded", TensorProto.UINT8, ["B", "S", "Di"]),
+                   helper.make_tensor_value_info("scales", TensorProto.FLOAT, ["B", "S"])]  # fmt: skip
+    elif operator == "RoundQueries":
+        inputs = {"index_q": (float_type, "B S Hi Di"), "index_weights": (float_type, "B S Hi")}
+        outputs = [helper.make_tensor_value_info("rounded", TensorProto.INT8, ["B", "S", "Hi", "Di"]),
+                   helper.make_tensor_value_info("scaled_weights", TensorProto.FLOAT, ["B", "S", "Hi"])]  # fmt: skip
     else:
         inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
                   "v_cache": (float_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip
-        output = helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])
-    node = helper.make_node(operator, list(inputs), [output.name], domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
+        outputs = [helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])]
+    names = [output.name for output in outputs]
+    node = helper.make_node(operator, list(inputs), names, domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
     infos = [helper.make_tensor_value_info(name, kind, dims.split()) for name, (kind, dims) in inputs.items()]
     return helper.make_model(
-        helper.make_graph([node], operator, infos, [output]),
+        helper.make_graph([node], operator, infos, outputs),
         functions=[f for f in function_protos("pool" in attributes, keys) if f.name == operator],
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
@@ -53,13 +62,17 @@ def session(operator: str, dtype: str, keys: str, **attributes: int | float) -> 
 
 
 def run(operator: str, arrays: list[np.ndarray], **attributes: int | float) -> np.ndarray:
-    """`arrays`: the inputs in their order; float8 ones as ml_dtypes has them."""
+    """The first output; `arrays`: the inputs in their order; float8 ones as ml_dtypes has them."""
+    return run_all(operator, arrays, **attributes)[0]
+
+
+def run_all(operator: str, arrays: list[np.ndarray], **attributes: int | float) -> list[np.ndarray]:
     keys = KEYS.get(arrays[2].dtype, "model") if operator == "IndexTopK" else "model"
     dtype = arrays[1].dtype if operator == "IndexTopK" else arrays[0].dtype
     runner = session(operator, str(dtype), keys, **attributes)
     names = [i.name for i in runner.get_inputs()]
     feeds = {name: _value(array) for name, array in zip(names, arrays, strict=True)}
-    return runner.run_with_ort_values(None, feeds)[0].numpy()
+    return [value.numpy() for value in runner.run_with_ort_values(None, feeds)]
 
 
 def _value(array: np.ndarray) -> onnxruntime.OrtValue:

@@ -21,6 +21,7 @@ from plugins import cpu
 from plugins.compiler import BuildFailed
 from plugins.index_topk import index_topk_reference
 from plugins.index_topk.op import forced_groups
+from plugins.index_topk.rounding import round_keys, round_queries
 from plugins.registry import DOMAIN
 from tests.plugins import bodies
 from tests.plugins.problems import (
@@ -61,12 +62,18 @@ def session(
             os.environ["DSA_CPU_KERNELS"] = before
 
 
-def run(kernels: str, operator: str, tensors: list[Tensor], threads: int = 2, **attributes: int | float) -> Tensor:
+def run(kernels: str, operator: str, tensors: list[Tensor], **attributes: int | float) -> Tensor:
+    return run_all(kernels, operator, tensors, **attributes)[0]
+
+
+def run_all(
+    kernels: str, operator: str, tensors: list[Tensor], threads: int = 2, **attributes: int | float
+) -> list[Tensor]:
     keys = "int8" if operator == "IndexTopK" and tensors[2].dtype == torch.uint8 else "model"
     runner = session(kernels, threads, operator, keys, **attributes)
     names = [value.name for value in runner.get_inputs()]
     feeds = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
-    return torch.from_numpy(runner.run(None, feeds)[0])
+    return [torch.from_numpy(array) for array in runner.run(None, feeds)]
 
 
 @st.composite
@@ -196,6 +203,23 @@ def test_attention_with_large_scores_stays_finite() -> None:
     problem.q *= 100
     *tensors, scale = problem.arguments()
     assert_attention(run(KERNELS[-1], "SparseAttention", tensors, scale=scale), problem)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("shape", [(1, 1, 8, 64), (2, 130, 3, 36)])
+def test_rounding_is_the_torch_form_bit_by_bit(kernels: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, weights = torch.randn(shape, generator=generator), torch.randn(shape[:3], generator=generator)
+    queries[0, 0, 0] = 0
+    keys = queries[:, :, 0].contiguous()
+    cases = {
+        "RoundKeys": ([keys], round_keys(keys, "int8")),
+        "RoundQueries": ([queries, weights], round_queries(queries, weights)),
+    }
+    for operator, (tensors, expected) in cases.items():
+        body = [torch.from_numpy(array) for array in bodies.run_all(operator, [t.numpy() for t in tensors])]
+        for got in (run_all(kernels, operator, tensors), body):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
 
 
 def test_calls_at_once_do_not_mix() -> None:

@@ -24,6 +24,7 @@ from dsa_export.selection import KEY_TYPES
 from dsa_export.topk import topk_per_layer
 from plugins.index_topk import index_scores, index_topk
 from plugins.index_topk.op import check_options
+from plugins.index_topk.rounding import round_keys, round_queries, unrounded_keys
 from plugins.sparse_attention import sparse_attention
 
 Scored = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -262,35 +263,6 @@ class SparseAttention(DenseAttention):
 def leader(config: DSAConfig, layer: int) -> int:
     """The layer whose selection a layer follows."""
     return layer - layer % config.index_share
-
-
-def round_keys(index_k: Tensor, key_type: str) -> tuple[Tensor, Tensor]:
-    """Index keys [B, S, Di] in the 8 bits of a key type, and one fp32 scale per key [B, S].
-
-    fp8: e4m3, the largest entry becomes 448. int8: uint8 with 128 for zero, the largest entry becomes 128 ± 127.
-    """
-    largest = torch.finfo(torch.float8_e4m3fn).max if key_type == "fp8" else 127
-    keys = index_k.float()
-    scales = keys.abs().amax(-1).clamp(min=1e-12) / largest
-    keys = keys / scales[..., None]
-    return keys.to(torch.float8_e4m3fn) if key_type == "fp8" else (keys.round() + 128).to(torch.uint8), scales
-
-
-def unrounded_keys(keys: Tensor, scales: Tensor | None) -> Tensor:
-    """Stored index keys [B, C, Di] as their type's numbers times the scales [B, C]; without scales as they are."""
-    if scales is None:
-        return keys
-    return (keys.float() - (128 if keys.dtype == torch.uint8 else 0)) * scales[..., None]
-
-
-def round_queries(index_q: Tensor, index_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Index queries [B, S, Hi, Di] as int8 in -63 .. 63, and the weights [B, S, Hi] in fp32 with their scales in them.
-
-    ReLU and a positive scale commute: w ReLU(q · k) = w scale ReLU(q / scale · k).
-    """
-    queries = index_q.float()
-    scales = queries.abs().amax(-1).clamp(min=1e-12) / 63
-    return (queries / scales[..., None]).round().to(torch.int8), index_weights.float() * scales
 
 
 def pool_keys(keys: Tensor, past: Tensor, S: int, lengths: Tensor, pool: int) -> Tensor:
