@@ -291,6 +291,48 @@ int64_t group_of(uint64_t candidate)
     return static_cast<uint32_t>(~candidate);
 }
 
+/// Moves the `wanted` best of `count` candidates to the front; `rest` has room for all.
+///
+/// By bins of equal width between the least and the largest score: only within one bin are candidates compared.
+void move_best_to_front(uint64_t* candidates, int64_t count, int64_t wanted, uint64_t* rest)
+{
+    constexpr int kBins = 256;
+    float least = std::numeric_limits<float>::infinity(), largest = -least;
+    for (int64_t i = 0; i < count; ++i)
+    {
+        float const score = score_of(candidates[i]);
+        least = std::min(least, score);
+        largest = std::max(largest, score);
+    }
+    float const bins_per_unit = (kBins - 1) / (largest - least);
+    int64_t kept = 0, among = count;
+    if (std::isnormal(bins_per_unit)) // else all are equal, or too far apart
+    {
+        auto bin_of = [=](uint64_t candidate) { return static_cast<int>((score_of(candidate) - least) * bins_per_unit); };
+        int32_t sizes[kBins] = {};
+        for (int64_t i = 0; i < count; ++i)
+            ++sizes[bin_of(candidates[i])];
+        int bin = kBins - 1;
+        for (int64_t better = sizes[bin]; better < wanted; better += sizes[bin])
+            --bin;
+        among = 0;
+        for (int64_t i = 0; i < count; ++i)
+        {
+            uint64_t const candidate = candidates[i];
+            int const its = bin_of(candidate);
+            candidates[kept] = candidate;
+            rest[among] = candidate;
+            kept += its > bin;
+            among += its == bin;
+        }
+    }
+    else
+        std::copy_n(candidates, count, rest);
+    int64_t const missing = wanted - kept;
+    std::nth_element(rest, rest + missing - 1, rest + among, std::greater<uint64_t>());
+    std::copy_n(rest, missing, candidates + kept);
+}
+
 /// The `wanted` best of what is added in the order of the groups, and some more until they are sorted out.
 struct Best
 {
@@ -298,13 +340,17 @@ struct Best
     int64_t wanted, room, count;
     float threshold; // NaN, and all are taken, until `wanted` are there
 
-    void sort_out()
+    /// rest: room for all candidates.
+    void sort_out(uint64_t* rest)
     {
         if (count < wanted || wanted == 0)
             return;
-        std::nth_element(candidates, candidates + wanted - 1, candidates + count, std::greater<uint64_t>());
+        if (count > wanted)
+            move_best_to_front(candidates, count, wanted, rest);
         count = wanted;
-        threshold = score_of(candidates[wanted - 1]);
+        threshold = std::numeric_limits<float>::infinity();
+        for (int64_t i = 0; i < wanted; ++i)
+            threshold = std::min(threshold, score_of(candidates[i]));
     }
 };
 
@@ -393,7 +439,8 @@ void select(IndexTopK const& call, int64_t task)
     thread_local std::vector<uint64_t> memory;
     thread_local std::vector<uint32_t> columns_memory;
     int64_t const words = call.index_scale ? call.Di / 4 : call.Di;
-    uint64_t* const candidates = scratch(memory, (t1 - t0) * room);
+    uint64_t* const candidates = scratch(memory, (t1 - t0 + 1) * room);
+    uint64_t* const rest = candidates + (t1 - t0) * room;
     uint32_t* const columns = scratch(columns_memory, words * kTile);
 
     std::vector<Sight> sights;
@@ -436,7 +483,7 @@ void select(IndexTopK const& call, int64_t task)
                 for (int64_t i = 0; i < count; ++i)
                     scores[i] *= call.index_scale[b * call.G + first + i];
             if (best.count + kTile > best.room)
-                best.sort_out();
+                best.sort_out(rest);
             uint64_t chosen = above(scores, best.threshold) & (~uint64_t(0) << from);
             if (to < kTile)
                 chosen &= (uint64_t(1) << to) - 1;
@@ -450,7 +497,7 @@ void select(IndexTopK const& call, int64_t task)
     for (int64_t t = t0; t < t1; ++t)
     {
         Best& best = bests[t - t0];
-        best.sort_out();
+        best.sort_out(rest);
         int64_t const place = (b * call.S + t) * call.slices + slice;
         call.counts[place] = static_cast<int32_t>(best.count);
         std::copy_n(best.candidates, best.count, call.candidates + place * width);
@@ -478,8 +525,10 @@ void finish(IndexTopK const& call, int64_t query)
         uint64_t const* candidates = call.candidates + place * width;
         memory.insert(memory.end(), candidates, candidates + call.counts[place]);
     }
-    Best best{memory.data(), sight.wanted, 0, static_cast<int64_t>(memory.size()), 0};
-    best.sort_out();
+    int64_t const count = static_cast<int64_t>(memory.size());
+    memory.resize(2 * count);
+    Best best{memory.data(), sight.wanted, 0, count, 0};
+    best.sort_out(memory.data() + count);
     for (int64_t i = 0; i < best.count; ++i)
         emit(group_of(best.candidates[i]));
     for (int64_t g = sight.stop; g < sight.groups; ++g)
