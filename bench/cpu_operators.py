@@ -25,9 +25,11 @@ from rich.table import Table
 
 from bench import measure
 from bench.floors import cpu_bandwidth
-from dsa_export.cli import console, positive, run, usable_cpus
+from dsa_export.cli import UserError, console, positive, run, usable_cpus
 from dsa_export.files import write_atomically
+from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
+from plugins.compiler import BuildFailed
 from plugins.registry import DOMAIN, ONNX_OPSET, PLUGIN_ATTRIBUTES, function_protos
 
 HQ, HKV, D, HI, DI = 14, 2, 64, 8, 64
@@ -78,8 +80,8 @@ def cases(contexts: list[int]) -> Iterator[Case]:
         yield from (Case("SparseAttention", "", queries, context, 512) for context in contexts)
 
 
-def session(case: Case, layers: list[dict[str, np.ndarray]], domain: str, threads: int) -> Callable[[], Any]:
-    """A call of all layers' nodes; domain: of our kernels, or of the function bodies."""
+def session(case: Case, layers: list[dict[str, np.ndarray]], library: Path | None, threads: int) -> Callable[[], Any]:
+    """A call of all layers' nodes; library: of our kernels, None for the function bodies."""
     nodes, infos, outputs = [], [], []
     feeds: dict[str, np.ndarray] = {}
     fixed: dict[str, Any] = {"k": case.k} if case.operator == "IndexTopK" else {"scale": D**-0.5}
@@ -89,30 +91,30 @@ def session(case: Case, layers: list[dict[str, np.ndarray]], domain: str, thread
         infos += [helper.make_tensor_value_info(name, TYPES[str(feeds[name].dtype)], None) for name in names]
         kind = TensorProto.INT32 if case.operator == "IndexTopK" else TensorProto.FLOAT
         outputs.append(helper.make_tensor_value_info(f"output_{number}", kind, None))
-        nodes.append(
-            helper.make_node(case.operator, names, [outputs[-1].name], domain=domain, **fixed, **PLUGIN_ATTRIBUTES)
-        )
-    bodies = function_protos(False, "int8" if case.keys == "int8" else "model") if domain == DOMAIN else []
+        names_out = [outputs[-1].name]
+        nodes.append(helper.make_node(case.operator, names, names_out, domain=DOMAIN, **fixed, **PLUGIN_ATTRIBUTES))
+    bodies = function_protos(False, "int8" if case.keys == "int8" else "model")
     model = helper.make_model(
         helper.make_graph(nodes, "layers", infos, outputs),
         functions=[body for body in bodies if body.name == case.operator],
-        opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(domain, 1)],
+        opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if domain == cpu.DOMAIN:
-        options.register_custom_ops_library(str(cpu.build().resolve()))
+    if library is not None:
+        with_cpu_kernels(model)
+        options.register_custom_ops_library(str(library.resolve()))
     runner = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda: runner.run(None, feeds)
 
 
-def timings(case: Case, threads: int, budget: measure.Budget, seed: int) -> dict[str, Any]:
+def timings(case: Case, library: Path, threads: int, budget: measure.Budget, seed: int) -> dict[str, Any]:
     """One record: median ms per layer of both forms, and how far their results differ."""
     rng = np.random.default_rng(seed)
     layers = [case.inputs(rng) for _ in range(LAYERS)]
-    calls = {"kernels": session(case, layers, cpu.DOMAIN, threads), "body": session(case, layers, DOMAIN, threads)}
+    calls = {"kernels": session(case, layers, library, threads), "body": session(case, layers, None, threads)}
     ours, theirs = (np.stack(call()) for call in calls.values())
     if case.operator == "IndexTopK":
         rows = zip(ours.reshape(-1, case.k), theirs.reshape(-1, case.k), strict=True)
@@ -136,6 +138,10 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.context) < 512:
         parser.error("--context must be 512 or more: the operators select 512 tokens")
+    try:
+        library = cpu.build()
+    except BuildFailed as error:
+        raise UserError(f"no kernels to time: {error}") from None
     bandwidth = cpu_bandwidth(args.threads)
     machine = {
         **measure.machine(args.threads),
@@ -145,7 +151,7 @@ def main() -> None:
     table = Table("operator", "keys", "queries", "context", "kernels, ms", "body, ms", "", "floor")
     records = []
     for case in cases(args.context):
-        record = timings(case, args.threads, measure.Budget(args.runs, 0.2, 10.0), args.seed)
+        record = timings(case, library, args.threads, measure.Budget(args.runs, 0.2, 10.0), args.seed)
         floor_ms = case.bytes_read() / bandwidth * 1e3
         records.append(record | {"floor_ms": round(floor_ms, 4), "machine": machine})
         ours, body = record["kernels_ms"], record["body_ms"]

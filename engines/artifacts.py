@@ -129,9 +129,9 @@ class Variant:
         return 0
 
     @property
-    def cpu_library(self) -> Path | None:
-        """The library of our CPU kernels that its graph needs; None: it has standard operators only."""
-        return None
+    def has_kernels(self) -> bool:
+        """Whether our CPU kernels (plugins/cpu) select and attend."""
+        return False
 
     def cache_names(self) -> list[tuple[str, CacheTensor]]:
         """("{layer}.{name}", tensor) for every cache, in the order of the graph's inputs."""
@@ -184,12 +184,12 @@ class Variant:
         if self.variant == "dense" or capacity <= self.dense_slots:
             return dense_scores
         selected = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
-        if self.cpu_library:
+        if self.has_kernels:
             selected = self.max_topk * (8 + 4)
         compressed = [tensor.concrete(1, capacity)[2] for tensor in self.cache if tensor.name == "compressed"]
         if compressed:
             return 3 * compressed[0] * self.model.query_heads * 4 + selected
-        if self.cpu_library:
+        if self.has_kernels:
             return selected
         rows = {tensor.name: tensor.concrete(1, capacity)[2] for tensor in self.cache}
         scored = rows.get("pooled", rows["index"])
@@ -204,6 +204,11 @@ class Graph(Variant):
     sha256: str
     weights: str
     weights_sha256: str
+    for_kernels: bool = False  # what is being built of it
+
+    @property
+    def has_kernels(self) -> bool:
+        return self.for_kernels
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,12 @@ class Engine(Variant):
         return max(self.max_topk, self.dense_slots) + attends_densely_at_first
 
     @property
+    def has_kernels(self) -> bool:
+        return self.cpu_library is not None
+
+    @property
     def cpu_library(self) -> Path | None:
+        """The library of our CPU kernels that its graph needs; None: it has standard operators only."""
         return self.folder / cpu.LIBRARY if cpu.LIBRARY in self.manifest["files"] else None
 
     @property

@@ -24,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ def build(backend: str, args: argparse.Namespace) -> None:
         if args.triton_repository:
             check_output(triton.model_folder(args.triton_repository, variant, backend), triton.KIND)
             triton.check_types(export.graphs[variant])
-        needed = memory.estimate(export.graphs[variant], limits, export.manifest["weights"]["bytes"])
+        graph = replace(export.graphs[variant], for_kernels=uses_kernels(backend, export.graphs[variant], args))
+        needed = memory.estimate(graph, limits, export.manifest["weights"]["bytes"])
         console.print(f"{backend} {variant} will need {needed} at {limits.max_batch} x {limits.max_context:,} tokens")
         memory.check(backend, needed)
     BUILDERS[backend](export, limits, args)
@@ -172,8 +173,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) != parser.get_default(name) and chosen.isdisjoint(served):
             instead = ", not for --print-trtexec" if args.print_trtexec else ""
             parser.error(f"--{name.replace('_', '-')} is for {' or '.join(served)}{instead}")
-    if args.dense_slots and "sparse" not in args.variant:
-        parser.error("--dense-slots is for the sparse engine")
+    for name in ("dense_slots", "standard_operators"):
+        if getattr(args, name) and "sparse" not in args.variant:
+            parser.error(f"--{name.replace('_', '-')} is for the sparse engine")
     for folder in filter(None, [args.out, args.triton_repository]):
         if folder.resolve().is_relative_to(args.onnx.resolve()):
             parser.error(f"{folder} lies in the export, {args.onnx}: the next export would remove it, choose another")
@@ -247,6 +249,15 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
             report(args.out / "ort" / "dense-gqa")
 
 
+def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
+    """Whether our CPU kernels are to select and attend."""
+    from engines import ort_cuda
+    from engines.ort_graph import fits_cpu_kernels
+
+    wanted = backend == "ort" and graph.variant == "sparse" and not args.standard_operators
+    return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not ort_cuda.usable()
+
+
 def sparse_for_cpus(
     graph: Graph, args: argparse.Namespace
 ) -> tuple[onnx.ModelProto | None, Path | None, dict[str, Any]]:
@@ -262,16 +273,16 @@ def sparse_for_cpus(
         facts |= {"dense_slots": slots, "selection": graph.selection | later}
     elif args.dense_slots:
         raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
-    if args.standard_operators or not cpu.fast_here():
+    if not uses_kernels("ort", graph, args):
         return adapted, None, facts
     model = adapted or onnx.load(graph.path, load_external_data=False)
-    if not with_cpu_kernels(model, graph.dtype):
+    if not with_cpu_kernels(model):
         return adapted, None, facts
     try:
         with console.status("g++ compiles the kernels…"):
             return model, cpu.build(), facts
     except BuildFailed as error:
-        raise UserError(f"the kernels were not compiled, or pass --standard-operators: {error}") from None
+        raise UserError(f"no kernels without a compiler: {error}; --standard-operators does without") from None
 
 
 def write_ort_engine(

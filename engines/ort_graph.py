@@ -245,20 +245,25 @@ def _embed(tensor: TensorProto, graph: Graph) -> TensorProto:
 # ---------------------------------------------------------------- both
 
 
-def with_cpu_kernels(model: onnx.ModelProto, dtype: str) -> bool:
+def fits_cpu_kernels(graph: Graph) -> bool:
+    """Whether the kernels take the graph's types and sizes."""
+    bytes_of_keys = [tensor.shape[3] for tensor in graph.cache if tensor.dtype == "uint8"]
+    return graph.dtype == "fp32" and all(int(size) % 4 == 0 for size in bytes_of_keys)
+
+
+def with_cpu_kernels(model: onnx.ModelProto) -> bool:
     """Turns our operators, wherever they stand, into those of the kernels' library; whether there are any."""
-    kernels = cpu.OPERATORS if dtype == "fp32" else ()
     graphs = [model.graph]
     found = False
     for graph in graphs:  # grows while it is walked
         for node in graph.node:
             graphs += [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
-            if node.domain == OPERATORS and node.op_type in kernels:
+            if node.domain == OPERATORS and node.op_type in cpu.OPERATORS:
                 node.domain = cpu.DOMAIN
                 found = True
     if found:
         model.opset_import.append(helper.make_opsetid(cpu.DOMAIN, 1))
-        kept = [function for function in model.functions if function.name not in kernels]
+        kept = [function for function in model.functions if function.name not in cpu.OPERATORS]
         del model.functions[:]
         model.functions.extend(kept)
     return found

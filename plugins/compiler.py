@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,9 @@ class BuildFailed(Exception):
     """One line, or the compiler's own message."""
 
 
-def compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def compiler() -> list[str]:
+    """The words of the command: g++, or what CXX says."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def run(command: Sequence[str]) -> None:
@@ -25,6 +27,8 @@ def run(command: Sequence[str]) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise BuildFailed(f"{command[0]} not found: install a C++ compiler, or set CXX") from error
+    except OSError as error:
+        raise BuildFailed(f"{command[0]}: {error.strerror}") from error
     if result.returncode:
         raise BuildFailed(result.stderr.strip() or f"{command[0]} failed without a message")
 

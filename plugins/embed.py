@@ -80,9 +80,9 @@ def build(folder: Path = BUILD, jobs: int | None = None) -> Path:
         return library
     objects = [folder / f"{source.parent.name}.{source.stem}.o" for source in sources]
     pairs = zip(sources, objects, strict=True)
-    run_all([[compiler(), *flags, "-c", str(source), "-o", str(target)] for source, target in pairs], jobs)
+    run_all([[*compiler(), *flags, "-c", str(source), "-o", str(target)] for source, target in pairs], jobs)
     partial = folder / f".{LIBRARY}"
-    run([compiler(), *map(str, objects), *LINK_FLAGS, f"-Wl,--version-script={folder / 'exports.map'}", "-ldl",
+    run([*compiler(), *map(str, objects), *LINK_FLAGS, f"-Wl,--version-script={folder / 'exports.map'}", "-ldl",
           "-o", str(partial)])  # fmt: skip
     return partial.replace(library)
 

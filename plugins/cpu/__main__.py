@@ -18,6 +18,8 @@ def main() -> None:
         print(build(args.out))
     except BuildFailed as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

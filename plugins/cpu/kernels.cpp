@@ -391,7 +391,8 @@ Floats exp_negative(Floats x)
     Floats y = Floats{} + 1.0f / 5040;
     for (float const term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
         y = y * r + term;
-    return (Floats)((Ints)y + ((Ints)shifted << 23));
+    Floats const power = (Floats)((Ints)y + ((Ints)shifted << 23));
+    return x == x ? power : x; // NaN
 }
 
 /// sums[r][d] += weights[r][i] * rows[i][d] for n heads and `vectors` vectors of d, over `count` rows.
@@ -467,7 +468,7 @@ void select(IndexTopK const& call, int64_t task)
     {
         int64_t const first = tile * kTile, count = std::min<int64_t>(stop - first, kTile);
         uint32_t const* rows[2 * kTile];
-        for (int64_t i = 0; i < 2 * kTile; ++i)
+        for (int64_t i = 0; i < std::min<int64_t>(stop - first, 2 * kTile); ++i)
             rows[i] = keys + (first + i) * words;
         transpose(rows, count, std::min<int64_t>(stop - first - kTile, kTile), words, columns);
         for (int64_t t = t0; t < t1; ++t)
@@ -527,10 +528,10 @@ void finish(IndexTopK const& call, int64_t query)
     }
     int64_t const count = static_cast<int64_t>(memory.size());
     memory.resize(2 * count);
-    Best best{memory.data(), sight.wanted, 0, count, 0};
-    best.sort_out(memory.data() + count);
-    for (int64_t i = 0; i < best.count; ++i)
-        emit(group_of(best.candidates[i]));
+    if (count > sight.wanted)
+        move_best_to_front(memory.data(), count, sight.wanted, memory.data() + count);
+    for (int64_t i = 0; i < std::min(count, sight.wanted); ++i)
+        emit(group_of(memory[i]));
     for (int64_t g = sight.stop; g < sight.groups; ++g)
         emit(g);
     std::fill(out, end, -1);
@@ -638,20 +639,20 @@ void merge_parts(SparseAttention const& call, int64_t task)
         auto sums = [&](int64_t part) { return call.partial + ((task * call.parts + part) * G + g) * width; };
         float largest = -std::numeric_limits<float>::infinity(), weight = 0;
         for (int64_t part = 0; part < call.parts; ++part)
-            if (sums(part)[D + 1] > 0)
+            if (sums(part)[D + 1] != 0) // a part without rows; any other has 1 or more, or NaN
                 largest = std::max(largest, sums(part)[D]);
         float* const out = call.output + ((b * call.Hq + h * G + g) * call.S + t) * D;
         std::fill_n(out, D, 0.0f);
         for (int64_t part = 0; part < call.parts; ++part)
         {
-            if (!(sums(part)[D + 1] > 0))
+            if (sums(part)[D + 1] == 0)
                 continue;
             float const share = std::exp(sums(part)[D] - largest);
             weight += share * sums(part)[D + 1];
             for (int64_t d = 0; d < D; ++d)
                 out[d] += share * sums(part)[d];
         }
-        for (int64_t d = 0; weight > 0 && d < D; ++d)
+        for (int64_t d = 0; weight != 0 && d < D; ++d)
             out[d] /= weight;
     }
 }
@@ -660,12 +661,19 @@ void round_row(Rounding const& call, int64_t row)
 {
     float const* const numbers = call.numbers + row * call.size;
     uint8_t* const bytes = call.bytes + row * call.size;
-    float largest = 1e-12f;
+    float largest = 1e-12f; // LEAST of index_topk/rounding.py
+    bool has_nan = false;
     for (int64_t i = 0; i < call.size; ++i)
+    {
         largest = std::max(largest, std::fabs(numbers[i]));
-    float const scale = largest / static_cast<float>(call.full);
+        has_nan |= std::isnan(numbers[i]);
+    }
+    float const scale = has_nan ? std::nanf("") : largest / static_cast<float>(call.full);
     for (int64_t i = 0; i < call.size; ++i)
-        bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(numbers[i] / scale)) + call.zero);
+    {
+        float const step = std::nearbyint(numbers[i] / scale);
+        bytes[i] = std::isnan(step) ? 0 : static_cast<uint8_t>(static_cast<int32_t>(step) + call.zero);
+    }
     call.scales[row] = call.weights ? call.weights[row] * scale : scale;
 }
 

@@ -70,8 +70,9 @@ Kernels const& chosen_kernels()
 #if defined(__x86_64__)
         {"avx512", &avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
                 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                && __builtin_cpu_supports("avx512vnni")},
-        {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+                && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")},
+        {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+                && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")},
 #endif
         {"baseline", &baseline::kernels, true},
     };
@@ -182,7 +183,11 @@ struct IndexTopKKernel
         : k(int_attribute(info, "k", 0)), sinks(int_attribute(info, "sinks", 0)),
           window(int_attribute(info, "window", 0)), pool(int_attribute(info, "pool", 1))
     {
-        require(k >= 1 && pool >= 1 && k % pool == 0 && sinks >= 0 && window >= 0, "k, sinks, window or pool is wrong");
+        // As check_options() of index_topk/op.py; finish() relies on it.
+        require(k >= 1 && pool >= 1 && k % pool == 0 && sinks >= 0 && window >= 0 && sinks <= k && window <= k,
+            "k, sinks, window or pool is wrong");
+        int64_t const recent = window ? (window + pool - 2) / pool + 1 : pool > 1;
+        require((sinks + pool - 1) / pool + recent <= k / pool, "sinks and window do not fit in k");
     }
 
     void compute(OrtKernelContext* context) const
@@ -314,7 +319,7 @@ struct RoundKeysKernel
         Tensor const keys = input(context, 0);
         Rounding call{};
         std::vector<int64_t> const rows = rows_of(keys.dims, call.size, call.rows);
-        call.full = 127, call.zero = 128;
+        call.full = 127, call.zero = 128; // FULL_KEY and ZERO_KEY of index_topk/rounding.py
         call.numbers = static_cast<float const*>(keys.data);
         call.bytes = output<uint8_t>(context, 0, keys.dims);
         call.scales = output<float>(context, 1, rows);
@@ -339,7 +344,7 @@ struct RoundQueriesKernel
         Rounding call{};
         std::vector<int64_t> const rows = rows_of(queries.dims, call.size, call.rows);
         require(weights.dims == rows, "index_weights must be [B, S, Hi]");
-        call.full = 63;
+        call.full = 63; // FULL_QUERY
         call.numbers = static_cast<float const*>(queries.data);
         call.weights = static_cast<float const*>(weights.data);
         call.bytes = output<uint8_t>(context, 0, queries.dims);
@@ -367,6 +372,10 @@ OrtStatus* guarded(Work work)
     catch (std::exception const& error)
     {
         return api->CreateStatus(ort::kFail, (std::string(kDomain) + ": " + error.what()).c_str());
+    }
+    catch (...)
+    {
+        return api->CreateStatus(ort::kFail, kDomain);
     }
 }
 
@@ -403,14 +412,16 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, ort::ApiBase const* base)
 {
     using namespace dsa::cpu;
-    api = base->GetApi(ort::kApiVersion);
+    if (!base->GetApi(ort::kApiVersion))
+        return base->GetApi(1)->CreateStatus(ort::kFail, "dsa.cpu needs ONNX Runtime 1.17 or newer");
     static ort::CustomOp const operators[] = {custom_op<IndexTopKKernel>(), custom_op<SparseAttentionKernel>(),
         custom_op<RoundKeysKernel>(), custom_op<RoundQueriesKernel>()};
     return guarded([&]
     {
         // Sessions share the domain; it lives as long as the process.
-        static OrtCustomOpDomain* const domain = []
+        static OrtCustomOpDomain* const domain = [base]
         {
+            api = base->GetApi(ort::kApiVersion);
             OrtCustomOpDomain* made = nullptr;
             check(api->CreateCustomOpDomain(kDomain, &made));
             for (ort::CustomOp const& op : operators)

@@ -11,7 +11,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from plugins.compiler import LINK_FLAGS, compiler, run, run_all
+from plugins.compiler import LINK_FLAGS, BuildFailed, compiler, run, run_all
 
 HERE = Path(__file__).parent
 BUILD = Path("build/plugins")
@@ -37,23 +37,41 @@ def fast_here() -> bool:
 
 def build(folder: Path = BUILD) -> Path:
     """Builds the library in `folder`, unless a present one is newer than its sources. Raises BuildFailed."""
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
-    with (folder / f".{LIBRARY}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        sources = [*HERE.glob("*.cpp"), *HERE.glob("*.h"), Path(__file__)]
-        if library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources):
-            return library
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            objects = {name: f"{scratch}/{name}.o" for name in INSTRUCTION_SETS}
-            compile_one = [compiler(), *CXX_FLAGS, "-c"]
-            run_all(
-                [
-                    [*compile_one, *flags, f"-DDSA_ISA={name}", str(HERE / "kernels.cpp"), "-o", objects[name]]
+    sources = [*HERE.glob("*.cpp"), *HERE.glob("*.h"), Path(__file__), Path(compiler.__code__.co_filename)]
+    newest = max(source.stat().st_mtime for source in sources)
+
+    def is_new() -> bool:
+        return library.exists() and library.stat().st_mtime > newest
+
+    if is_new():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{LIBRARY}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_new():
+                _compile(folder, library)
+    except OSError as error:
+        raise BuildFailed(f"{error.filename or folder}: {error.strerror}") from error
+    return library
+
+
+def _compile(folder: Path, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # Linked in this order: of functions that all objects have (of the standard library), the first's is taken.
+        objects = {name: f"{scratch}/{name}.o" for name in INSTRUCTION_SETS}
+        start = [*compiler(), *CXX_FLAGS, "-c"]
+        kernels = str(HERE / "kernels.cpp")
+        run_all(
+            [
+                [*start, str(HERE / "library.cpp"), "-o", f"{scratch}/library.o"],
+                *(
+                    [*start, *flags, f"-DDSA_ISA={name}", kernels, "-o", objects[name]]
                     for name, flags in INSTRUCTION_SETS.items()
-                ]
-                + [[*compile_one, str(HERE / "library.cpp"), "-o", f"{scratch}/library.o"]]
-            )
-            partial = Path(scratch) / LIBRARY
-            run([compiler(), *objects.values(), f"{scratch}/library.o", *LINK_FLAGS, "-s", "-o", str(partial)])
-            return partial.replace(library)
+                ),
+            ]
+        )
+        partial = Path(scratch) / LIBRARY
+        run([*compiler(), *objects.values(), f"{scratch}/library.o", *LINK_FLAGS, "-s", "-o", str(partial)])
+        partial.replace(library)

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor
 
+from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
 from plugins.compiler import BuildFailed
 from plugins.index_topk import index_topk_reference
 from plugins.index_topk.op import forced_groups
 from plugins.index_topk.rounding import round_keys, round_queries
-from plugins.registry import DOMAIN
 from tests.plugins import bodies
 from tests.plugins.problems import (
     TopK,
@@ -43,11 +43,7 @@ def session(
     kernels: str, threads: int, operator: str, keys: str, **attributes: int | float
 ) -> onnxruntime.InferenceSession:
     model = bodies.model(operator, bodies.TYPES["float32"], keys, **attributes)
-    del model.functions[:]
-    (node,) = model.graph.node
-    node.domain = cpu.DOMAIN
-    (entry,) = (entry for entry in model.opset_import if entry.domain == DOMAIN)
-    entry.domain = cpu.DOMAIN
+    assert with_cpu_kernels(model) and not model.functions
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.register_custom_ops_library(str(cpu.build().resolve()))
@@ -198,6 +194,29 @@ def test_attention_of_any_shape(kernels: str, B: int, S: int, C: int, Hkv: int, 
     assert_attention(run(kernels, "SparseAttention", tensors, scale=scale), problem)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800000])
+@pytest.mark.parametrize("K", [1, 60, 256])
+def test_attention_to_nan_is_nan_however_it_is_cut(bits: int, K: int) -> None:
+    bad = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    caches = torch.ones(1, 1, 300, 8)
+    keys = caches.clone()
+    keys[0, 0, K - 1, 0] = bad
+    indices = torch.arange(K, dtype=torch.int32)[None, None]
+    for kernels in KERNELS:
+        assert run(kernels, "SparseAttention", [caches[:, :, :1], keys, caches, indices], scale=1.0).isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rounding_keeps_what_is_not_finite_visible(bad: float) -> None:
+    keys = torch.ones(1, 2, 8)
+    keys[0, 0, 3] = bad
+    for kernels in KERNELS:
+        rounded, scales = run_all(kernels, "RoundKeys", [keys])
+        expected, expected_scales = round_keys(keys, "int8")
+        torch.testing.assert_close(scales, expected_scales, equal_nan=True)
+        assert torch.equal(rounded[0, 1], expected[0, 1])
+
+
 def test_attention_with_large_scores_stays_finite() -> None:
     problem = attention_problem(1, 2, 200, 1, 4, 64, 150, torch.float32, seed=5)
     problem.q *= 100
@@ -237,7 +256,13 @@ def test_calls_at_once_do_not_mix() -> None:
 
 @pytest.mark.parametrize(
     ("attributes", "message"),
-    [({"k": 0}, "k, sinks, window or pool is wrong"), ({"k": 6, "sinks": 0, "window": 0, "pool": 4}, "pool is wrong")],
+    [
+        ({"k": 0}, "k, sinks, window or pool is wrong"),
+        ({"k": 6, "sinks": 0, "window": 0, "pool": 4}, "pool is wrong"),
+        ({"k": 4, "sinks": 2**62, "window": 0, "pool": 1}, "k, sinks, window or pool is wrong"),
+        ({"k": 4, "sinks": 2, "window": 3, "pool": 1}, "sinks and window do not fit in k"),
+        ({"k": 8, "sinks": 1, "window": 3, "pool": 4}, "sinks and window do not fit in k"),
+    ],
 )
 def test_wrong_attributes_are_refused_when_the_graph_is_loaded(attributes: dict[str, int], message: str) -> None:
     with pytest.raises(REFUSED, match=message):
@@ -270,6 +295,12 @@ def test_without_a_compiler_the_build_says_so(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(BuildFailed, match="no-such-compiler not found: install a C"):
         cpu.build(tmp_path)
     assert not list(tmp_path.glob("*.so"))
+    monkeypatch.setenv("CXX", "/etc/passwd")
+    with pytest.raises(BuildFailed, match="/etc/passwd: Permission denied"):
+        cpu.build(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(BuildFailed, match=r"file.*: Not a directory"):
+        cpu.build(tmp_path / "file" / "build")
 
 
 def test_a_library_that_is_there_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
