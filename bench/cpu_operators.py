@@ -4,7 +4,8 @@
 
 A graph holds one node for each of several layers, with keys and caches of their own, so that these come from memory as
 they do in a model and threads are awake. Both forms run in turn; a time is the median per layer. Shapes are those of
-Qwen2.5-0.5B (14 query heads, 2 KV heads of 64, indexer 8 x 64), caches fp32, index keys fp32 or 8-bit integers. The
+Qwen2.5-0.5B (14 query heads, 2 KV heads of 64, indexer 8 x 64), caches fp32, index keys fp32 or 8-bit integers. Last,
+dense attention of one query: the attention kernel, given every row, against ONNX Runtime's own operator. The
 floor: the bytes that must be read, at the bandwidth of a large copy or sum on this machine, whichever is faster.
 """
 
@@ -47,11 +48,16 @@ class Case:
     context: int
     k: int
 
+    @property
+    def selected(self) -> int:
+        """Tokens that a query attends to."""
+        return self.context if self.operator == "Attention" else self.k
+
     def bytes_read(self) -> int:
         """What one layer must read at least."""
         if self.operator == "IndexTopK":
             return self.context * (DI + 4 if self.keys == "int8" else 4 * DI)
-        return min(self.context, self.queries * self.k) * 2 * HKV * D * 4
+        return min(self.context, self.queries * self.selected) * 2 * HKV * D * 4
 
     def inputs(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One layer's, in the order of the operator's inputs."""
@@ -60,8 +66,8 @@ class Case:
         def normal(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape, np.float32)
 
-        if self.operator == "SparseAttention":
-            chosen = [np.sort(rng.choice(C, self.k, replace=False)) for _ in range(S)]
+        if self.operator != "IndexTopK":
+            chosen = [np.sort(rng.choice(C, self.selected, replace=False)) for _ in range(S)]
             caches = {name: normal(1, HKV, C, D) for name in ("k_cache", "v_cache")}
             return {"q": normal(1, HQ, S, D), **caches, "indices": np.array([chosen], np.int32)}
         weights, lengths = {"index_weights": normal(1, S, HI)}, {"kv_lengths": np.array([C], np.int64)}
@@ -78,6 +84,7 @@ def cases(contexts: list[int]) -> Iterator[Case]:
         for keys in ("int8", "fp32"):
             yield from (Case("IndexTopK", keys, queries, context, 512) for context in contexts)
         yield from (Case("SparseAttention", "", queries, context, 512) for context in contexts)
+    yield from (Case("Attention", "", 1, context, 0) for context in contexts)
 
 
 def session(case: Case, layers: list[dict[str, np.ndarray]], library: Path | None, threads: int) -> Callable[[], Any]:
@@ -85,18 +92,24 @@ def session(case: Case, layers: list[dict[str, np.ndarray]], library: Path | Non
     nodes, infos, outputs = [], [], []
     feeds: dict[str, np.ndarray] = {}
     fixed: dict[str, Any] = {"k": case.k} if case.operator == "IndexTopK" else {"scale": D**-0.5}
+    operator, domain = case.operator, DOMAIN
+    if operator == "Attention":
+        operator, domain = ("Attention", "") if library is None else ("SparseAttention", DOMAIN)
+    plugin = PLUGIN_ATTRIBUTES if domain else {}
     for number, layer in enumerate(layers):
+        if operator == "Attention":
+            layer = {name: array for name, array in layer.items() if name != "indices"}
         names = [f"{name}_{number}" for name in layer]
         feeds |= dict(zip(names, layer.values(), strict=True))
         infos += [helper.make_tensor_value_info(name, TYPES[str(feeds[name].dtype)], None) for name in names]
         kind = TensorProto.INT32 if case.operator == "IndexTopK" else TensorProto.FLOAT
         outputs.append(helper.make_tensor_value_info(f"output_{number}", kind, None))
         names_out = [outputs[-1].name]
-        nodes.append(helper.make_node(case.operator, names, names_out, domain=DOMAIN, **fixed, **PLUGIN_ATTRIBUTES))
+        nodes.append(helper.make_node(operator, names, names_out, domain=domain, **fixed, **plugin))
     bodies = function_protos(False, "int8" if case.keys == "int8" else "model")
     model = helper.make_model(
         helper.make_graph(nodes, "layers", infos, outputs),
-        functions=[body for body in bodies if body.name == case.operator],
+        functions=[body for body in bodies if body.name == operator],
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )
