@@ -24,7 +24,7 @@ PROJECTIONS, CORE, SELECTION, HEAD, OTHER = PARTS = (
 )  # fmt: skip
 STEPS = 8
 
-ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention", "SparseAttention")
+ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention", "SparseAttention", "DenseAttention")
 CHOOSING_OPERATORS = ("TopK", "IndexTopK")
 CONTROL_FLOW = ("If", "Loop", "Scan")
 

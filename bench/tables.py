@@ -53,7 +53,7 @@ def all_tables(records: Sequence[Record]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-SHORT = {"GroupQueryAttention": "GQA"}
+SHORT = {"GroupQueryAttention": "GQA", "DenseAttention": "ours"}
 TIMING_NOTES = (
     "ms of one call: median (p10–p90) of alternating runs. Dense is the strongest dense operator of the runtime. "
     "Predicted: ratio of the floors, the larger of bytes to read and operations to do at the rates measured in this "

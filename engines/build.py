@@ -173,9 +173,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) != parser.get_default(name) and chosen.isdisjoint(served):
             instead = ", not for --print-trtexec" if args.print_trtexec else ""
             parser.error(f"--{name.replace('_', '-')} is for {' or '.join(served)}{instead}")
-    for name in ("dense_slots", "standard_operators"):
-        if getattr(args, name) and "sparse" not in args.variant:
-            parser.error(f"--{name.replace('_', '-')} is for the sparse engine")
+    if args.dense_slots and "sparse" not in args.variant:
+        parser.error("--dense-slots is for the sparse engine")
     for folder in filter(None, [args.out, args.triton_repository]):
         if folder.resolve().is_relative_to(args.onnx.resolve()):
             parser.error(f"{folder} lies in the export, {args.onnx}: the next export would remove it, choose another")
@@ -217,7 +216,7 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     from engines import ort_cuda
     from engines.ort import check_types
-    from engines.ort_graph import OPERATOR, group_query
+    from engines.ort_graph import OPERATOR, OWN_OPERATOR, group_query, with_cpu_kernels
 
     runtime_version("ort")
     for_cpu = not ort_cuda.usable()
@@ -241,12 +240,19 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
                 onnx.save(adapted, folder / "model.onnx")
                 write_ort_engine(folder, graph, export, limits, None, library, **facts)
         report(args.out / "ort" / variant)
-        grouped = group_query(graph) if variant == "dense" and for_cpu else None
+        if variant == "sparse" or not for_cpu:
+            continue
+        others: list[tuple[str, str, onnx.ModelProto, Path | None]] = []
+        grouped, own = group_query(graph), onnx.load(graph.path, load_external_data=False)
         if grouped is not None:
-            with output_folder(args.out / "ort" / "dense-gqa") as folder:
-                onnx.save(grouped, folder / "model.onnx")
-                write_ort_engine(folder, graph, export, limits, None, attention_operator=OPERATOR)
-            report(args.out / "ort" / "dense-gqa")
+            others.append(("dense-gqa", OPERATOR, grouped, None))
+        if uses_kernels("ort", graph, args) and with_cpu_kernels(own):
+            others.append(("dense-kernels", OWN_OPERATOR, own, compiled_kernels()))
+        for name, operator, model, its_library in others:
+            with output_folder(args.out / "ort" / name) as folder:
+                onnx.save(model, folder / "model.onnx")
+                write_ort_engine(folder, graph, export, limits, None, its_library, attention_operator=operator)
+            report(args.out / "ort" / name)
 
 
 def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
@@ -254,7 +260,7 @@ def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
     from engines import ort_cuda
     from engines.ort_graph import fits_cpu_kernels
 
-    wanted = backend == "ort" and graph.variant == "sparse" and not args.standard_operators
+    wanted = backend == "ort" and not args.standard_operators
     return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not ort_cuda.usable()
 
 
@@ -278,9 +284,14 @@ def sparse_for_cpus(
     model = adapted or onnx.load(graph.path, load_external_data=False)
     if not with_cpu_kernels(model):
         return adapted, None, facts
+    return model, compiled_kernels(), facts
+
+
+def compiled_kernels() -> Path:
+    """The library of our CPU kernels. Raises UserError if it cannot be built."""
     try:
         with console.status("g++ compiles the kernels…"):
-            return model, cpu.build(), facts
+            return cpu.build()
     except BuildFailed as error:
         raise UserError(f"no kernels without a compiler: {error}; --standard-operators does without") from None
 

@@ -1,7 +1,8 @@
 """The exported graphs as ONNX Runtime's CPU runs them fastest.
 
-Dense: with GroupQueryAttention, the faster operator for single tokens at long contexts (128K: 2.3 times); Attention is
-the faster one up to some thousand tokens. The comparison holds the sparse engine against whichever wins.
+Dense: with GroupQueryAttention, ONNX Runtime's faster operator for single tokens at long contexts (128K: 2.3 times),
+and with our own kernel for single tokens; Attention is the faster one for many. The comparison holds the sparse engine
+against whichever wins.
 
 Sparse: with dense Attention while the caches are short, and with our own kernels for what selects (plugins/cpu).
 """
@@ -245,6 +246,11 @@ def _embed(tensor: TensorProto, graph: Graph) -> TensorProto:
 # ---------------------------------------------------------------- both
 
 
+OWN_OPERATOR = "DenseAttention"
+"""Attention over every visible row by the kernel that attends to selected ones (plugins/cpu)."""
+ONE_TOKEN = "own/one_token"
+
+
 def fits_cpu_kernels(graph: Graph) -> bool:
     """Whether the kernels take the graph's types and sizes."""
     bytes_of_keys = [tensor.shape[3] for tensor in graph.cache if tensor.dtype == "uint8"]
@@ -252,18 +258,60 @@ def fits_cpu_kernels(graph: Graph) -> bool:
 
 
 def with_cpu_kernels(model: onnx.ModelProto) -> bool:
-    """Turns our operators, wherever they stand, into those of the kernels' library; whether there are any."""
-    graphs = [model.graph]
-    found = False
-    for graph in graphs:  # grows while it is walked
-        for node in graph.node:
-            graphs += [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
-            if node.domain == OPERATORS and node.op_type in cpu.OPERATORS:
-                node.domain = cpu.DOMAIN
-                found = True
-    if found:
+    """Gives the kernels' library what it does faster, in branches too; whether there is anything.
+
+    That is our operators, and Attention in calls of one token per row: there it stands in an If beside our own.
+    """
+    taken = _take_kernels(model.graph)
+    if "Attention" in taken:
+        tokens, one = f"{ONE_TOKEN}/tokens", f"{ONE_TOKEN}/one"
+        count = helper.make_node("Shape", ["input_ids"], [tokens], start=1, end=2)
+        _replace(model, {}, [count, helper.make_node("Equal", [tokens, one], [ONE_TOKEN])])
+        model.graph.initializer.append(helper.make_tensor(one, TensorProto.INT64, [1], [1]))
+    if taken:
         model.opset_import.append(helper.make_opsetid(cpu.DOMAIN, 1))
         kept = [function for function in model.functions if function.name not in cpu.OPERATORS]
         del model.functions[:]
         model.functions.extend(kept)
-    return found
+    return bool(taken)
+
+
+def _take_kernels(graph: onnx.GraphProto) -> set[str]:
+    """The operators that the library takes over, by their names in the graph."""
+    taken: set[str] = set()
+    nodes = []
+    for node in graph.node:
+        inner = [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
+        for branch in inner:
+            taken |= _take_kernels(branch)
+        if node.domain == OPERATORS and node.op_type in cpu.OPERATORS:
+            node.domain = cpu.DOMAIN
+            taken.add(node.op_type)
+        elif node.op_type == "Attention" and _attends_to_all_before(node):
+            taken.add(node.op_type)
+            node = _own_for_one_token(node)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return taken
+
+
+def _attends_to_all_before(attention: NodeProto) -> bool:
+    """Whether it is dense causal attention over a cache of keys and one of values, without a mask."""
+    causal = any(attribute.name == "is_causal" and attribute.i == 1 for attribute in attention.attribute)
+    given = [bool(value) for value in attention.input]
+    plain = given == [True, True, True, False, False, False, True]
+    return causal and plain and not _over_latent_rows([attention])
+
+
+def _own_for_one_token(attention: NodeProto) -> NodeProto:
+    output = attention.output[0]
+    theirs = _with_output(attention, f"{output}/theirs")
+    inputs = [*attention.input[:3], attention.input[6]]
+    scale = _attribute(attention, "scale")
+    own = helper.make_node(OWN_OPERATOR, inputs, [f"{output}/own"], attention.name, domain=cpu.DOMAIN, scale=scale)
+    then, otherwise = (
+        helper.make_graph([node], name, [], [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)])
+        for name, node in (("one_token", own), ("many_tokens", theirs))
+    )
+    return helper.make_node("If", [ONE_TOKEN], [output], attention.name, then_branch=then, else_branch=otherwise)

@@ -400,10 +400,7 @@ template <int n, int vectors>
 void add_weighted(
     float const* const* rows, int64_t count, float const* const* weights, float* const* sums, int64_t first)
 {
-    Floats acc[n][vectors];
-    for (int r = 0; r < n; ++r)
-        for (int v = 0; v < vectors; ++v)
-            acc[r][v] = floats(sums[r] + first + v * kLanes);
+    Floats acc[n][vectors] = {}; // of these rows alone: sums of sums round less
     for (int64_t i = 0; i < count; ++i)
         for (int v = 0; v < vectors; ++v)
         {
@@ -413,7 +410,7 @@ void add_weighted(
         }
     for (int r = 0; r < n; ++r)
         for (int v = 0; v < vectors; ++v)
-            floats(sums[r] + first + v * kLanes) = acc[r][v];
+            floats(sums[r] + first + v * kLanes) += acc[r][v];
 }
 
 template <int n>
@@ -427,8 +424,12 @@ void add_weighted_rows(
         add_weighted<n, 1>(rows, count, weights, sums, d);
     for (; d < D; ++d)
         for (int r = 0; r < n; ++r)
+        {
+            float sum = 0;
             for (int64_t i = 0; i < count; ++i)
-                sums[r][d] += weights[r][i] * rows[i][d];
+                sum += weights[r][i] * rows[i][d];
+            sums[r][d] += sum;
+        }
 }
 
 void select(IndexTopK const& call, int64_t task)
@@ -541,7 +542,9 @@ void attend(SparseAttention const& call, int64_t task)
 {
     int64_t const part = task % call.parts, h = task / call.parts % call.Hkv, query = task / call.parts / call.Hkv;
     int64_t const b = query / call.S, t = query % call.S, G = call.Hq / call.Hkv, D = call.D;
-    int64_t const begin = call.K * part / call.parts, end = call.K * (part + 1) / call.parts;
+    int64_t const rows_in_all
+        = call.indices ? call.K : std::clamp<int64_t>(call.kv_lengths[b] - call.S + t + 1, 0, call.C);
+    int64_t const begin = rows_in_all * part / call.parts, end = rows_in_all * (part + 1) / call.parts;
     int64_t const room = ceil_div(end - begin, kTile) * kTile;
 
     thread_local std::vector<float> scores_memory, sums_memory;
@@ -555,7 +558,7 @@ void attend(SparseAttention const& call, int64_t task)
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i)
     {
-        int64_t const slot = call.indices[query * call.K + i];
+        int64_t const slot = call.indices ? call.indices[query * call.K + i] : i;
         if (slot < 0 || slot >= call.C)
             continue;
         k_rows[count] = call.k_cache + (cache + slot) * D;
@@ -593,8 +596,13 @@ void attend(SparseAttention const& call, int64_t task)
         for (int64_t i = 0; i < count; i += kLanes)
             floats(row + i) = exp_negative(floats(row + i) - largest);
         float weight = 0;
-        for (int64_t i = 0; i < count; ++i)
-            weight += row[i];
+        for (int64_t first = 0; first < count; first += kTile)
+        {
+            float sum = 0;
+            for (int64_t i = first; i < std::min(first + kTile, count); ++i)
+                sum += row[i];
+            weight += sum;
+        }
         sums[g * width + D] = largest;
         sums[g * width + D + 1] = weight;
     }

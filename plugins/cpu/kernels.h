@@ -24,7 +24,7 @@ struct IndexTopK
     int32_t* counts;            // [B, S, slices]
 };
 
-/// dsa::SparseAttention, shapes as in sparse_attention/op.py.
+/// dsa::SparseAttention, shapes as in sparse_attention/op.py; without indices over every visible row, its dense twin.
 struct SparseAttention
 {
     int64_t B, Hq, Hkv, S, C, D, K;
@@ -32,7 +32,8 @@ struct SparseAttention
     float const* q;
     float const* k_cache;
     float const* v_cache;
-    int32_t const* indices;
+    int32_t const* indices;     // or null, and kv_lengths [B] given: query t stands at kv_lengths - S + t
+    int64_t const* kv_lengths;
     float* output;
 
     // Each query's rows are cut into `parts`; with more than one, merged by merge_parts.

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 BUILD = Path("build/plugins")
 LIBRARY = "libdsa_cpu.so"
 DOMAIN = "dsa.cpu"
-OPERATORS = ("IndexTopK", "SparseAttention", "RoundKeys", "RoundQueries")
+OPERATORS = ("IndexTopK", "SparseAttention", "DenseAttention", "RoundKeys", "RoundQueries")
 
 CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
              "-Wno-maybe-uninitialized")  # fmt: skip  # (GCC 12 warns of its own AVX-512 headers)

@@ -69,7 +69,7 @@ def test_every_case_has_every_field(results: tuple[Path, str]):
         for batch in (1, 2)
         for context in (32, 300)
         for phase in ("decode", "prefill")
-        for core in ("Attention", "GroupQueryAttention", "SparseAttention")
+        for core in (*toy.DENSE_CORES, "SparseAttention")
     ]
     for record in records:
         assert record["ms_p10"] <= record["ms_median"] <= record["ms_p90"]
@@ -86,7 +86,8 @@ def test_every_case_has_every_field(results: tuple[Path, str]):
         assert 0 <= record["agreement"]["top1"] <= 1 and record["agreement"]["loss_error"] >= 0
         assert record["agreement"]["tokens"] == record["batch"] * (16 if record["context"] == 32 else 32)
         assert 0 < record["loss"] < 100
-    for *dense, sparse in zip(*(records[i::3] for i in range(3)), strict=True):
+    sides = len(toy.DENSE_CORES) + 1
+    for *dense, sparse in zip(*(records[i::sides] for i in range(sides)), strict=True):
         strongest = min(dense, key=lambda record: record["ms_median"])
         assert [record["strongest"] for record in dense] == [record is strongest for record in dense]
         assert {record["capacity"] for record in (*dense, sparse)} == {max(sparse["context"], sparse["k"])}
@@ -94,7 +95,7 @@ def test_every_case_has_every_field(results: tuple[Path, str]):
         assert sparse["speedup_predicted"] == pytest.approx(strongest["floor_ms"] / sparse["floor_ms"])
         assert strongest["speedup"] == 1
         if sparse["context"] <= sparse["k"]:
-            assert [sparse["loss"]] * 2 == pytest.approx([record["loss"] for record in dense], abs=1e-4)
+            assert [sparse["loss"]] * len(dense) == pytest.approx([record["loss"] for record in dense], abs=1e-4)
 
 
 def test_what_does_not_fit_is_listed_and_the_operators_are_profiled(results: tuple[Path, str]):
@@ -121,7 +122,7 @@ def test_it_ends_with_the_tables_the_paths_and_one_sentence(results: tuple[Path,
     tables = [line for line in printed.splitlines()[:-2] if not line.startswith("parity gate green")]
     assert max(map(len, tables)) <= 130
     for k in (16, 64):
-        assert re.search(rf"k = {k}; dense: (Attention|GroupQueryAttention)\b", printed)
+        assert re.search(rf"k = {k}; dense: ({'|'.join(toy.DENSE_CORES)})\b", printed)
 
 
 def test_quick_builds_missing_engines_and_uses_random_caches(export: Path, tmp_path: Path, capsys):
@@ -222,7 +223,7 @@ def change_version(folder: Path) -> None:
 )
 def test_damaged_engines_are_not_measured(export: Path, engines: Path, tmp_path: Path, capsys, damage, message):
     copy_tree(engines, tmp_path / "engines")
-    for dense in ("dense", "dense-gqa"):
+    for dense in toy.DENSE_CORES.values():
         damage(tmp_path / "engines" / "ort" / dense)
     code, _, error = run_command(compare.main, options(export, tmp_path / "engines", tmp_path / "bench"), capsys)
     assert code == 1

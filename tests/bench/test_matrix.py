@@ -12,6 +12,7 @@ from bench import floors, matrix
 from bench.matrix import Case, Group, Wish
 from dsa_export.cli import UserError
 from engines.artifacts import open_engine
+from tests.engines import toy
 from tests.engines.commands import copy_tree
 
 
@@ -29,10 +30,10 @@ def test_engines_are_found_and_paired(engines: Path, tmp_path: Path):
     copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "down" / "sparse")
     copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "sparse.partial")
     found, skips = matrix.discover([engines, tmp_path])
-    assert len(found) == 4 and not skips
+    assert len(found) == len(toy.DENSE_CORES) + 2 and not skips
     (pair,), alone = matrix.groups(found)  # the copy adds nothing
     assert (pair.backend, pair.precision, pair.k) == ("ort", "fp32", 16)
-    assert list(pair.sides) == ["Attention", "GroupQueryAttention", "SparseAttention"]
+    assert list(pair.sides) == [*toy.DENSE_CORES, "SparseAttention"]
     assert not alone
     none, alone = matrix.groups(matrix.discover([tmp_path])[0])
     assert not none
@@ -51,7 +52,8 @@ def test_an_engine_of_another_version_is_skipped_with_the_reason(engines: Path, 
     path = tmp_path / "engines" / "ort" / "dense" / "manifest.json"
     path.write_text(path.read_text().replace('"runtime": "1.', '"runtime": "0.'))
     found, skips = matrix.discover([tmp_path])
-    assert [engine.folder.name for engine in found] == ["dense-gqa", "sparse"]
+    others = sorted({*toy.DENSE_CORES.values(), "sparse"} - {"dense"})
+    assert [engine.folder.name for engine in found] == others
     assert "was built with ort 0." in skips[0]["reason"]
 
 

@@ -8,7 +8,7 @@ from engines import build
 from engines.session import Runner, open_runner
 from tests.engines import toy
 
-ORT_FOLDERS = ("dense", "dense-gqa", "sparse")
+ORT_FOLDERS = (*toy.DENSE_CORES.values(), "sparse")
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,17 @@ from onnx import TensorProto, helper
 
 from dsa_export.files import sha256, write_manifest
 from dsa_export.topk import topk_per_layer
+from plugins import cpu
 from plugins.registry import DOMAIN, ONNX_OPSET, PLUGIN_ATTRIBUTES, function_protos
 
 E, LAYERS, HQ, HKV, D, HI, DI, V, MAX_POSITIONS = 32, 2, 4, 2, 16, 2, 8, 257, 4096
 END_OF_TEXT = 256
+# Built for ONNX Runtime, each with an operator of its own: ours where it is fast.
+DENSE_CORES = {
+    "Attention": "dense",
+    **({"DenseAttention": "dense-kernels"} if cpu.fast_here() else {}),
+    "GroupQueryAttention": "dense-gqa",
+}
 DTYPES = {"fp32": ("float32", TensorProto.FLOAT), "fp16": ("float16", TensorProto.FLOAT16)}
 DTYPES["bf16"] = ("bfloat16", TensorProto.BFLOAT16)
 CACHE_SHAPES = {

@@ -38,6 +38,10 @@ def model(operator: str, float_type: int, keys: str = "model", **attributes: int
         inputs = {"index_q": (float_type, "B S Hi Di"), "index_weights": (float_type, "B S Hi")}
         outputs = [helper.make_tensor_value_info("rounded", TensorProto.INT8, ["B", "S", "Hi", "Di"]),
                    helper.make_tensor_value_info("scaled_weights", TensorProto.FLOAT, ["B", "S", "Hi"])]  # fmt: skip
+    elif operator == "DenseAttention":  # of the CPU kernels, without a body
+        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
+                  "v_cache": (float_type, "B Hkv C D"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
+        outputs = [helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])]
     else:
         inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
                   "v_cache": (float_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip

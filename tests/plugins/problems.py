@@ -138,7 +138,7 @@ def assert_attention(output: Tensor, problem: Attention, *, cut_off: bool = Fals
     `cut_off` it is not rounded to the nearest but towards 0, as Triton's interpreter does in bf16.
     """
     q, k_cache, v_cache, indices = (t.cpu() for t in problem.arguments()[:4])
-    exact = sparse_attention_torch(q.float(), k_cache.float(), v_cache.float(), indices, problem.scale)
+    exact = sparse_attention_torch(q.double(), k_cache.double(), v_cache.double(), indices, problem.scale)
     plain = sparse_attention_torch(q, k_cache, v_cache, indices, problem.scale).float()
     assert output.shape == q.shape and output.dtype == q.dtype
     got = output.cpu().float()

@@ -194,6 +194,24 @@ def test_attention_of_any_shape(kernels: str, B: int, S: int, C: int, Hkv: int, 
     assert_attention(run(kernels, "SparseAttention", tensors, scale=scale), problem)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("lengths", [[9000, 37], [0, 1], [-3, 9999]])
+@pytest.mark.parametrize("S", [1, 3])
+def test_dense_attention_is_attention_to_every_visible_row(kernels: str, lengths: list[int], S: int) -> None:
+    B, C = len(lengths), 9000
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(B, heads, rows, 16, generator=generator) for heads, rows in ((6, S), (2, C), (2, C)))
+    for b, length in enumerate(lengths):
+        k[b, :, max(length, 0) :] = v[b, :, max(length, 0) :] = torch.nan  # nobody may look there
+    got = run(kernels, "DenseAttention", [q, k, v, torch.tensor(lengths)], scale=0.25)
+    for b, length in enumerate(lengths):
+        for t in range(S):
+            visible = min(max(length - S + t + 1, 0), C)
+            scores = torch.einsum("hgd,hcd->hgc", q[b, :, t].view(2, 3, 16), k[b, :, :visible]) * 0.25
+            expected = (scores.softmax(-1) @ v[b, :, :visible]).flatten(0, 1) if visible else torch.zeros(6, 16)
+            torch.testing.assert_close(got[b, :, t], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800000])
 @pytest.mark.parametrize("K", [1, 60, 256])
 def test_attention_to_nan_is_nan_however_it_is_cut(bits: int, K: int) -> None:
