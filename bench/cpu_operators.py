@@ -151,6 +151,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.context) < 512:
         parser.error("--context must be 512 or more: the operators select 512 tokens")
+    if args.out.is_dir():
+        parser.error(f"--out: {args.out} is a folder: name a file")
     try:
         library = cpu.build()
     except BuildFailed as error:
@@ -164,7 +166,10 @@ def main() -> None:
     table = Table("operator", "keys", "queries", "context", "kernels, ms", "body, ms", "", "floor")
     records = []
     for case in cases(args.context):
-        record = timings(case, library, args.threads, measure.Budget(args.runs, 0.2, 10.0), args.seed)
+        try:
+            record = timings(case, library, args.threads, measure.Budget(args.runs, 0.2, 10.0), args.seed)
+        except MemoryError:
+            raise UserError(f"no memory for {LAYERS} layers of {case.context:,} tokens: a shorter --context") from None
         floor_ms = case.bytes_read() / bandwidth * 1e3
         records.append(record | {"floor_ms": round(floor_ms, 4), "machine": machine})
         ours, body = record["kernels_ms"], record["body_ms"]

@@ -226,12 +226,14 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     for variant in args.variant:  # all are checked before the first is written
         check_types(export.graphs[variant])
     adapted: onnx.ModelProto | None = None
-    library: Path | None = None
     facts: dict[str, Any] = {}
     if "sparse" in args.variant and for_cpu:
-        adapted, library, facts = sparse_for_cpus(export.graphs["sparse"], args)
+        adapted, facts = sparse_for_cpus(export.graphs["sparse"], args)
+    with_kernels = [variant for variant in args.variant if uses_kernels("ort", export.graphs[variant], args)]
+    compiled = compiled_kernels() if with_kernels else None
     for variant in args.variant:
         graph = export.graphs[variant]
+        library = compiled if variant in with_kernels else None
         with output_folder(args.out / "ort" / variant) as folder:
             if variant == "dense" or adapted is None:
                 link_or_copy(graph.path, folder / "model.onnx")
@@ -243,11 +245,13 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
         if variant == "sparse" or not for_cpu:
             continue
         others: list[tuple[str, str, onnx.ModelProto, Path | None]] = []
-        grouped, own = group_query(graph), onnx.load(graph.path, load_external_data=False)
+        grouped = group_query(graph)
         if grouped is not None:
             others.append(("dense-gqa", OPERATOR, grouped, None))
-        if uses_kernels("ort", graph, args) and with_cpu_kernels(own):
-            others.append(("dense-kernels", OWN_OPERATOR, own, compiled_kernels()))
+        if library is not None:
+            own = onnx.load(graph.path, load_external_data=False)
+            if with_cpu_kernels(own):
+                others.append(("dense-kernels", OWN_OPERATOR, own, library))
         for name, operator, model, its_library in others:
             with output_folder(args.out / "ort" / name) as folder:
                 onnx.save(model, folder / "model.onnx")
@@ -264,10 +268,8 @@ def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
     return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not ort_cuda.usable()
 
 
-def sparse_for_cpus(
-    graph: Graph, args: argparse.Namespace
-) -> tuple[onnx.ModelProto | None, Path | None, dict[str, Any]]:
-    """The sparse graph as CPUs run it fastest (None: as exported), its library of kernels, facts for the manifest."""
+def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> tuple[onnx.ModelProto | None, dict[str, Any]]:
+    """The sparse graph as CPUs run it fastest (None: as exported), and facts for its manifest."""
     from engines.ort_graph import dense_while_short, with_cpu_kernels
 
     facts: dict[str, Any] = {"standard_operators": True} if args.standard_operators else {}
@@ -279,12 +281,10 @@ def sparse_for_cpus(
         facts |= {"dense_slots": slots, "selection": graph.selection | later}
     elif args.dense_slots:
         raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
-    if not uses_kernels("ort", graph, args):
-        return adapted, None, facts
-    model = adapted or onnx.load(graph.path, load_external_data=False)
-    if not with_cpu_kernels(model):
-        return adapted, None, facts
-    return model, compiled_kernels(), facts
+    if uses_kernels("ort", graph, args):
+        model = adapted or onnx.load(graph.path, load_external_data=False)
+        adapted = model if with_cpu_kernels(model) else adapted
+    return adapted, facts
 
 
 def compiled_kernels() -> Path:

@@ -6,7 +6,7 @@
 namespace dsa::cpu
 {
 
-/// dsa::IndexTopK, shapes as in index_topk/op.py. Of keys in 8 bits, 128 is zero; `scale` is given with them only.
+/// dsa::IndexTopK, shapes as in index_topk/op.py. Of keys in 8 bits, 128 is zero; index_scale is given with them only.
 struct IndexTopK
 {
     int64_t B, S, Hi, Di, G;

@@ -232,89 +232,66 @@ struct IndexTopKKernel
     }
 };
 
-/// What both forms of attention share: shapes, the cut of the work, the calls.
-void attend(OrtKernelContext* context, Kernels const& kernels, SparseAttention call)
+/// Over the rows that indices name, or over every visible one.
+template <bool sparse>
+struct AttentionKernel
 {
-    Tensor const q = input(context, 0), k_cache = input(context, 1), v_cache = input(context, 2);
-    require(q.dims.size() == 4 && k_cache.dims.size() == 4, "q must be [B, Hq, S, D], the caches [B, Hkv, C, D]");
-    call.B = q.dims[0], call.Hq = q.dims[1], call.S = q.dims[2], call.D = q.dims[3];
-    call.Hkv = k_cache.dims[1], call.C = k_cache.dims[2];
-    require(call.Hkv > 0 && call.Hq % call.Hkv == 0, "query heads must be a multiple of KV heads");
-    std::vector<int64_t> const cache{call.B, call.Hkv, call.C, call.D};
-    require(k_cache.dims == cache && v_cache.dims == cache, "B, Hkv, C, D differ between the inputs");
-    Tensor const rows = input(context, 3);
-    if (call.indices)
-        require(rows.dims.size() == 3 && rows.dims[0] == call.B && rows.dims[1] == call.S, "indices must be [B, S, K]");
-    else
-        require(rows.dims == std::vector<int64_t>{call.B}, "kv_lengths must be [B]");
-    call.K = call.indices ? rows.dims[2] : 0;
-    call.q = static_cast<float const*>(q.data);
-    call.k_cache = static_cast<float const*>(k_cache.data);
-    call.v_cache = static_cast<float const*>(v_cache.data);
-    call.output = output<float>(context, 0, q.dims);
-    int64_t const tasks = call.B * call.S * call.Hkv;
-    if (tasks == 0)
-        return;
-
-    int64_t const most_rows = call.indices ? call.K : call.C;
-    int64_t const wanted = std::max(processors() / tasks, (most_rows + kMostRowsPerPart - 1) / kMostRowsPerPart);
-    call.parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most_rows / kRowsPerPart, 1));
-    std::unique_ptr<float[]> partial;
-    if (call.parts > 1)
-        partial.reset(new float[tasks * call.parts * (call.Hq / call.Hkv) * (call.D + 2)]);
-    call.partial = partial.get();
-    parallel(context, kernels.attend, call, tasks * call.parts);
-    if (call.parts > 1)
-        parallel(context, kernels.merge_parts, call, tasks);
-}
-
-struct SparseAttentionKernel
-{
-    static constexpr char const* kName = "SparseAttention";
-    static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
+    static constexpr char const* kName = sparse ? "SparseAttention" : "DenseAttention";
+    static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, sparse ? ort::kInt32 : ort::kInt64};
     static constexpr size_t kRequiredInputs = 4;
     static constexpr int kOutputs[] = {ort::kFloat};
 
     float scale = 0;
     Kernels const& kernels = chosen_kernels();
 
-    explicit SparseAttentionKernel(OrtKernelInfo const* info)
+    explicit AttentionKernel(OrtKernelInfo const* info)
     {
         check(api->KernelInfoGetAttribute_float(info, "scale", &scale));
     }
 
     void compute(OrtKernelContext* context) const
     {
+        Tensor const q = input(context, 0), k_cache = input(context, 1), v_cache = input(context, 2);
+        Tensor const which = input(context, 3);
+        require(q.dims.size() == 4 && k_cache.dims.size() == 4, "q must be [B, Hq, S, D], the caches [B, Hkv, C, D]");
         SparseAttention call{};
         call.scale = scale;
-        call.indices = static_cast<int32_t const*>(input(context, 3).data);
-        static int32_t const none = -1; // of an empty tensor, whose data may be null
-        call.indices = call.indices ? call.indices : &none;
-        attend(context, kernels, call);
-    }
-};
+        call.B = q.dims[0], call.Hq = q.dims[1], call.S = q.dims[2], call.D = q.dims[3];
+        call.Hkv = k_cache.dims[1], call.C = k_cache.dims[2];
+        require(call.Hkv > 0 && call.Hq % call.Hkv == 0, "query heads must be a multiple of KV heads");
+        std::vector<int64_t> const cache{call.B, call.Hkv, call.C, call.D};
+        require(k_cache.dims == cache && v_cache.dims == cache, "B, Hkv, C, D differ between the inputs");
+        if constexpr (sparse)
+        {
+            require(which.dims.size() == 3 && which.dims[0] == call.B && which.dims[1] == call.S,
+                "indices must be [B, S, K]");
+            static int32_t const none = -1; // of an empty tensor, whose data may be null
+            call.K = which.dims[2];
+            call.indices = which.data ? static_cast<int32_t const*>(which.data) : &none;
+        }
+        else
+        {
+            require(which.dims == std::vector<int64_t>{call.B}, "kv_lengths must be [B]");
+            call.kv_lengths = static_cast<int64_t const*>(which.data);
+        }
+        call.q = static_cast<float const*>(q.data);
+        call.k_cache = static_cast<float const*>(k_cache.data);
+        call.v_cache = static_cast<float const*>(v_cache.data);
+        call.output = output<float>(context, 0, q.dims);
+        int64_t const tasks = call.B * call.S * call.Hkv;
+        if (tasks == 0)
+            return;
 
-struct DenseAttentionKernel
-{
-    static constexpr char const* kName = "DenseAttention";
-    static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64};
-    static constexpr size_t kRequiredInputs = 4;
-    static constexpr int kOutputs[] = {ort::kFloat};
-
-    float scale = 0;
-    Kernels const& kernels = chosen_kernels();
-
-    explicit DenseAttentionKernel(OrtKernelInfo const* info)
-    {
-        check(api->KernelInfoGetAttribute_float(info, "scale", &scale));
-    }
-
-    void compute(OrtKernelContext* context) const
-    {
-        SparseAttention call{};
-        call.scale = scale;
-        call.kv_lengths = static_cast<int64_t const*>(input(context, 3).data);
-        attend(context, kernels, call);
+        int64_t const most_rows = sparse ? call.K : call.C;
+        int64_t const wanted = std::max(processors() / tasks, (most_rows + kMostRowsPerPart - 1) / kMostRowsPerPart);
+        call.parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most_rows / kRowsPerPart, 1));
+        std::unique_ptr<float[]> partial;
+        if (call.parts > 1)
+            partial.reset(new float[tasks * call.parts * (call.Hq / call.Hkv) * (call.D + 2)]);
+        call.partial = partial.get();
+        parallel(context, kernels.attend, call, tasks * call.parts);
+        if (call.parts > 1)
+            parallel(context, kernels.merge_parts, call, tasks);
     }
 };
 
@@ -450,8 +427,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     using namespace dsa::cpu;
     if (!base->GetApi(ort::kApiVersion))
         return base->GetApi(1)->CreateStatus(ort::kFail, "dsa.cpu needs ONNX Runtime 1.17 or newer");
-    static ort::CustomOp const operators[] = {custom_op<IndexTopKKernel>(), custom_op<SparseAttentionKernel>(),
-        custom_op<DenseAttentionKernel>(), custom_op<RoundKeysKernel>(), custom_op<RoundQueriesKernel>()};
+    static ort::CustomOp const operators[] = {custom_op<IndexTopKKernel>(), custom_op<AttentionKernel<true>>(),
+        custom_op<AttentionKernel<false>>(), custom_op<RoundKeysKernel>(), custom_op<RoundQueriesKernel>()};
     return guarded([&]
     {
         // Sessions share the domain; it lives as long as the process.

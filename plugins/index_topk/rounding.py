@@ -18,22 +18,30 @@ LEAST = 1e-12
 """The least largest entry of a row: a row of zeros has a scale."""
 FULL_KEY, ZERO_KEY, FULL_QUERY = 127, 128, 63
 
+
+def _steps(numbers: str, full: int) -> str:
+    """The part of a body that both share: `whole` steps of `scales`, of which a row's largest number has `full`."""
+    return f"""
+    numbers = Cast <to = 1> ({numbers})
+    size = Abs (numbers)
+    last = Constant <value_ints = [-1]> ()
+    largest = ReduceMax <keepdims = 0> (size, last)
+    least = Constant <value_float = {LEAST}> ()
+    bounded = Max (largest, least)
+    full = Constant <value_float = {full}.0> ()
+    scales = Div (bounded, full)
+    column = Unsqueeze (scales, last)
+    steps = Div (numbers, column)
+    whole = Round (steps)
+"""
+
+
 FUNCTION_BODIES = (
     f"""
 RoundKeys <plugin_version, plugin_namespace>
     (index_k) => (rounded, scales)
 {{
-    keys = Cast <to = 1> (index_k)
-    size = Abs (keys)
-    last = Constant <value_ints = [-1]> ()
-    largest = ReduceMax <keepdims = 0> (size, last)
-    least = Constant <value_float = {LEAST}> ()
-    bounded = Max (largest, least)
-    full = Constant <value_float = {FULL_KEY}.0> ()
-    scales = Div (bounded, full)
-    column = Unsqueeze (scales, last)
-    steps = Div (keys, column)
-    whole = Round (steps)
+{_steps("index_k", FULL_KEY)}
     zero = Constant <value_float = {ZERO_KEY}.0> ()
     shifted = Add (whole, zero)
     rounded = Cast <to = 2> (shifted)
@@ -43,17 +51,7 @@ RoundKeys <plugin_version, plugin_namespace>
 RoundQueries <plugin_version, plugin_namespace>
     (index_q, index_weights) => (rounded, scaled_weights)
 {{
-    queries = Cast <to = 1> (index_q)
-    size = Abs (queries)
-    last = Constant <value_ints = [-1]> ()
-    largest = ReduceMax <keepdims = 0> (size, last)
-    least = Constant <value_float = {LEAST}> ()
-    bounded = Max (largest, least)
-    full = Constant <value_float = {FULL_QUERY}.0> ()
-    scales = Div (bounded, full)
-    column = Unsqueeze (scales, last)
-    steps = Div (queries, column)
-    whole = Round (steps)
+{_steps("index_q", FULL_QUERY)}
     rounded = Cast <to = 3> (whole)
     weights = Cast <to = 1> (index_weights)
     scaled_weights = Mul (weights, scales)

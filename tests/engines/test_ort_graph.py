@@ -163,6 +163,8 @@ def test_without_a_compiler_the_build_says_what_to_do(export: Path, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
     options = ["--onnx", str(export), "--out", "engines"]
+    assert run_command(build.main, [*options, "--variant", "dense"], capsys)[0] == 1
+    assert not (tmp_path / "engines").exists()
     code, _, error = run_command(build.main, options, capsys)
     assert code == 1 and "no-such-compiler not found" in one_line(error) and "--standard-operators" in error
     assert not (tmp_path / "engines").exists()
