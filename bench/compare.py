@@ -188,7 +188,7 @@ def build_missing(args: argparse.Namespace) -> None:
             f"--out {args.engines[0]} --backend {backends}`"
         )
     console.print(f"building the ort engines of {args.onnx} into {args.engines[0]}")
-    rows = max(build.DEFAULT_MAX_BATCH, *args.batch)
+    rows = max(build.options.DEFAULT_MAX_BATCH, *args.batch)
     options = ["--onnx", str(args.onnx), "--out", str(args.engines[0]), "--max-batch", str(rows)]
     measure.in_child(build.build, "ort", build.parse_arguments(options))
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsa_export.cli import UserError, user_message
-from engines.build import cpu_name
+from dsa_export.cli import UserError, cpu_name, user_message
 
 WARM_UP = 2
 

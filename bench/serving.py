@@ -25,9 +25,8 @@ import httpx
 from rich.table import Table
 
 from bench.prompts import modules
-from dsa_export.cli import UserError, console, positive, run
+from dsa_export.cli import UserError, console, cpu_name, positive, run
 from dsa_export.files import check_output_file, write_atomically
-from engines.build import cpu_name
 
 TIMEOUT = 600  # seconds of one answer
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import platform
+import re
 import select
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -129,3 +132,13 @@ def progress_bar(*columns: str) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def cpu_name() -> str:
+    """The processor's name and the number of its cores that may be used."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        name = found.group(1) if found else name
+    return f"{name}, {usable_cpus()} cores"

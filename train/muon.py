@@ -6,6 +6,8 @@ forward pass, would spend most of it; and no better (CONTRIBUTING.md).
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -50,15 +52,26 @@ class HeadwiseMuon(torch.optim.Optimizer):
 
 
 def orthogonalise(blocks: Tensor) -> Tensor:
-    """blocks [n, R, E] → about the nearest with orthonormal rows (or columns, if those are fewer) of each, bf16."""
+    """blocks [n, R, E] → about the nearest with orthonormal rows (or columns, if those are fewer) of each, in fp32.
+
+    An iteration multiplies x by a polynomial of its Gram matrix x xᵀ, which becomes gram · step²: the iterations are
+    made there, on the short side alone, and the long one is gone through twice in all (tridao.me/blog/2026/
+    gram-newton-schulz, whose restarts fp32 does not need).
+    """
     a, b, c = COEFFICIENTS
-    x = blocks.bfloat16()
+    x = blocks.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     if wide := x.shape[1] > x.shape[2]:
         x = x.mT
+    gram = x @ x.mT
+    steps: list[Tensor] = []
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if steps:
+            gram = steps[-1] @ gram @ steps[-1]
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=1, dim2=2).add_(a)
+        steps.append(step)
+    x = reduce(torch.matmul, reversed(steps)) @ x
     return x.mT if wide else x
 
 

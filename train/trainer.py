@@ -371,6 +371,9 @@ class Trainer:
         """By the first process alone; empty without held-out windows. Raises UserError if a figure is not finite."""
         if not len(self.data.held_out):
             return {}
+        if not console.is_terminal:
+            windows, tokens = self.data.held_out.input_ids.shape
+            console.print(f"{self.stage.name} evaluating {windows} × {tokens} held-out tokens …")
         result = self.stage.evaluate(self.model.to(self.device), self.data.held_out)
         for name, value in result.items():
             if not math.isfinite(value):

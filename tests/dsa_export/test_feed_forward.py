@@ -16,7 +16,7 @@ from dsa_export.model import DSAForCausalLM, dense_twin, load_model
 from dsa_export.model.feed_forward import MixtureOfExperts
 from dsa_export.onnx.calibrate import calibrate
 from dsa_export.onnx.quantise import Scheme
-from engines.build import step_weights
+from engines.build.folder import step_weights
 from tests.conftest import VOCABULARY, build_tokenizer
 from tests.dsa_export.conftest import Graph, export_command
 

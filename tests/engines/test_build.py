@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from dsa_export.cli import UserError
-from dsa_export.files import MANIFEST
+from dsa_export.files import MANIFEST, link_or_copy
 from engines import build, nvidia, ort
 from engines.artifacts import open_engine, open_export
 from engines.text import TOKENIZER_FILES
@@ -41,7 +41,7 @@ def test_ort_engines_are_self_contained_and_cost_no_space(export: Path, engines:
 def test_weights_are_copied_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "other file system")))
     (tmp_path / "a").write_bytes(b"weights")
-    build.link_or_copy(tmp_path / "a", tmp_path / "b")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"weights"
 
 
@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "engines"))
 
-    monkeypatch.setattr(build, "link_or_copy", full)
+    monkeypatch.setattr("engines.build.ort.link_or_copy", full)
     code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(tmp_path / "engines")], capsys)
     assert code == 1
     assert "disk full" in one_line(error)

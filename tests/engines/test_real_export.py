@@ -50,7 +50,7 @@ def test_engines_compute_what_torch_does(real_export: Path, dsa_folder: Path, tm
 
 def test_both_graphs_build_in_tensorrt_rtx(real_export: Path, tmp_path: Path, capsys):
     options = ["--onnx", str(real_export), "--out", str(tmp_path), "--backend", "tensorrt-rtx", "--max-context", "256"]
-    options += ["--max-batch", "1"]  # this model has one KV head: see engines.build.ONE_KV_HEAD
+    options += ["--max-batch", "1"]  # this model has one KV head: see engines.build.tensorrt_rtx.ONE_KV_HEAD
     code, _, error = run_command(build.main, options, capsys)
     assert (code, error) == (0, "")
     for variant in ("dense", "sparse"):

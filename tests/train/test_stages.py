@@ -22,7 +22,7 @@ from train import finetune, joint, options, precision, trainer, warmup
 from train.data import IGNORED, Windows
 from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
-from train.muon import HeadwiseMuon, muon
+from train.muon import COEFFICIENTS, ITERATIONS, HeadwiseMuon, muon, orthogonalise
 from train.options import resolve, settings_of
 from train.trainer import Settings
 
@@ -637,6 +637,20 @@ def test_muon_moves_every_head_as_torchs_moves_a_matrix() -> None:
         ours.step()
         theirs.step()
     torch.testing.assert_close(torch.cat([matrix, other, few]), torch.cat(heads), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 40), (3, 40, 8), (1, 16, 16), (2, 1, 12)])
+@pytest.mark.parametrize("decades", [0, 3, 6])
+def test_orthogonalising_by_the_gram_matrix_is_the_published_iteration(shape: tuple[int, ...], decades: int) -> None:
+    spread = torch.logspace(0, -decades, shape[1])[:, None] * 1e-4
+    blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * spread
+    a, b, c = COEFFICIENTS
+    x = blocks.double() / blocks.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalise(blocks).double(), x, atol=1e-4, rtol=0)
+    assert orthogonalise(torch.zeros(shape)).eq(0).all()
 
 
 @pytest.mark.parametrize(

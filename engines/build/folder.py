@@ -1,0 +1,115 @@
+"""What every engine folder holds besides the engine: manifest, tokenizer; and the run that checks a fresh one."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from dsa_export.cli import UserError, console
+from dsa_export.files import read_manifest, write_manifest
+from dsa_export.selection import describe_selection
+from dsa_export.topk import compact_topk
+from engines.artifacts import Export, Graph, Limits, content_hash, runtime_version
+from engines.text import tokenizer_files
+
+CHECK_TOKENS = 4
+"""Tokens that the check after a build (ort, torch) runs."""
+
+
+def write_engine_manifest(
+    folder: Path,
+    backend: str,
+    graph: Graph,
+    export: Export,
+    limits: Limits,
+    files: Mapping[str, str | None],
+    *,
+    runtime: str | None = None,
+    **facts: Any,
+) -> None:
+    """files: name -> SHA-256 (None: computed here). runtime: its version, if not that of the installed package.
+
+    The tokenizer comes with every engine.
+    """
+    tokenizer = tokenizer_files(export.folder)
+    for file in tokenizer:
+        shutil.copyfile(file, folder / file.name)
+    files = {**files, **{file.name: None for file in tokenizer}}
+    write_manifest(
+        folder,
+        "engine",
+        source_of(graph, export),
+        backend=backend,
+        variant=graph.variant,
+        dtype=graph.dtype,
+        precision=graph.precision,
+        topk=compact_topk(graph.topk),
+        random_indexer=graph.random_indexer,
+        model=asdict(graph.model),
+        cache=[asdict(tensor) for tensor in graph.cache],
+        limits=asdict(limits),
+        beyond_positions=limits.max_context > graph.model.max_position_embeddings,
+        versions={"runtime": runtime or runtime_version(backend), "python": platform.python_version()},
+        **asdict(step_weights(graph.path)),
+        files={
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest or content_hash(folder / name)}
+            for name, digest in files.items()
+        },
+        **{"selection": graph.selection, "compute_capability": [], "plugin": None, "profiles": [], **facts},
+    )
+
+
+def source_of(graph: Graph, export: Export) -> dict[str, str]:
+    return {"path": str(export.folder.resolve()), "sha256": graph.sha256, "weights_sha256": graph.weights_sha256}
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """Weights that one call of a graph must read, scales of quantised ones included. Tables that are only looked up
+    (embedding, angles) do not count: a token reads one row of them."""
+
+    step_weight_bytes: int
+    step_weights: int
+
+
+def step_weights(path: Path) -> StepWeights:
+    model = ir.load(path)
+    lookups = {"Gather": (0,), "RotaryEmbedding": (1, 2)}
+    read = {
+        value.name
+        for node in model.graph
+        for position, value in enumerate(node.inputs)
+        if value is not None and position not in lookups.get(node.op_type, ())
+    }
+    tensors = [v.const_value for name, v in model.graph.initializers.items() if name in read and v.const_value]
+    return StepWeights(sum(tensor.nbytes for tensor in tensors), sum(tensor.size for tensor in tensors))
+
+
+def check_engine(folder: Path) -> None:
+    """Loads a fresh engine folder and runs calls of every kind. Raises UserError if a logit is not finite."""
+    from engines.session import Session, open_runner
+
+    runner = open_runner(folder, verify=False)
+    engine = runner.engine
+    tokens = np.arange(min(CHECK_TOKENS, engine.model.vocab_size))
+    capacities = sorted({engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)})
+    logits = [Session(runner, capacity=capacity).prefill([tokens]) for capacity in capacities]
+    session = Session(runner)  # as large as an answer's at first: torch.compile keeps what it makes of this size
+    session.prefill([tokens[:-1]])
+    logits.append(session.decode(tokens[-1:]))
+    if not np.isfinite(logits).all():
+        raise UserError(f"{folder}: the engine's logits are not finite; check the checkpoint that was exported")
+
+
+def report(folder: Path) -> None:
+    manifest = read_manifest(folder, "engine", "python -m engines.build")
+    mib = sum(facts["bytes"] for facts in manifest["files"].values()) / 2**20
+    k = describe_selection(manifest["topk"], manifest["selection"])
+    console.print(f"wrote {folder}: {manifest['variant']}, {manifest['precision']}, k = {k}, {mib:,.1f} MiB")

@@ -1,0 +1,122 @@
+"""ONNX Runtime: the graph and its weights in a folder of their own, and what else makes it fast on CPUs."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from dsa_export.cli import UserError, console, cpu_name
+from dsa_export.files import link_or_copy, output_folder
+from engines.artifacts import Export, Graph, Limits, runtime_version
+from engines.build.folder import check_engine, report, write_engine_manifest
+from plugins import cpu
+from plugins.compiler import BuildFailed
+
+
+def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
+    from engines import ort_cuda
+    from engines.ort import check_types
+    from engines.ort_graph import OPERATOR, OWN_OPERATOR, group_query, with_cpu_kernels
+
+    runtime_version("ort")
+    for_cpu = not ort_cuda.usable()
+    for option in ("--dense-slots", "--standard-operators"):
+        if not for_cpu and getattr(args, option[2:].replace("-", "_")):
+            raise UserError(f"{option} is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
+    for variant in args.variant:  # all are checked before the first is written
+        check_types(export.graphs[variant])
+    adapted: onnx.ModelProto | None = None
+    facts: dict[str, Any] = {}
+    if "sparse" in args.variant and for_cpu:
+        adapted, facts = sparse_for_cpus(export.graphs["sparse"], args)
+    with_kernels = [variant for variant in args.variant if uses_kernels("ort", export.graphs[variant], args)]
+    compiled = compiled_kernels() if with_kernels else None
+    for variant in args.variant:
+        graph = export.graphs[variant]
+        library = compiled if variant in with_kernels else None
+        with output_folder(args.out / "ort" / variant) as folder:
+            if variant == "dense" or adapted is None:
+                link_or_copy(graph.path, folder / "model.onnx")
+                write_ort_engine(folder, graph, export, limits, graph.sha256)
+            else:
+                onnx.save(adapted, folder / "model.onnx")
+                write_ort_engine(folder, graph, export, limits, None, library, **facts)
+        report(args.out / "ort" / variant)
+        if variant == "sparse" or not for_cpu:
+            continue
+        others: list[tuple[str, str, onnx.ModelProto, Path | None]] = []
+        grouped = group_query(graph)
+        if grouped is not None:
+            others.append(("dense-gqa", OPERATOR, grouped, None))
+        if library is not None:
+            own = onnx.load(graph.path, load_external_data=False)
+            if with_cpu_kernels(own):
+                others.append(("dense-kernels", OWN_OPERATOR, own, library))
+        for name, operator, model, its_library in others:
+            with output_folder(args.out / "ort" / name) as folder:
+                onnx.save(model, folder / "model.onnx")
+                write_ort_engine(folder, graph, export, limits, None, its_library, attention_operator=operator)
+            report(args.out / "ort" / name)
+
+
+def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
+    """Whether our CPU kernels are to select and attend."""
+    from engines import ort_cuda
+    from engines.ort_graph import fits_cpu_kernels
+
+    wanted = backend == "ort" and not args.standard_operators
+    return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not ort_cuda.usable()
+
+
+def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> tuple[onnx.ModelProto | None, dict[str, Any]]:
+    """The sparse graph as CPUs run it fastest (None: as exported), and facts for its manifest."""
+    from engines.ort_graph import dense_while_short, with_cpu_kernels
+
+    facts: dict[str, Any] = {"standard_operators": True} if args.standard_operators else {}
+    slots = max(args.dense_slots or 0, min(graph.topk))
+    adapted = dense_while_short(graph, slots)
+    if adapted is not None:
+        slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
+        later = {"dense_slots": slots} if slots > graph.max_topk else {}
+        facts |= {"dense_slots": slots, "selection": graph.selection | later}
+    elif args.dense_slots:
+        raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
+    if uses_kernels("ort", graph, args):
+        model = adapted or onnx.load(graph.path, load_external_data=False)
+        adapted = model if with_cpu_kernels(model) else adapted
+    return adapted, facts
+
+
+def compiled_kernels() -> Path:
+    """The library of our CPU kernels. Raises UserError if it cannot be built."""
+    try:
+        with console.status("g++ compiles the kernels…"):
+            return cpu.build()
+    except BuildFailed as error:
+        raise UserError(f"no kernels without a compiler: {error}; --standard-operators does without") from None
+
+
+def write_ort_engine(
+    folder: Path,
+    graph: Graph,
+    export: Export,
+    limits: Limits,
+    graph_sha256: str | None,
+    library: Path | None = None,
+    **facts: Any,
+) -> None:
+    """Completes a folder that holds model.onnx, and runs it once. graph_sha256: None is computed.
+
+    library: of the custom operators in model.onnx.
+    """
+    link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
+    files = {"model.onnx": graph_sha256, graph.weights: graph.weights_sha256}
+    if library is not None:
+        shutil.copyfile(library, folder / cpu.LIBRARY)
+        files[cpu.LIBRARY] = None
+    write_engine_manifest(folder, "ort", graph, export, limits, files, cpu=cpu_name(), **facts)
+    check_engine(folder)
