@@ -18,6 +18,7 @@ from dsa_export.cli import UserError, usable_cpus
 from dsa_export.files import MANIFEST
 from engines import ort_graph
 from engines.artifacts import Engine, Variant, rebuild_command
+from engines.huge_pages import huge_pages
 from engines.memory import OutOfMemory
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
@@ -172,7 +173,8 @@ def load(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library.resolve()))
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        with huge_pages():
+            return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:
         reason = "memory is full" if "bad_alloc" in str(error) or isinstance(error, MemoryError) else error
         raise UserError(f"ONNX Runtime cannot load {path}: {reason}") from None

@@ -50,18 +50,47 @@ T* scratch(std::vector<T>& memory, int64_t size)
     return memory.data();
 }
 
-/// Fetches one line of each of `count` rows (none if it is negative).
-template <class Row>
-void prefetch(Row const* const* rows, int64_t count, int64_t word)
+int64_t ceil_div(int64_t a, int64_t b)
 {
-    for (int64_t i = 0; i < count; ++i)
-        __builtin_prefetch(rows[i] + word);
+    return (a + b - 1) / b;
 }
 
-/// columns[w][t] = rows[t][w], words of 4 bytes; the rows from `count` to kTile become zeros.
+/// Fetches rows that are needed next, evenly over the steps of a computation: in turns, each would wait for the other.
 ///
-/// Meanwhile rows[kTile …], of the next tile, are fetched, `ahead` of them.
-void transpose(uint32_t const* const* rows, int64_t count, int64_t ahead, int64_t words, uint32_t* columns)
+/// Into the second cache: only few lines can be under way into the first, and a tile at work fills it.
+class Fetch
+{
+public:
+    /// `count` rows (none if it is negative) of so many words of 4 bytes.
+    template <class Row>
+    Fetch(Row const* const* rows, int64_t count, int64_t words, int64_t steps)
+        : mRows(reinterpret_cast<char const* const*>(rows))
+        , mEnd(mRows + std::max<int64_t>(count, 0))
+        , mBytes(4 * words)
+        , mLinesPerStep(ceil_div((mEnd - mRows) * ceil_div(mBytes, kLine), steps))
+    {
+    }
+
+    void step()
+    {
+        for (int64_t i = 0; i < mLinesPerStep && mRows < mEnd; ++i)
+        {
+            __builtin_prefetch(*mRows + mAt, 0, 2);
+            mAt += kLine;
+            if (mAt >= mBytes)
+                mAt = 0, ++mRows;
+        }
+    }
+
+private:
+    static constexpr int64_t kLine = 64;
+    char const* const* mRows;
+    char const* const* mEnd;
+    int64_t mBytes, mLinesPerStep, mAt = 0;
+};
+
+/// columns[w][t] = rows[t][w], words of 4 bytes; the rows from `count` to kTile become zeros.
+void transpose(uint32_t const* const* rows, int64_t count, int64_t words, uint32_t* columns)
 {
     int64_t w = 0;
 #if defined(__AVX512F__)
@@ -69,7 +98,6 @@ void transpose(uint32_t const* const* rows, int64_t count, int64_t ahead, int64_
         for (int64_t first = 0; first < kTile; first += 16)
         {
             __m512i r[16], s[16];
-            prefetch(rows + kTile + first, std::min<int64_t>(ahead - first, 16), w);
             for (int i = 0; i < 16; ++i)
                 r[i] = first + i < count ? _mm512_loadu_si512(rows[first + i] + w) : _mm512_setzero_si512();
             for (int i = 0; i < 16; i += 2)
@@ -101,8 +129,6 @@ void transpose(uint32_t const* const* rows, int64_t count, int64_t ahead, int64_
         for (int64_t first = 0; first < kTile; first += 8)
         {
             __m256 r[8], s[8];
-            if (w % 16 == 0)
-                prefetch(rows + kTile + first, std::min<int64_t>(ahead - first, 8), w);
             for (int i = 0; i < 8; ++i)
                 r[i] = first + i < count ? _mm256_loadu_ps(reinterpret_cast<float const*>(rows[first + i] + w))
                                          : _mm256_setzero_ps();
@@ -149,15 +175,22 @@ Ints add_products(Ints acc, Ints a, Ints b)
 #endif
 }
 
+/// Steps of a Fetch in the dots of so many rows with keys of so many words.
+int64_t dot_steps(int64_t rows, int64_t words)
+{
+    return ceil_div(rows, kRowsAtOnce) * (kTile / (kLanes * kVectors)) * words;
+}
+
 /// dots[r][t] = rows[r] · keys[t] for n rows, of keys that stand as columns.
 template <int n>
-void float_dots(float const* const* rows, float const* columns, int64_t D, float* dots)
+void float_dots(float const* const* rows, float const* columns, int64_t D, float* dots, Fetch& ahead)
 {
     for (int first = 0; first < kTile; first += kLanes * kVectors)
     {
         Floats acc[n][kVectors] = {};
         for (int64_t d = 0; d < D; ++d)
         {
+            ahead.step();
             Floats key[kVectors];
             for (int v = 0; v < kVectors; ++v)
                 key[v] = floats(columns + d * kTile + first + v * kLanes);
@@ -173,8 +206,8 @@ void float_dots(float const* const* rows, float const* columns, int64_t D, float
 
 /// The same for signed bytes and keys of unsigned ones; of the dots, start[r] is added.
 template <int n>
-void byte_dots(
-    int8_t const* const* rows, int32_t const* start, uint32_t const* columns, int64_t words, float* dots)
+void byte_dots(int8_t const* const* rows, int32_t const* start, uint32_t const* columns, int64_t words, float* dots,
+    Fetch& ahead)
 {
     for (int first = 0; first < kTile; first += kLanes * kVectors)
     {
@@ -184,6 +217,7 @@ void byte_dots(
                 acc[r][v] = Ints{} + start[r];
         for (int64_t w = 0; w < words; ++w)
         {
+            ahead.step();
             Ints key[kVectors];
             for (int v = 0; v < kVectors; ++v)
                 key[v] = *reinterpret_cast<Ints const*>(columns + w * kTile + first + v * kLanes);
@@ -211,7 +245,8 @@ int32_t zero_key_dot(int8_t const* row, int64_t Di)
 }
 
 /// Scores of one query for a tile of keys, before their own scale: [kTile]. starts: zero_key_dot of its heads.
-void score(IndexTopK const& call, int64_t query, int32_t const* starts, uint32_t const* columns, float* scores)
+void score(
+    IndexTopK const& call, int64_t query, int32_t const* starts, uint32_t const* columns, float* scores, Fetch& ahead)
 {
     float dots[kRowsAtOnce * kTile];
     std::fill_n(scores, kTile, 0.0f);
@@ -229,14 +264,14 @@ void score(IndexTopK const& call, int64_t query, int32_t const* starts, uint32_t
                 rows[r] = static_cast<int8_t const*>(call.index_q) + at + std::min(r, n - 1) * call.Di;
                 start[r] = starts[h + std::min(r, n - 1)];
             }
-            byte_dots<kRowsAtOnce>(rows, start, columns, call.Di / 4, dots);
+            byte_dots<kRowsAtOnce>(rows, start, columns, call.Di / 4, dots, ahead);
         }
         else
         {
             float const* rows[kRowsAtOnce];
             for (int r = 0; r < kRowsAtOnce; ++r)
                 rows[r] = static_cast<float const*>(call.index_q) + at + std::min(r, n - 1) * call.Di;
-            float_dots<kRowsAtOnce>(rows, reinterpret_cast<float const*>(columns), call.Di, dots);
+            float_dots<kRowsAtOnce>(rows, reinterpret_cast<float const*>(columns), call.Di, dots, ahead);
         }
         for (int r = 0; r < n; ++r)
         {
@@ -354,11 +389,6 @@ struct Best
     }
 };
 
-int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /// What a query sees: groups below `groups`, of which those from `first` to `stop` are ranked, the others selected.
 struct Sight
 {
@@ -397,31 +427,34 @@ Floats exp_negative(Floats x)
 
 /// sums[r][d] += weights[r][i] * rows[i][d] for n heads and `vectors` vectors of d, over `count` rows.
 template <int n, int vectors>
-void add_weighted(
-    float const* const* rows, int64_t count, float const* const* weights, float* const* sums, int64_t first)
+void add_weighted(float const* const* rows, int64_t count, float const* const* weights, float* const* sums,
+    int64_t first, Fetch& ahead)
 {
     Floats acc[n][vectors] = {}; // of these rows alone: sums of sums round less
     for (int64_t i = 0; i < count; ++i)
+    {
+        ahead.step();
         for (int v = 0; v < vectors; ++v)
         {
             Floats const value = floats(rows[i] + first + v * kLanes);
             for (int r = 0; r < n; ++r)
                 acc[r][v] += value * weights[r][i];
         }
+    }
     for (int r = 0; r < n; ++r)
         for (int v = 0; v < vectors; ++v)
             floats(sums[r] + first + v * kLanes) += acc[r][v];
 }
 
 template <int n>
-void add_weighted_rows(
-    float const* const* rows, int64_t count, float const* const* weights, float* const* sums, int64_t D)
+void add_weighted_rows(float const* const* rows, int64_t count, float const* const* weights, float* const* sums,
+    int64_t D, Fetch& ahead)
 {
     int64_t d = 0;
     for (; d + kLanes * kVectors <= D; d += kLanes * kVectors)
-        add_weighted<n, kVectors>(rows, count, weights, sums, d);
+        add_weighted<n, kVectors>(rows, count, weights, sums, d, ahead);
     for (; d + kLanes <= D; d += kLanes)
-        add_weighted<n, 1>(rows, count, weights, sums, d);
+        add_weighted<n, 1>(rows, count, weights, sums, d, ahead);
     for (; d < D; ++d)
         for (int r = 0; r < n; ++r)
         {
@@ -471,7 +504,8 @@ void select(IndexTopK const& call, int64_t task)
         uint32_t const* rows[2 * kTile];
         for (int64_t i = 0; i < std::min<int64_t>(stop - first, 2 * kTile); ++i)
             rows[i] = keys + (first + i) * words;
-        transpose(rows, count, std::min<int64_t>(stop - first - kTile, kTile), words, columns);
+        transpose(rows, count, words, columns);
+        Fetch ahead(rows + kTile, std::min<int64_t>(stop - first - kTile, kTile), words, dot_steps(call.Hi, words));
         for (int64_t t = t0; t < t1; ++t)
         {
             Sight const& sight = sights[t - t0];
@@ -480,7 +514,7 @@ void select(IndexTopK const& call, int64_t task)
             if (from >= to || best.wanted == 0)
                 continue;
             alignas(64) float scores[kTile];
-            score(call, b * call.S + t, starts.data() + (t - t0) * call.Hi, columns, scores);
+            score(call, b * call.S + t, starts.data() + (t - t0) * call.Hi, columns, scores, ahead);
             if (call.index_scale)
                 for (int64_t i = 0; i < count; ++i)
                     scores[i] *= call.index_scale[b * call.G + first + i];
@@ -569,15 +603,17 @@ void attend(SparseAttention const& call, int64_t task)
     for (int64_t first = 0; first < count; first += kTile)
     {
         int64_t const rows = std::min<int64_t>(count - first, kTile);
-        int64_t const ahead = std::min<int64_t>(count - first - kTile, kTile);
-        transpose(reinterpret_cast<uint32_t const* const*>(k_rows + first), rows, ahead, D, columns);
+        transpose(reinterpret_cast<uint32_t const* const*>(k_rows + first), rows, D, columns);
+        int64_t const left = count - first - kTile; // after the last keys, the first values
+        Fetch ahead(left > 0 ? k_rows + first + kTile : v_rows, std::min<int64_t>(left > 0 ? left : count, kTile), D,
+            dot_steps(G, D));
         for (int64_t g = 0; g < G; g += kRowsAtOnce)
         {
             float const* q_rows[kRowsAtOnce];
             float dots[kRowsAtOnce * kTile];
             for (int r = 0; r < kRowsAtOnce; ++r)
                 q_rows[r] = q_row(std::min(g + r, G - 1));
-            float_dots<kRowsAtOnce>(q_rows, reinterpret_cast<float const*>(columns), D, dots);
+            float_dots<kRowsAtOnce>(q_rows, reinterpret_cast<float const*>(columns), D, dots, ahead);
             for (int r = 0; r < kRowsAtOnce && g + r < G; ++r)
                 std::copy_n(dots + r * kTile, kTile, scores + (g + r) * room + first);
         }
@@ -590,27 +626,40 @@ void attend(SparseAttention const& call, int64_t task)
     for (int64_t g = 0; g < G; ++g)
     {
         float* const row = scores + g * room;
-        float largest = -std::numeric_limits<float>::infinity();
-        for (int64_t i = 0; i < count; ++i)
-            largest = std::max(largest, row[i] *= call.scale);
-        for (int64_t i = 0; i < count; i += kLanes)
-            floats(row + i) = exp_negative(floats(row + i) - largest);
-        float weight = 0;
-        for (int64_t first = 0; first < count; first += kTile)
+        float* const row_end = row + count;
+        float* const last = row + ceil_div(count, kLanes) * kLanes;
+        float constexpr infinity = std::numeric_limits<float>::infinity();
+        std::fill(row_end, last, -infinity);
+        Floats most = Floats{} - infinity, weights{};
+        for (float* at = row; at < last; at += kLanes)
         {
-            float sum = 0;
-            for (int64_t i = first; i < std::min(first + kTile, count); ++i)
-                sum += row[i];
-            weight += sum;
+            Floats const scaled = floats(at) = floats(at) * call.scale;
+            most = scaled > most ? scaled : most;
         }
+        float largest = -infinity;
+        for (int lane = 0; lane < kLanes; ++lane)
+            largest = std::max(largest, most[lane]);
+        for (float* at = row; at < last; at += kLanes)
+            floats(at) = exp_negative(floats(at) - largest);
+        std::fill(row_end, last, 0.0f);
+        for (float* tile = row; tile < last; tile += kTile)
+        {
+            Floats sum{}; // sums of sums round less
+            for (float* at = tile; at < std::min(tile + kTile, last); at += kLanes)
+                sum += floats(at);
+            weights += sum;
+        }
+        float weight = 0;
+        for (int lane = 0; lane < kLanes; ++lane)
+            weight += weights[lane];
         sums[g * width + D] = largest;
         sums[g * width + D + 1] = weight;
     }
     for (int64_t first = 0; first < count; first += kTile)
     {
         int64_t const rows = std::min<int64_t>(count - first, kTile);
-        for (int64_t d = 0; d < D; d += 16)
-            prefetch(v_rows + first + rows, std::min<int64_t>(count - first - rows, kTile), d);
+        int64_t const steps = ceil_div(D, kLanes * kVectors) * ceil_div(G, kRowsAtOnce) * rows;
+        Fetch ahead(v_rows + first + rows, std::min<int64_t>(count - first - rows, kTile), D, steps);
         for (int64_t g = 0; g < G; g += kRowsAtOnce)
         {
             float const* weights[kRowsAtOnce];
@@ -620,11 +669,13 @@ void attend(SparseAttention const& call, int64_t task)
                 weights[r] = scores + (g + r) * room + first;
                 heads[r] = sums + (g + r) * width;
             }
-            if (g + kRowsAtOnce <= G)
-                add_weighted_rows<kRowsAtOnce>(v_rows + first, rows, weights, heads, D);
-            else
-                for (int r = 0; g + r < G; ++r)
-                    add_weighted_rows<1>(v_rows + first, rows, weights + r, heads + r, D);
+            switch (std::min<int64_t>(kRowsAtOnce, G - g))
+            {
+            case 1: add_weighted_rows<1>(v_rows + first, rows, weights, heads, D, ahead); break;
+            case 2: add_weighted_rows<2>(v_rows + first, rows, weights, heads, D, ahead); break;
+            case 3: add_weighted_rows<3>(v_rows + first, rows, weights, heads, D, ahead); break;
+            default: add_weighted_rows<kRowsAtOnce>(v_rows + first, rows, weights, heads, D, ahead);
+            }
         }
     }
     if (call.parts > 1)

@@ -1,0 +1,69 @@
+"""Memory gained inside huge_pages() is moved to huge pages, and stays as it is everywhere else."""
+
+import mmap
+import platform
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines import huge_pages
+from engines.huge_pages import HUGE_PAGE
+
+SMAPS = Path("/proc/self/smaps")
+LINUX = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) if SMAPS.is_file() else (0, 0)
+SIZE = 8 * HUGE_PAGE
+
+
+def in_huge_pages(array: np.ndarray) -> int:
+    """Bytes of the mappings that the array touches which lie in huge pages."""
+    first, last = array.ctypes.data, array.ctypes.data + array.nbytes - 1
+    total, counts = 0, False
+    for line in SMAPS.read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, stop = (int(bound, 16) for bound in bounds.groups())
+            counts = start <= last and first < stop
+        elif counts and line.startswith("AnonHugePages:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def small_pages() -> np.ndarray:
+    """An array in memory of its own that asked for no huge pages, as malloc gives it to ONNX Runtime."""
+    return np.frombuffer(mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+
+
+@pytest.mark.skipif(
+    LINUX < (6, 1) or not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
+    reason="Linux moves memory to huge pages from 6.1 on, where it has them",
+)
+def test_memory_of_the_block_is_moved_and_keeps_its_values():
+    with huge_pages.huge_pages():
+        array = small_pages()
+        array[:] = 7
+        before = in_huge_pages(array)
+    assert in_huge_pages(array) >= before + SIZE // 2
+    assert (array == 7).all()
+
+
+@pytest.mark.skipif(not SMAPS.is_file(), reason="Linux tells what lies in huge pages, others do not")
+def test_memory_from_before_is_left_alone():
+    array = small_pages()
+    array[:] = 7
+    before = in_huge_pages(array)
+    with huge_pages.huge_pages():
+        pass
+    assert in_huge_pages(array) == before
+
+
+def test_other_systems_run_without(monkeypatch):
+    monkeypatch.setattr(huge_pages, "MAPS", Path("/nowhere"))
+    with huge_pages.huge_pages():
+        array = small_pages()
+    assert not array.any()
+
+
+def test_errors_pass_through():
+    with pytest.raises(ValueError, match="as it was"), huge_pages.huge_pages():
+        raise ValueError("as it was")
