@@ -9,7 +9,6 @@ pages itself, so that caches have them already.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,16 +26,18 @@ def huge_pages() -> Iterator[None]:
     """
     before = _blocks()
     yield
-    libc = ctypes.CDLL(None) if before else None
-    for block in _blocks() - before:
-        assert libc is not None
+    gained = _blocks() - before
+    if not gained:
+        return
+    libc = ctypes.CDLL(None)
+    for block in gained:
         # Fails for blocks that hold nothing, and where memory is short or scattered: they stay as they are.
         libc.madvise(ctypes.c_void_p(block * HUGE_PAGE), ctypes.c_size_t(HUGE_PAGE), MADV_COLLAPSE)
 
 
 def _blocks() -> set[int]:
     """Numbers of the aligned blocks of 2 MiB that lie in writable memory of this process alone."""
-    if sys.platform != "linux" or not MAPS.is_file():
+    if not MAPS.is_file():  # only Linux has it
         return set()
     blocks: set[int] = set()
     for line in MAPS.read_text().splitlines():

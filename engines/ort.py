@@ -48,7 +48,8 @@ class OrtRunner:
     def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         self.engine = engine
         check_types(engine)
-        self.session = load(engine.folder / "model.onnx", threads, profile=profile, library=engine.cpu_library)
+        with huge_pages():
+            self.session = load(engine.folder / "model.onnx", threads, profile=profile, library=engine.cpu_library)
         check_caches(self.session, engine)
         # GroupQueryAttention takes several tokens after others for one row only.
         self.row_by_row = engine.attention_operator == ort_graph.OPERATOR
@@ -173,8 +174,7 @@ def load(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library.resolve()))
-        with huge_pages():
-            return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:
         reason = "memory is full" if "bad_alloc" in str(error) or isinstance(error, MemoryError) else error
         raise UserError(f"ONNX Runtime cannot load {path}: {reason}") from None

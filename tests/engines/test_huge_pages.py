@@ -57,6 +57,17 @@ def test_memory_from_before_is_left_alone():
     assert in_huge_pages(array) == before
 
 
+def test_a_process_that_held_nothing_before(monkeypatch):
+    array = small_pages()
+    array[:] = 7
+    block = -(-array.ctypes.data // HUGE_PAGE)
+    blocks = iter([set(), {block, block + 1}])
+    monkeypatch.setattr(huge_pages, "_blocks", lambda: next(blocks))
+    with huge_pages.huge_pages():
+        pass
+    assert (array == 7).all()
+
+
 def test_other_systems_run_without(monkeypatch):
     monkeypatch.setattr(huge_pages, "MAPS", Path("/nowhere"))
     with huge_pages.huge_pages():
