@@ -68,7 +68,7 @@ def main() -> None:
         def keep(more: Sequence[Record]) -> None:
             kept.extend(more)
             if summary.of_kind(kept, "timing"):
-                written.write_text("".join(json.dumps({**record, **facts}) + "\n" for record in kept))
+                written.write_text("".join(json.dumps(with_facts(record, facts)) + "\n" for record in kept))
 
         try:
             keep(skips)
@@ -235,7 +235,7 @@ def measure_all(
         raise UserError(f"--profile {args.profile} is beyond the engines' capacity of {limit:,} tokens")
     if args.quick and not args.context:
         wish = replace(wish, contexts=[n for n in QUICK_CONTEXTS if n <= limit] or [limit])
-    planned = [(group, *matrix.plan(group, wish)) for group in groups]
+    planned = [(group, *matrix.plan(group, wish, runs.free_bytes(group.backend))) for group in groups]
     skipped: list[Record] = [{"kind": "skipped", **skip} for _, _, skips in planned for skip in skips]
     if not any(cases for _, cases, _ in planned):
         reasons = "; ".join(dict.fromkeys(record["reason"] for record in skipped))
@@ -289,13 +289,16 @@ def measure_group(
 ) -> list[Record]:
     """Timings with the peak memory beside them, and the operators' shares at one context."""
     records = runs.timings(group, cases, rows, settings)
+    timed = summary.of_kind(records, "timing")
+    by_place = {(case.phase, case.batch, case.context): case for case in cases}
+    case_of = [by_place[record["phase"], record["batch"], record["context"]] for record in timed]
+    cases = list(dict.fromkeys(case_of))  # those for which there was memory
+    if not cases:
+        return records
     remembered = cases if not args.quick else [max(cases, key=lambda case: (case.phase == "decode", case.context))]
     peaks = {name: runs.peak_memory(engine, remembered, rows, settings) for name, engine in group.sides.items()}
-    keys = [(name, case) for case in cases for name in group.sides]
-    records = [
-        {**record, "peak_mib": peaks[name].get(case), "peak_mib_is": runs.PEAK_MIB}
-        for record, (name, case) in zip(records, keys, strict=True)
-    ]
+    for record, case in zip(timed, case_of, strict=True):
+        record |= {"peak_mib": peaks[record["core"]].get(case), "peak_mib_is": runs.PEAK_MIB}
     contexts = [case.context for case in cases if case.phase == "decode"]
     context = max(contexts, default=0) if args.profile is None else args.profile
     if context and group.backend == "ort":
@@ -396,6 +399,11 @@ def debug_layers(groups: Sequence[Group], args: argparse.Namespace) -> None:
                 f"allowed {first.allowed:.1e}), {others} behind it differ too"
                 + ("; beyond k tokens that is what selection does" if beyond else "")
             )
+
+
+def with_facts(record: Record, facts: dict[str, Any]) -> Record:
+    """The record with what is true of all; what it says itself about versions, as a peer does, stands."""
+    return {**record, **facts, "versions": facts["versions"] | record.get("versions", {})}
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Reads one JSON object from standard input: model (folder), threads, contexts (ascending), tokens (as many as the longest
 context), runs, at_most (seconds per context), chunk (tokens per prefill call). Writes JSON lines: {"done": tokens} as
-the prompt is processed, and per context {"context", "ttft_s", "ms": [...], "peak_mib", "versions"}.
+the prompt is processed, and per context {"context", "ttft_s", "ms": [...], "peak_mib", "versions"}; peak_mib is what
+the model added to the process, as bench.runs.PEAK_MIB says of our engines.
 
 A context n is timed as bench times its own engines: one token after n - 1 others, again and again.
 """
@@ -27,6 +28,7 @@ def main() -> None:
     import onnxruntime_genai as og
 
     task = json.load(sys.stdin)
+    before = resident_mib("VmRSS")
     config = og.Config(task["model"])
     threads = {"intra_op_num_threads": task["threads"]}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
@@ -51,8 +53,11 @@ def main() -> None:
             if len(ms) >= MIN_RUNS and sum(ms) > task["at_most"] * 1e3:
                 break
         versions = {"onnxruntime-genai": og.__version__, "onnxruntime": onnxruntime.__version__}
-        facts = {"ttft_s": prefill_s + ms[0] / 1e3, "peak_mib": peak_mib(), "versions": versions}
-        report({"context": context, "ms": ms, **facts})
+        peak = resident_mib("VmHWM")
+        added = None if peak is None or before is None else peak - before
+        report(
+            {"context": context, "ttft_s": prefill_s + ms[0] / 1e3, "ms": ms, "peak_mib": added, "versions": versions}
+        )
 
 
 def timed(generator, tokens: list[int]) -> float:  # type: ignore[no-untyped-def]
@@ -65,11 +70,11 @@ def report(facts: dict[str, object]) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def peak_mib() -> float | None:
+def resident_mib(field: str) -> float | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 

@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 
 from bench import measure
 from bench.matrix import MARGIN_BYTES, Group
+from bench.runs import PEAK_MIB
 from dsa_export.cli import UserError, progress_bar
 from dsa_export.files import read_manifest, weight_files
 from dsa_export.memory import PeakMemory
@@ -351,5 +352,6 @@ def record(
         "tokens_per_s": 1e3 / timing.median,
         "ttft_s": ttft_s,
         "peak_mib": peak_mib,
+        "peak_mib_is": PEAK_MIB,
         "versions": versions,
     }

@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 from rich.progress import Progress
 
 from bench import floors, measure, parity
-from bench.matrix import Case, Group, core_of
+from bench.matrix import MARGIN_BYTES, Case, Group, core_of
 from dsa_export.cli import progress_bar
 from dsa_export.memory import PeakMemory
 from engines.artifacts import Engine
+from engines.memory import OutOfMemory
 from engines.session import Runner, Session, open_runner
 
 PREFILL_RUNS = 5
 """At most so many timed prefill calls: each is as long as many decoding steps."""
-PEAK_MIB = "most memory that the engine added to its process (torch on a GPU: there): weights, caches, workspace"
+PEAK_MIB = "most memory that the engine added to its process, or on a GPU there: weights, caches, workspace"
 
 Record = dict[str, Any]
 
@@ -46,14 +48,30 @@ def peak_memory(
     return measure.in_child(_peak_memory, engine, cases, rows, settings.threads)
 
 
+def free_bytes(backend: str) -> int:
+    """Bytes that engines of the backend may use: of the GPU's memory where they run on one, else of this machine's."""
+    return measure.in_child(_free_bytes, backend)
+
+
+def _free_bytes(backend: str) -> int:
+    if not floors.runs_on_gpu(backend):
+        return psutil.virtual_memory().available - MARGIN_BYTES
+    import torch
+
+    return torch.cuda.mem_get_info()[0] - MARGIN_BYTES
+
+
 def timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings) -> list[Record]:
-    """One record per case and side, sides timed in turn on caches of the same capacity. rows: [B, > context]."""
+    """One record per case and side, sides timed in turn on caches of the same capacity. rows: [B, > context].
+
+    A case for which there is no memory gives one record of kind "skipped".
+    """
     return measure.in_child(_timings, group, cases, rows, settings)
 
 
 def _timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings) -> list[Record]:
+    rates = floors.rates(group.backend, group.sparse.dtype, settings.threads)  # takes memory that engines will need
     runners = open_runners(group.sides, settings.threads)
-    rates = floors.rates(group.backend, group.sparse.dtype, settings.threads)
     records: list[Record] = []
     sessions: dict[str, Session] = {}
     filled: Filled | None = None
@@ -61,16 +79,22 @@ def _timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Se
         task = progress.add_task(f"timing {group.name}", total=sum(rounds(case, settings) for case in cases))
         for case in cases:
             text = rows[: case.batch]
-            if not sessions or next(iter(sessions.values())).batch != case.batch:
-                sessions, filled = {}, None  # frees the caches of the last batch
-                sessions = {
-                    name: Session(runner, case.batch, capacity=case.capacity) for name, runner in runners.items()
-                }
-            if filled is None or filled.context < case.context:
-                filled = fill(sessions, case, text, settings, filled, progress)
-            calls = {name: call_of(session, case, text) for name, session in sessions.items()}
-            budget = measure.Budget(rounds(case, settings), settings.budget.at_least, settings.budget.at_most)
-            times = measure.alternate(calls, budget, lambda: progress.advance(task))
+            try:
+                if not sessions or next(iter(sessions.values())).batch != case.batch:
+                    sessions, filled = {}, None  # frees the caches of the last batch
+                    sessions = {
+                        name: Session(runner, case.batch, capacity=case.capacity) for name, runner in runners.items()
+                    }
+                if filled is None or filled.context < case.context:
+                    filled = fill(sessions, case, text, settings, filled, progress)
+                calls = {name: call_of(session, case, text) for name, session in sessions.items()}
+                budget = measure.Budget(rounds(case, settings), settings.budget.at_least, settings.budget.at_most)
+                times = measure.alternate(calls, budget, lambda: progress.advance(task))
+            except OutOfMemory as error:
+                sessions, filled = {}, None
+                where = {"phase": case.phase, "batch": case.batch, "context": case.context}
+                records.append({"kind": "skipped", **group.facts(), **where, "reason": str(error)})
+                continue
             capacity = next(iter(sessions.values())).capacity
             records += _records(group, case, times, filled, rates, settings, capacity)
     return records
@@ -195,7 +219,7 @@ def _gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.G
 def _peak_memory(engine: Engine, cases: Sequence[Case], rows: np.ndarray, threads: int) -> dict[Case, float | None]:
     """In the order of growing need: ONNX Runtime keeps the workspace of earlier calls."""
     peaks = {}
-    memory = PeakMemory()
+    memory = PeakMemory(outside_torch=engine.backend != "torch" and floors.runs_on_gpu(engine.backend))
     runner = open_runner(engine.folder, threads=threads, verify=False)
     ordered = sorted(cases, key=lambda case: (case.queries > 1, case.batch * case.context))
     with progress_bar() as progress:

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from plugins import UnsupportedOnGPU
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -67,7 +69,7 @@ def is_unread(output: int) -> bool:
 
 def user_message(error: Exception) -> str | None:
     """What to say of an error that a user can cause; None for an error of ours."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | UnsupportedOnGPU):
         return str(error)
     if is_disk_full(error):
         # Of the two files of a copy the second is the one that is written.

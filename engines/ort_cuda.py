@@ -43,6 +43,13 @@ class OrtCudaRunner(DeviceRunner):
             again = rebuild_command(engine.folder, engine.manifest)
             raise UserError(f"{engine.folder} was built for CPUs, and there is a GPU here: run `{again}`")
         self.session = load(engine.folder / "model.onnx", threads, self.providers, profile)
+        if (
+            self.providers[0] not in self.session.get_providers()
+        ):  # its libraries did not load, which it keeps to itself
+            raise UserError(
+                f"ONNX Runtime cannot load {PROVIDER}: onnxruntime-gpu wants the CUDA and cuDNN that it was built for "
+                "(`pip install onnxruntime-gpu[cuda,cudnn]` brings them)"
+            )
         check_caches(self.session, engine)
 
     def run(

@@ -55,7 +55,8 @@ class TensorRTRunner(DeviceRunner):
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise UserError(self._refusal(f"does not take {name} of shape {list(tensor.shape)}"))
         for name, tensor in (inputs | outputs).items():
-            context.set_tensor_address(name, tensor.data_ptr())
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise UserError(self._refusal(f"cannot bind {name} at {tensor.data_ptr():#x}"))
         if not context.execute_async_v3(self._stream()):
             raise UserError(f"{self.engine.backend} failed in {self.engine.folder}: {self._logger.reason()}")
         return outputs["logits"][:, 0].cpu().numpy()

@@ -27,6 +27,8 @@ from engines.memory import OutOfMemory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.index.json")  # and the weights
+NO_MEMORY = ("allocate", "out of memory", "ALLOC_FAILED")
+"""In errors of the CPU's allocator, of a CUDA graph that is instantiated or launched, and of cuBLAS."""
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled and library workspaces allocated
 
 
@@ -56,6 +58,8 @@ class TorchRunner:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if threads and self.device.type == "cpu":
             torch.set_num_threads(threads)
+        # All graphs work in the same memory: one is replayed at a time, and what it gives is copied before the next.
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         torch.manual_seed(0)  # as in the export: a random indexer becomes the same one
         model = load_model(
             engine.folder,
@@ -120,8 +124,8 @@ class TorchRunner:
                 f"torch.compile failed for {self.engine.folder}: {str(error).splitlines()[0]}; it needs a C++ compiler "
                 "(g++ on the PATH, or CXX): mend that, or build the engine without --compile"
             ) from None
-        except RuntimeError as error:  # the CPU allocator's
-            if "allocate" not in str(error):
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in NO_MEMORY):
                 raise
             raise OutOfMemory(
                 f"no memory for a call of {self.engine.folder}: fewer or shorter rows need less"
@@ -152,7 +156,7 @@ class TorchRunner:
                     self._call(caches, static)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.graph_pool):
                 logits = self._call(caches, static)
             caches.capture = Capture(graph, (static[0], static[1], static[2]), logits)
         for static_input, tensor in zip(caches.capture.inputs, inputs, strict=True):

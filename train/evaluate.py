@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -414,7 +415,8 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
 
     longest = max(args.length)
     shares = (8,) if args.quick else (16, 8, 4)
-    wanted = args.topk or [str(max(1, longest // share)) for share in shares]
+    most = most_k(pick_device(args.device))
+    wanted = args.topk or list(dict.fromkeys(str(max(1, min(longest // share, most))) for share in shares))
     args.auto = "auto" in wanted
     budget = args.k_budget or round(sum(config.topk_per_layer) / config.num_hidden_layers)
     try:
@@ -441,6 +443,8 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
 
     for k in args.ks:
         check_k("topk", k)
+    if max(args.ks) > most:
+        raise UserError(f"--topk {max(args.ks)}: the GPU kernels select up to {most} keys; --device cpu takes more")
     if args.auto and budget >= longest:
         raise UserError(f"--k-budget {budget} leaves nothing to choose at {longest} tokens: measure a longer --length")
     if min(args.ks) >= min(args.length):
@@ -465,6 +469,15 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
                 "takes from layers: train.warmup with it first"
             )
         check_topk_output(args.write_topk, args.model, args.out, args.overwrite)
+
+
+def most_k(device: torch.device) -> int:
+    """The largest k that can be measured on the device."""
+    if device.type != "cuda":
+        return sys.maxsize
+    from plugins.index_topk.plan import MAX_K  # needs triton
+
+    return MAX_K
 
 
 def trained_on(model: str) -> str | None:

@@ -201,7 +201,8 @@ def full_selection_error(model: DSAForCausalLM, input_ids: Tensor, dense: Tensor
     input_ids [1, T], dense [T, E] hidden states of the same tokens. The logits are those of the HEAD_ROWS tokens whose
     hidden states differ most: on a real model all of them would cost as much as the forward.
     """
-    everything = -(-input_ids.shape[1] // model.config.index_pool) * model.config.index_pool
+    everything = input_ids.shape[1] // model.config.index_pool * model.config.index_pool
+    input_ids, dense = input_ids[:, :everything], dense[:everything]  # k is a multiple of the pool
     full = hidden_states(model, input_ids, "trained", everything)
     rows = (full - dense).norm(dim=-1).topk(min(HEAD_ROWS, len(dense))).indices  # NaN counts as the largest
     expected = model.lm_head(dense[rows])

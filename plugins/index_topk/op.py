@@ -29,6 +29,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from plugins import UnsupportedOnGPU
 from plugins.registry import PLUGIN_ATTRIBUTES, shapes
 
 SCORE_BYTES = 256 * 2**20
@@ -271,7 +272,9 @@ def topk_lowest_index_first(scores: Tensor, k: int) -> Tensor:
     tied = ~(above | (scores < threshold))  # with NaN, which compares as neither, still k are chosen
     room = k - above.sum(-1, keepdim=True)
     keep = above | (tied & (tied.cumsum(-1) <= room))
-    return keep.nonzero()[:, -1].view(*scores.shape[:-1], k)
+    # As many as are known beforehand: a GPU would have to tell, which a CUDA graph cannot wait for.
+    chosen = keep.nonzero_static(size=threshold.numel() * k)
+    return chosen[:, -1].view(*scores.shape[:-1], k)
 
 
 def index_topk(
@@ -347,22 +350,23 @@ def check(
             raise ValueError(f"{name} is on {tensor.device}, index_q on {index_q.device}")
 
 
-def check_cuda(index_q: Tensor, C: int, k: int) -> None:
-    """Raises ValueError for what the GPU kernels do not support."""
+def check_cuda(index_q: Tensor, keys: int, k: int, pool: int = 1) -> None:
+    """Raises UnsupportedOnGPU for what the GPU kernels do not support."""
     from plugins.index_topk import plan
 
     Hi, Di = index_q.shape[2:]
     if index_q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"index_topk on a GPU needs queries in fp32, fp16 or bf16, got {index_q.dtype}")
+        raise UnsupportedOnGPU(f"index_topk on a GPU needs queries in fp32, fp16 or bf16, got {index_q.dtype}")
     if Di not in plan.TORCH_HEAD_SIZES:
         sizes = ", ".join(map(str, plan.TORCH_HEAD_SIZES))
-        raise ValueError(f"index_topk on a GPU needs an indexer head size among {sizes}, got {Di}")
+        raise UnsupportedOnGPU(f"index_topk on a GPU needs an indexer head size among {sizes}, got {Di}")
     if Hi > plan.MAX_HEADS:
-        raise ValueError(f"index_topk on a GPU takes at most {plan.MAX_HEADS} indexer heads, got {Hi}")
+        raise UnsupportedOnGPU(f"index_topk on a GPU takes at most {plan.MAX_HEADS} indexer heads, got {Hi}")
     if k > plan.MAX_K:
-        raise ValueError(f"index_topk on a GPU takes k up to {plan.MAX_K}, got {k}")
-    if C > plan.MAX_CAPACITY:
-        raise ValueError(f"index_topk on a GPU takes a capacity up to {plan.MAX_CAPACITY}, got {C}")
+        raise UnsupportedOnGPU(f"index_topk on a GPU takes k up to {plan.MAX_K}, got {k}")
+    if keys > plan.most_keys(pool):
+        limit = f"a capacity up to {plan.MAX_CAPACITY} tokens"
+        raise UnsupportedOnGPU(f"index_topk on a GPU takes {limit}, got {keys} keys of {pool} each")
 
 
 @torch.library.custom_op("dsa::index_topk", mutates_args=(), device_types="cpu")
@@ -420,7 +424,7 @@ def _(
     if index_k.dtype == torch.uint8:  # the kernel reads no such keys; on a GPU they serve to evaluate what CPUs do
         index_q, index_k = index_q.float(), index_k.float() - 128
         index_k, index_scale = index_k * cast(Tensor, index_scale)[..., None], None
-    check_cuda(index_q, index_k.shape[1] * pool, k)
+    check_cuda(index_q, index_k.shape[1], k, pool)
     q, weights, keys, lengths = (t.contiguous() for t in (index_q, index_weights, index_k, kv_lengths))
     scale = None if index_scale is None else index_scale.contiguous()
     with torch.cuda.device_of(q):

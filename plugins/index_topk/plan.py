@@ -10,7 +10,7 @@ import triton.language as tl
 
 ROW_ALIGNMENT = tl.constexpr(128)  # C' is a multiple of it
 DECODE_COLUMNS = 8  # (head, query) pairs that a program scores at a time for S = 1, at least: what a tensor core takes
-PREFILL_COLUMNS = 128
+PREFILL_COLUMNS = tl.constexpr(128)
 SELECT_BLOCK = tl.constexpr(4096)  # keys that the selection reads at a time
 MAX_SPLITS = tl.constexpr(8)
 SHORT_LIST = 8192
@@ -43,6 +43,11 @@ class Plan:
 
 def padded_heads(heads: int) -> int:
     return next(padded for padded in HEADS_PADDED if heads <= padded)
+
+
+def most_keys(pool: int) -> int:
+    """Index keys of a sequence; a cache of pooled ones has two more than whole groups fit (dsa_export/capacity.py)."""
+    return MAX_CAPACITY if pool == 1 else MAX_CAPACITY // pool + 2
 
 
 def list_entries(k: int) -> int:
@@ -93,7 +98,7 @@ def block_c(Di: int) -> int:
 
 def scored_queries(heads: int, decode: bool) -> int:
     """BLOCK_S for this padded number of heads."""
-    return max(DECODE_COLUMNS // heads, 1) if decode else PREFILL_COLUMNS // heads
+    return max(DECODE_COLUMNS // heads, 1) if decode else PREFILL_COLUMNS.value // heads
 
 
 def plan(B: int, S: int, C: int, Hi: int, Di: int, k: int, budget: int = SCORE_BYTES) -> Plan:
@@ -120,7 +125,7 @@ def constants() -> dict[str, int]:
     return {
         "ROW_ALIGNMENT": ROW_ALIGNMENT.value,
         "DECODE_COLUMNS": DECODE_COLUMNS,
-        "PREFILL_COLUMNS": PREFILL_COLUMNS,
+        "PREFILL_COLUMNS": PREFILL_COLUMNS.value,
         "SELECT_BLOCK": SELECT_BLOCK.value,
         "MAX_SPLITS": MAX_SPLITS.value,
         "SHORT_LIST": SHORT_LIST,

@@ -58,9 +58,10 @@ Shape shapeOf(Dims const& q, Dims const& weights, Dims const& keys, Dims const& 
     require(shape.Di == 64 || shape.Di == 128, "the indexer head size Di must be 64 or 128, got " + std::to_string(shape.Di));
     require(shape.Hi >= 1 && shape.Hi <= size::MAX_HEADS,
         "the number of indexer heads Hi must be 1 to " + std::to_string(size::MAX_HEADS) + ", got " + std::to_string(shape.Hi));
-    require(shape.C >= 0 && shape.C * pool <= size::MAX_CAPACITY,
+    // A cache of pooled keys has two rows more than whole groups fit.
+    require(shape.C >= 0 && shape.C <= size::MAX_CAPACITY / pool + (pool == 1 ? 0 : 2),
         "the cache capacity C must be at most " + std::to_string(size::MAX_CAPACITY) + " tokens, got "
-            + std::to_string(shape.C * pool));
+            + std::to_string(shape.C) + " keys of " + std::to_string(pool) + " each");
     return shape;
 }
 

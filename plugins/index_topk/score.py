@@ -9,7 +9,7 @@ import triton.language as tl
 
 from plugins.dependent import begin
 from plugins.index_topk.keys import ALWAYS, NOTHING, SMALLEST, TILE, flip, visible_tokens
-from plugins.index_topk.plan import ROW_ALIGNMENT
+from plugins.index_topk.plan import PREFILL_COLUMNS, ROW_ALIGNMENT
 from plugins.variant import COMMON_OPTIONS
 
 E4M3_SCALE = tl.constexpr(2.0**120)
@@ -75,6 +75,8 @@ def score_kernel(
     """
     begin(ARCH)
     query_blocks = tl.cdiv(query_tile, BLOCK_S)
+    # Decoding reads a key once: it must not push the scores out of the L2 cache, which the next kernels read.
+    KEEP: tl.constexpr = "evict_first" if HI_PADDED * BLOCK_S < PREFILL_COLUMNS else ""
     batch_local = tl.program_id(1) // query_blocks
     query_local = tl.program_id(1) % query_blocks * BLOCK_S
     batch = (first_batch + batch_local).to(tl.int64)
@@ -117,7 +119,8 @@ def score_kernel(
     for block in range(start, stop, BLOCK_C):
         tokens = block + tl.arange(0, BLOCK_C)
         has_key = tokens < tl.minimum(stop, complete)
-        k_CD = tl.load(index_k + tokens[:, None] * DI + dims[None, :], mask=has_key[:, None], other=0)
+        places = index_k + tokens[:, None] * DI + dims[None, :]
+        k_CD = tl.load(places, mask=has_key[:, None], other=0, eviction_policy=KEEP)
         if FP8:
             k_CD = decode_e4m3(k_CD, key_type, ARCH)
         if WIDEN:

@@ -111,7 +111,8 @@ def attend_kernel(
     """Program (split, 16 heads of the group, KV head, token), the split fastest: their attention over SHARE of the
     token's K entries."""
     begin(ARCH)
-    let_next_start(ARCH)
+    if P > 1:  # else the next kernel is not ours
+        let_next_start(ARCH)
     split = tl.program_id(0) % P
     blocks = tl.cdiv(GROUP, GROUP_PADDED)
     rest = tl.program_id(0) // P
@@ -144,10 +145,14 @@ def attend_kernel(
     maximum_G = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
     denominator_G = tl.zeros((GROUP_PADDED,), tl.float32)
     sum_GD = tl.zeros((GROUP_PADDED, MAIN), tl.float32)
-    stop = tl.minimum(split * SHARE + SHARE, K)
-    for block in range(split * SHARE, stop, BLOCK_K):
-        entries = block + tl.arange(0, BLOCK_K)
-        slots = tl.load(indices + entries, mask=entries < stop, other=-1)
+    start = split * SHARE
+    stop = tl.minimum(start + SHARE, K)
+    entries = start + tl.arange(0, BLOCK_K)
+    following = tl.load(indices + entries, mask=entries < stop, other=-1)  # on their way a round before their rows are
+    for block in range(start, stop, BLOCK_K):
+        slots = following
+        entries = block + BLOCK_K + tl.arange(0, BLOCK_K)
+        following = tl.load(indices + entries, mask=entries < stop, other=-1)
         valid = (slots >= 0) & (slots < C)
         rows = slots[:, None] * D + dims[None, :]
         k_KD = tl.load(k_cache + rows, mask=valid[:, None], other=0.0)
@@ -275,7 +280,11 @@ COMBINE_OPTIONS = {"num_warps": 4, "num_stages": 1, **COMMON_OPTIONS}
 
 def attend_options(dtype: str, D: int) -> dict[str, Any]:
     warps, stages = (4, 2) if D > 64 else (1, 3)
-    return {"num_warps": warps, "num_stages": 1 if dtype == "fp32" else stages, **COMMON_OPTIONS}
+    if dtype == "fp32":
+        return {"num_warps": warps, "num_stages": 1, **COMMON_OPTIONS}
+    # With 144 registers, three of the four programs that a multiprocessor is to run would fit.
+    registers = {"maxnreg": 128} if 64 < D <= LONG_ROW else {}
+    return {"num_warps": warps, "num_stages": stages, **registers, **COMMON_OPTIONS}
 
 
 def variants() -> Iterator[Variant]:

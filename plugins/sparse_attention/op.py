@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugins import UnsupportedOnGPU
 from plugins.registry import PLUGIN_ATTRIBUTES, shapes
 
 GATHER_BYTES = 128 * 2**20
@@ -186,26 +187,28 @@ def check(q: Tensor, k_cache: Tensor, v_cache: Tensor, indices: Tensor) -> None:
 
 
 def check_cuda(q: Tensor, k_cache: Tensor, indices: Tensor) -> None:
-    """Raises ValueError for what the GPU kernels do not support."""
+    """Raises UnsupportedOnGPU for what the GPU kernels do not support."""
     from plugins.sparse_attention import kernel
 
     B, Hq, S, D = q.shape
     Hkv, C = k_cache.shape[1:3]
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"sparse_attention on a GPU needs fp32, fp16 or bf16, got {q.dtype}")
+        raise UnsupportedOnGPU(f"sparse_attention on a GPU needs fp32, fp16 or bf16, got {q.dtype}")
     if D % kernel.HEAD_SIZE_STEP or not kernel.MIN_HEAD_SIZE <= D <= kernel.MAX_HEAD_SIZE:
         sizes = f"{kernel.MIN_HEAD_SIZE} to {kernel.MAX_HEAD_SIZE}, a multiple of {kernel.HEAD_SIZE_STEP}"
-        raise ValueError(f"sparse_attention on a GPU needs a head size of {sizes}, got {D}")
+        raise UnsupportedOnGPU(f"sparse_attention on a GPU needs a head size of {sizes}, got {D}")
     if Hq // Hkv > kernel.MAX_GROUP:
         limit = f"at most {kernel.MAX_GROUP} query heads per KV head"
-        raise ValueError(f"sparse_attention on a GPU takes {limit}, got {Hq // Hkv}")
+        raise UnsupportedOnGPU(f"sparse_attention on a GPU takes {limit}, got {Hq // Hkv}")
     if not 1 <= indices.shape[-1] <= kernel.MAX_K:
         limit = f"1 to {kernel.MAX_K} indices per token"
-        raise ValueError(f"sparse_attention on a GPU takes {limit}, got {indices.shape[-1]}")
+        raise UnsupportedOnGPU(f"sparse_attention on a GPU takes {limit}, got {indices.shape[-1]}")
     if C > kernel.MAX_CAPACITY:
-        raise ValueError(f"sparse_attention on a GPU takes a capacity up to {kernel.MAX_CAPACITY}, got {C}")
+        raise UnsupportedOnGPU(f"sparse_attention on a GPU takes a capacity up to {kernel.MAX_CAPACITY}, got {C}")
     if B * S > kernel.MAX_TOKENS:
-        raise ValueError(f"sparse_attention on a GPU takes up to {kernel.MAX_TOKENS} query tokens a call, got {B * S}")
+        raise UnsupportedOnGPU(
+            f"sparse_attention on a GPU takes up to {kernel.MAX_TOKENS} query tokens a call, got {B * S}"
+        )
 
 
 @torch.library.custom_op("dsa::sparse_attention", mutates_args=(), device_types="cpu")

@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import compare
+from bench import compare, runs
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import build
+from engines.memory import OutOfMemory
 from tests.bench import records
 from tests.engines import toy
 from tests.engines.commands import copy_tree, one_line, run_command
@@ -189,6 +190,24 @@ def test_a_group_that_fails_is_listed(export, engines, another_k, tmp_path: Path
     assert "out of memory" in [record["reason"] for record in lines(tmp_path / "bench", "skipped")]
 
 
+def test_a_case_without_memory_costs_no_other(export, engines, tmp_path: Path, monkeypatch, capsys):
+    fill = runs.fill
+
+    def fill_short_ones(sessions, case, *others):
+        if case.context > 40:
+            raise OutOfMemory("the GPU's memory is full")
+        return fill(sessions, case, *others)
+
+    monkeypatch.setattr(runs, "fill", fill_short_ones)
+    arguments = [*options(export, engines, tmp_path / "bench"), "--context", "32", "48", "--phase", "decode"]
+    code, _, _ = run_command(compare.main, arguments, capsys)
+    timed = lines(tmp_path / "bench", "timing")
+    assert code == 0 and {record["context"] for record in timed} == {32}
+    assert all(record["peak_mib"] > 0 for record in timed)
+    (skipped,) = (r for r in lines(tmp_path / "bench", "skipped") if r.get("context") == 48)
+    assert skipped["reason"] == "the GPU's memory is full"
+
+
 def test_nothing_measured_leaves_nothing(export, engines, tmp_path: Path, monkeypatch, capsys):
     def measure(*_):
         raise UserError("out of memory")
@@ -199,6 +218,17 @@ def test_nothing_measured_leaves_nothing(export, engines, tmp_path: Path, monkey
     code, _, error = run_command(compare.main, arguments, capsys)
     assert code == 1 and "nothing could be measured: out of memory" in one_line(error)
     assert not list(tmp_path.glob("bench*"))
+
+
+def test_a_peer_says_which_version_of_it_was_measured(export, engines, tmp_path: Path, monkeypatch, capsys):
+    peer = records.peer("onnxruntime-genai", 9.0, versions={"onnxruntime-genai": "0.18.0", "onnxruntime": "1.2"})
+    monkeypatch.setattr(compare, "measure_peers", lambda *_: [peer])
+    arguments = [*options(export, engines, tmp_path / "bench"), "--context", "32", "--phase", "decode"]
+    code, _, _ = run_command(compare.main, arguments, capsys)
+    (written,) = lines(tmp_path / "bench", "peer")
+    assert code == 0 and written["versions"]["onnxruntime-genai"] == "0.18.0"
+    assert written["versions"]["onnxruntime"] == "1.2" and "numpy" in written["versions"]
+    assert all("onnxruntime-genai" not in record["versions"] for record in lines(tmp_path / "bench", "timing"))
 
 
 def test_what_was_measured_before_a_stop_is_kept(export, engines, another_k, tmp_path: Path, monkeypatch, capsys):

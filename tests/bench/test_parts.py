@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import measure, parity, prompts
+from bench import matrix, measure, parity, prompts, runs
 from dsa_export.cli import UserError
 from dsa_export.memory import PeakMemory
 from engines.session import Session, open_runner
@@ -202,12 +203,48 @@ def test_peak_memory_on_a_gpu_is_what_torch_took_there(monkeypatch):
             self.peak = self.allocated
 
     gpu = Gpu()
-    monkeypatch.setattr("dsa_export.memory._gpu", lambda: gpu)
+    monkeypatch.setattr("dsa_export.memory._gpu", lambda start=False: gpu)
     watched = PeakMemory()
     gpu.peak = 9 * 2**20
     assert watched.mib() == 6
     watched.reset()
     assert watched.mib() == 0
+
+
+def test_peak_memory_of_what_torch_does_not_see_is_taken_of_the_whole_gpu(monkeypatch):
+    class Gpu:
+        free = 70 * 2**20
+
+        def mem_get_info(self):
+            return self.free, 80 * 2**20
+
+    gpu, started = Gpu(), []
+    monkeypatch.setattr("dsa_export.memory._gpu", lambda start=False: started.append(start) or gpu)
+    watched = PeakMemory(outside_torch=True)
+    gpu.free = 40 * 2**20
+    assert watched.mib() == 30 and started[0]
+
+
+@pytest.mark.parametrize(("backend", "outside"), [("torch", False), ("tensorrt", True)])
+def test_which_engines_torch_does_not_see(monkeypatch, backend: str, outside: bool):
+    seen = []
+
+    def watch(outside_torch: bool):
+        seen.append(outside_torch)
+        raise UserError("enough")
+
+    monkeypatch.setattr(runs, "PeakMemory", watch)
+    monkeypatch.setattr(runs.floors, "runs_on_gpu", lambda name: True)
+    with pytest.raises(UserError, match="enough"):
+        runs._peak_memory(types.SimpleNamespace(backend=backend), [], np.zeros((1, 2)), 1)  # type: ignore[arg-type]
+    assert seen == [outside]
+
+
+def test_memory_is_counted_where_the_engines_run(monkeypatch):
+    monkeypatch.setattr(runs.floors, "runs_on_gpu", lambda backend: backend == "tensorrt")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (5 * 2**30, 80 * 2**30))
+    assert runs.free_bytes("tensorrt") == 5 * 2**30 - matrix.MARGIN_BYTES
+    assert runs.free_bytes("ort") > 0
 
 
 def test_peak_memory_is_never_below_nothing():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import measure, peers
+from bench import measure, peers, runs
 from dsa_export.cli import UserError
 from dsa_export.model import dense_twin, load_model
 
@@ -18,11 +18,12 @@ TOKENS = np.random.default_rng(0).integers(3, 500, 61)
 
 FAKE_GENAI = """
 __version__ = "fake"
+WEIGHTS_MIB = 64
 class Config:
     def __init__(self, folder): self.folder = folder
     def overlay(self, text): assert '"intra_op_num_threads": 1' in text
 class Model:
-    def __init__(self, config): pass
+    def __init__(self, config): self.weights = b"w" * (WEIGHTS_MIB << 20)
 class GeneratorParams:
     def __init__(self, model): pass
     def set_search_options(self, max_length, do_sample): self.max_length = max_length
@@ -105,6 +106,13 @@ def test_genai_is_timed_in_its_own_interpreter(genai: tuple[Path, Path], tmp_pat
     assert (skipped["context"], skipped["reason"]) == (60, "beyond its context length of 50")
     assert (record["precision"], record["context"], record["runs"]) == ("int4", 20, 3)
     assert record["versions"]["onnxruntime-genai"] == "fake"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+def test_the_memory_of_genai_is_what_its_model_added(genai: tuple[Path, Path], tmp_path: Path):
+    _, record = peers.measure_genai(genai[0], str(genai[1]), task(tmp_path))
+    assert 64 <= record["peak_mib"] < 64 + 5  # an interpreter alone takes 10
+    assert record["peak_mib_is"] == runs.PEAK_MIB
 
 
 def test_a_failing_genai_says_why(genai: tuple[Path, Path], tmp_path: Path):

@@ -3,12 +3,15 @@
 import mmap
 import platform
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from engines import huge_pages
+from engines import huge_pages, ort, ort_cuda
+from engines.artifacts import open_engine
 from engines.huge_pages import HUGE_PAGE
 
 SMAPS = Path("/proc/self/smaps")
@@ -73,6 +76,35 @@ def test_other_systems_run_without(monkeypatch):
     with huge_pages.huge_pages():
         array = small_pages()
     assert not array.any()
+
+
+def test_they_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv(huge_pages.SWITCH, "0")
+    monkeypatch.setattr(huge_pages, "_blocks", lambda: pytest.fail("looked for memory to move"))
+    with huge_pages.huge_pages():
+        pass
+
+
+def test_engines_on_cpus_load_into_them(engines: Path, monkeypatch):
+    order = []
+
+    @contextmanager
+    def watched():
+        order.append("begin")
+        yield
+        order.append("end")
+
+    load = ort.load
+    monkeypatch.setattr(ort, "huge_pages", watched)
+    for module in (ort, ort_cuda):
+        monkeypatch.setattr(module, "load", lambda *args, **kwargs: order.append("load") or load(*args, **kwargs))
+    ort.OrtRunner(open_engine(engines / "ort" / "dense"), threads=1)
+    assert order == ["begin", "load", "end"]
+    order.clear()
+    monkeypatch.setattr(ort_cuda.OrtCudaRunner, "device", torch.device("cpu"))
+    monkeypatch.setattr(ort_cuda.OrtCudaRunner, "providers", ("CPUExecutionProvider",))
+    ort_cuda.OrtCudaRunner(open_engine(engines / "ort" / "dense"))
+    assert order == ["load"]
 
 
 def test_errors_pass_through():

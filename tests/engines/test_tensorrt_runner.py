@@ -21,7 +21,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, sha256
 from engines import artifacts, build, tensorrt_runner
 from engines.artifacts import open_engine
-from engines.ort_cuda import OrtCudaRunner
+from engines.ort_cuda import PROVIDER, OrtCudaRunner
 from engines.scheduler import Batch, Row
 from engines.session import Runner, Session, open_runner
 from engines.tensorrt_runner import DECODE, PREFILL, TensorRTRunner, check_gpu, check_plugin
@@ -71,6 +71,7 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.profile = -1
+        self.refused: set[str] = set()
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
@@ -83,7 +84,7 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return True
+        return name not in self.refused
 
     def execute_async_v3(self, stream: int) -> bool:
         binding = self.session.io_binding()
@@ -196,6 +197,9 @@ def test_onnx_runtime_on_device_memory(
             np.testing.assert_allclose(found.prefill(rows), expected.prefill(rows), atol=1e-4)
         assert found.capacity == 512
         np.testing.assert_allclose(found.decode([1, 2]), expected.decode([1, 2]), atol=1e-4)
+    monkeypatch.setattr(OrtCudaRunner, "providers", (PROVIDER, "CPUExecutionProvider"))  # which does not load here
+    with pytest.raises(UserError, match="ONNX Runtime cannot load CUDAExecutionProvider: onnxruntime-gpu wants"):
+        OrtCudaRunner(open_engine(standard_engines / "ort" / "dense"))
     with pytest.raises(UserError, match="dense-gqa was built for CPUs: remove it"):
         OrtCudaRunner(open_engine(standard_engines / "ort" / "dense-gqa"))
     if cpu.fast_here():
@@ -212,6 +216,15 @@ def test_each_phase_has_its_profile(pair: tuple[Runner, Runner]):
     caches = runner.allocate(1, 1)
     with pytest.raises(UserError, match=r"does not take input_ids of shape \[1, 33\].*python -m engines.build"):
         runner.run(caches, np.zeros((1, CHUNK + 1), np.int64), np.array([0]), np.array([1]))
+
+
+def test_an_address_that_is_refused_is_not_passed_over(pair: tuple[Runner, Runner]):
+    """TensorRT would go on with the address of before: another row's cache."""
+    _, runner = pair
+    caches = runner.allocate(1, 1)
+    runner._contexts[DECODE].refused.add("past_key_values.0.key")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"cannot bind past_key_values.0.key at 0x.*python -m engines.build"):
+        runner.run(caches, np.zeros((1, 1), np.int64), np.array([0]), np.array([1]))
 
 
 def test_the_capacity_is_the_builds(pair: tuple[Runner, Runner]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import pytest
 
 from dsa_export.cli import UserError
 from engines import artifacts, build, nvidia
-from engines.artifacts import open_engine
+from engines.artifacts import CacheTensor, Limits, open_engine, open_export
+from engines.profiles import profiles
 from engines.text import TOKENIZER_FILES
 from engines.trtexec import parse_version
 from tests.engines import toy
@@ -69,6 +71,26 @@ def test_every_input_has_shapes_in_both_profiles(export: Path, tmp_path: Path, c
         for value in (*model.graph.input, *model.graph.output):
             names = [size.dim_param for size in value.type.tensor_type.shape.dim]
             assert "capacity" not in names, f"{value.name}: NVIDIA's cache update needs a static capacity"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "capacity", "fitting"),
+    [
+        (("batch", 1, "capacity", 1), "float32", 12000, 12032),  # scales of fp8 index keys
+        (("batch", 1, "capacity_per_6", 64), "bfloat16", 32768, 32772),  # pooled index keys
+        (("batch", 2, "capacity", 64), "float16", 999, 999),
+    ],
+)
+def test_a_capacity_whose_rows_tensorrt_cannot_address_is_refused(export: Path, shape, dtype, capacity, fitting):
+    cache = (CacheTensor("keys", shape, dtype),)
+    graph = replace(open_export(export).graphs["sparse"], cache=cache)
+    assert len(profiles(graph, Limits(1, capacity, 32))) == 2  # of a single row none is later
+    if fitting == capacity:
+        assert len(profiles(graph, Limits(4, capacity, 32))) == 2
+        return
+    with pytest.raises(UserError, match=f"choose --max-context {fitting}, or --max-batch 1"):
+        profiles(graph, Limits(4, capacity, 32))
+    assert len(profiles(graph, Limits(4, fitting, 32))) == 2
 
 
 def test_the_written_inputs_fit_the_timed_shapes(export: Path, tmp_path: Path, capsys):

@@ -9,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsa_export.capacity import cache_rows
+from dsa_export.cli import user_message
+from plugins import UnsupportedOnGPU
 from plugins.index_topk import index_topk, index_topk_reference
 from plugins.index_topk.op import check_cuda, forced_groups, topk_lowest_index_first
 from tests.plugins import bodies
@@ -93,19 +96,27 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "C", "k", "message"),
+    ("shape", "dtype", "keys", "k", "pool", "message"),
     [
-        ((1, 1, 4, 64), torch.float64, 9, 5, "needs queries in fp32, fp16 or bf16"),
-        ((1, 1, 4, 48), torch.float16, 9, 5, "head size among 16, 32, 64, 128, got 48"),
-        ((1, 1, 65, 64), torch.float16, 9, 5, "at most 64 indexer heads, got 65"),
-        ((1, 1, 4, 64), torch.float16, 9, 4097, "k up to 4096, got 4097"),
-        ((1, 1, 4, 64), torch.float16, 2**20 + 1, 5, "capacity up to 1048576"),
+        ((1, 1, 4, 64), torch.float64, 9, 5, 1, "needs queries in fp32, fp16 or bf16"),
+        ((1, 1, 4, 48), torch.float16, 9, 5, 1, "head size among 16, 32, 64, 128, got 48"),
+        ((1, 1, 65, 64), torch.float16, 9, 5, 1, "at most 64 indexer heads, got 65"),
+        ((1, 1, 4, 64), torch.float16, 9, 4097, 1, "k up to 4096, got 4097"),
+        ((1, 1, 4, 64), torch.float16, 2**20 + 1, 5, 1, "capacity up to 1048576 tokens, got 1048577"),
+        ((1, 1, 4, 64), torch.float16, 2**18 + 3, 4, 4, "capacity up to 1048576 tokens, got 262147 keys of 4 each"),
     ],
 )
-def test_what_the_kernels_do_not_support_is_refused(shape, dtype, C: int, k: int, message: str) -> None:
+def test_what_the_kernels_do_not_support_is_refused(shape, dtype, keys: int, k: int, pool: int, message: str) -> None:
     pytest.importorskip("triton")
-    with pytest.raises(ValueError, match=message):
-        check_cuda(torch.zeros(shape, dtype=dtype), C, k)
+    with pytest.raises(UnsupportedOnGPU, match=message) as error:
+        check_cuda(torch.zeros(shape, dtype=dtype), keys, k, pool)
+    assert user_message(error.value) == str(error.value)  # one line for who asked for it
+
+
+@pytest.mark.parametrize("pool", [1, 3, 4])
+def test_caches_for_the_most_tokens_are_taken(pool: int) -> None:
+    pytest.importorskip("triton")
+    check_cuda(torch.zeros(1, 1, 4, 64), cache_rows(2**20, pool), 12, pool)
 
 
 @st.composite

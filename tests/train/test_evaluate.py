@@ -17,7 +17,17 @@ from train import evaluate as command
 from train import plots, tasks
 from train.allocation import allocate
 from train.data import IGNORED, Windows
-from train.ladder import RUNGS, WINDOWS, Score, best_selection, hidden_states, random_indexers, score, window_selection
+from train.ladder import (
+    RUNGS,
+    WINDOWS,
+    Score,
+    best_selection,
+    full_selection_error,
+    hidden_states,
+    random_indexers,
+    score,
+    window_selection,
+)
 from train.losses import IndexerObserver
 from train.selection import SelectionMeter
 from train.study import Choice, Study
@@ -546,6 +556,26 @@ def test_a_trained_checkpoint_is_replaced_by_one_with_k_by_layer_only_if_told_so
     with pytest.raises(UserError, match=r"trained holds a checkpoint: choose another folder, or --overwrite"):
         command.resolve(command.parser().parse_args(given), load_config(checkpoint))
     command.resolve(command.parser().parse_args([*given, "--overwrite"]), load_config(checkpoint))
+
+
+def test_on_a_gpu_no_more_keys_than_its_kernels_select(checkpoint, records, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(command, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("plugins.index_topk.plan.MAX_K", 10)
+    given = ["--model", str(checkpoint), "--length", "96", "--out", str(tmp_path / "out")]
+    args = command.parser().parse_args(given)
+    command.resolve(args, load_config(checkpoint))
+    assert args.ks == [6, 10]  # of 6, 12 and 24
+    with pytest.raises(UserError, match="--topk 12: the GPU kernels select up to 10 keys; --device cpu takes more"):
+        command.resolve(command.parser().parse_args([*given, "--topk", "12"]), load_config(checkpoint))
+
+
+@pytest.mark.parametrize("tokens", [28, 30])
+def test_everything_selected_is_dense_where_groups_are_incomplete(checkpoint, tokens: int) -> None:
+    model = load_model(checkpoint, index_pool=4, index_topk=8)
+    text = torch.arange(5, 5 + tokens)[None]
+    error, tolerance = full_selection_error(model, text, hidden_states(model, text, "dense", 8))
+    assert error <= tolerance
 
 
 def test_an_edited_manifest_is_refused_where_the_data_is_left_to_it(tmp_path) -> None:

@@ -57,7 +57,14 @@ def results(out):
 
 def test_the_whole_experiment(command, capsys, monkeypatch):
     monkeypatch.setattr(measure, "step_peak_mib", step_peak_mib_here)
+    plans, measured = [], []
+    record_of, selection = measure.record_of, measure.selection
+    monkeypatch.setattr(measure, "record_of", lambda *a, **more: plans.append(a[2]) or record_of(*a, **more))
+    monkeypatch.setattr(
+        measure, "selection", lambda model, windows: measured.append(windows) or selection(model, windows)
+    )
     out = command("--seeds", "0")
+    assert measured and all(windows is plans[0].data["glm4-moe"].held_out for windows in measured)
     runs = {run["attention"]: run for run in results(out)["runs"]}
     assert list(runs) == ["dense", "dsa", "nsa"]
     for run in runs.values():

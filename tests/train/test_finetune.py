@@ -14,6 +14,7 @@ from dsa_export.model import load_model
 from dsa_export.model.checkpoint import adapted_config, load_config
 from train import finetune, joint, warmup
 from train.data import IGNORED, Windows
+from train.trainer import Trainer
 
 SHORT = "--steps 6 --length 32 --batch-size 2 --held-out 2 --min-tokens 1 --lr 1e-2 --device cpu".split()  # noqa: SIM905
 
@@ -51,6 +52,27 @@ def test_without_held_out_windows_nothing_is_evaluated(tiny: Path, records: Path
     assert manifest["before"] == manifest["after"] == {} and manifest["data"]["windows_held_out"] == 0
     assert "evaluation" not in (tmp_path / "out" / "metrics.jsonl").read_text()
     assert "held-out" not in capsys.readouterr().out
+
+
+def test_what_is_evaluated_is_what_was_not_trained_on(tiny: Path, records: Path, tmp_path: Path, monkeypatch) -> None:
+    evaluated, data = [], []
+    loss, evaluate = finetune.held_out_loss, Trainer._evaluate
+
+    def watched_loss(model, windows, **options):
+        evaluated.append(windows)
+        return loss(model, windows, **options)
+
+    def watched(trainer: Trainer, when: str) -> dict[str, float]:
+        data.append(trainer.data)
+        return evaluate(trainer, when)
+
+    monkeypatch.setattr(finetune, "held_out_loss", watched_loss)
+    monkeypatch.setattr(Trainer, "_evaluate", watched)
+    finetuned(tiny, records, tmp_path / "out", "--attention", "dense")
+    assert len(evaluated) == len(data) == 2
+    assert all(windows is part.held_out for windows, part in zip(evaluated, data, strict=True))
+    trained, held_out = (set(map(tuple, w.input_ids.tolist())) for w in (data[0].train, data[0].held_out))
+    assert trained and held_out and not trained & held_out
 
 
 def test_the_held_out_loss_is_that_of_transformers(tiny: Path) -> None:
