@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import shlex
 import shutil
@@ -32,7 +33,7 @@ from bench.matrix import Case, Group, Wish
 from bench.runs import Record, Settings
 from dsa_export.cli import UserError, console, not_negative, positive, run, thread_count, usable_cpus
 from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, remove_partial, write_manifest
-from engines import build
+from engines import build, huge_pages
 from engines.artifacts import BACKENDS
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13", "tensorrt-rtx-cu13", "numpy")
@@ -414,10 +415,11 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    switches = [f"{name}={os.environ[name]}" for name in (huge_pages.SWITCH,) if name in os.environ]
     return {
         "machine": measure.machine(args.threads),
         "versions": versions,
-        "command": shlex.join(["python", "bench/compare.py", *sys.argv[1:]]),
+        "command": " ".join([*switches, shlex.join(["python", "bench/compare.py", *sys.argv[1:]])]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

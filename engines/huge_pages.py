@@ -2,7 +2,7 @@
 
 A decoding step reads all weights once. ONNX Runtime holds them, repacked, in memory from malloc, in pages of 4 KiB: so
 many that the processor looks up each anew, and engines loaded first into a process, whose pages lie more scattered,
-were up to 8 % slower than those loaded last. In huge pages all are 12 to 18 % faster, and alike. NumPy asks for huge
+were up to 8 % slower than those loaded last. In huge pages all are 8 to 18 % faster, and alike. NumPy asks for huge
 pages itself, so that caches have them already.
 """
 

@@ -190,6 +190,13 @@ def test_a_group_that_fails_is_listed(export, engines, another_k, tmp_path: Path
     assert "out of memory" in [record["reason"] for record in lines(tmp_path / "bench", "skipped")]
 
 
+def test_records_say_what_was_switched_off(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare", "--engines", "out/e"])
+    monkeypatch.setenv("DSA_HUGE_PAGES", "0")
+    facts = compare.provenance(compare.parse_arguments())
+    assert facts["command"] == "DSA_HUGE_PAGES=0 python bench/compare.py --engines out/e"
+
+
 def test_a_case_without_memory_costs_no_other(export, engines, tmp_path: Path, monkeypatch, capsys):
     fill = runs.fill
 
