@@ -43,9 +43,8 @@ class OrtCudaRunner(DeviceRunner):
             again = rebuild_command(engine.folder, engine.manifest)
             raise UserError(f"{engine.folder} was built for CPUs, and there is a GPU here: run `{again}`")
         self.session = load(engine.folder / "model.onnx", threads, self.providers, profile)
-        if (
-            self.providers[0] not in self.session.get_providers()
-        ):  # its libraries did not load, which it keeps to itself
+        loaded = self.session.get_providers()  # without those whose libraries are missing, which it keeps to itself
+        if self.providers[0] not in loaded:
             raise UserError(
                 f"ONNX Runtime cannot load {PROVIDER}: onnxruntime-gpu wants the CUDA and cuDNN that it was built for "
                 "(`pip install onnxruntime-gpu[cuda,cudnn]` brings them)"
