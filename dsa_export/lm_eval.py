@@ -1,6 +1,6 @@
 """python -m dsa_export.lm_eval …: EleutherAI's lm-eval with the models of this package known to transformers.
 
-    pip install lm_eval
+    pip install -e '.[eval]'
     python -m dsa_export.lm_eval run --model hf --model_args pretrained=ckpt --tasks lambada_openai
 
 All arguments are lm-eval's own. What makes it work is the import of dsa_export, which registers the model.
@@ -15,7 +15,7 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise UserError(f"lm-eval cannot be imported ({error}): pip install lm_eval") from None
+        raise UserError(f"lm-eval cannot be imported ({error}): pip install -e '.[eval]'") from None
     cli_evaluate()
 
 

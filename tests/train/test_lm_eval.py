@@ -1,4 +1,4 @@
-"""lm-eval takes the checkpoint as it is. Not a dependency: `pip install lm_eval` to run this."""
+"""lm-eval takes the checkpoint as it is. An extra: `pip install -e '.[eval]'` to run this."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from dsa_export.model import load_model, load_tokenizer
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm_eval)")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install -e '.[eval]')")
 
 
 def test_lm_eval_scores_with_the_sparse_model(tiny: Path, tmp_path: Path) -> None:
