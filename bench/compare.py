@@ -415,11 +415,13 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    switches = [f"{name}={os.environ[name]}" for name in (huge_pages.SWITCH,) if name in os.environ]
+    command = shlex.join(["python", "bench/compare.py", *sys.argv[1:]])
+    if switched := os.environ.get(huge_pages.SWITCH):
+        command = f"{huge_pages.SWITCH}={switched} {command}"
     return {
         "machine": measure.machine(args.threads),
         "versions": versions,
-        "command": " ".join([*switches, shlex.join(["python", "bench/compare.py", *sys.argv[1:]])]),
+        "command": command,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -141,13 +141,18 @@ class Wish:
     prefill_up_to: int | None = None
 
 
+def host_bytes() -> int:
+    """Bytes of this machine's memory that a measurement may use now."""
+    return psutil.virtual_memory().available - MARGIN_BYTES
+
+
 def plan(group: Group, wish: Wish, available: int | None = None) -> tuple[list[Case], list[Skip]]:
     """The cases of a group in the order of measurement, and those that cannot run, with the reason.
 
-    available: bytes of memory that may be used (default: what is free now).
+    available: bytes of memory that may be used (default: host_bytes()).
     """
     if available is None:
-        available = psutil.virtual_memory().available - MARGIN_BYTES
+        available = host_bytes()
     cases, skips = [], []
     engines = list(group.sides.values())
     rows = min(engine.limits.max_batch for engine in engines)

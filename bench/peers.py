@@ -21,11 +21,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 from google.protobuf.message import DecodeError
 
 from bench import measure
-from bench.matrix import MARGIN_BYTES, Group
+from bench.matrix import MARGIN_BYTES, Group, host_bytes
 from bench.runs import PEAK_MIB
 from dsa_export.cli import UserError, progress_bar
 from dsa_export.files import read_manifest, weight_files
@@ -64,7 +63,7 @@ def checkpoint_of(group: Group) -> str:
 
 def measure_torch(name: str, task: Task) -> list[Record]:
     """Records of the peer `transformers` or `masked`: one per context, measured in a process of its own."""
-    free = psutil.virtual_memory().available - MARGIN_BYTES
+    free = host_bytes()
     contexts = [n for n in task.contexts if torch_bytes(task.checkpoint, n) <= free]
     records: list[Record] = []
     if contexts:

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.progress import Progress
 
 from bench import floors, measure, parity
-from bench.matrix import MARGIN_BYTES, Case, Group, core_of
+from bench.matrix import MARGIN_BYTES, Case, Group, core_of, host_bytes
 from dsa_export.cli import progress_bar
 from dsa_export.memory import PeakMemory
 from engines.artifacts import Engine
@@ -55,7 +54,7 @@ def free_bytes(backend: str) -> int:
 
 def _free_bytes(backend: str) -> int:
     if not floors.runs_on_gpu(backend):
-        return psutil.virtual_memory().available - MARGIN_BYTES
+        return host_bytes()
     import torch
 
     return torch.cuda.mem_get_info()[0] - MARGIN_BYTES

@@ -80,13 +80,11 @@ class TorchRunner:
                 torch.zeros(tensor.concrete(batch, capacity), dtype=getattr(torch, tensor.dtype), device=self.device)
                 for _, tensor in self.engine.cache_names()
             ]
-        except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU allocator raises a RuntimeError
-            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
-                raise OutOfMemory(
-                    f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)"
-                ) from None
-            raise
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
+            raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
         return TorchCaches(batch, capacity, tensors)
 
     def rows(self, caches: TorchCaches, start: int, stop: int) -> TorchCaches:
@@ -125,7 +123,7 @@ class TorchRunner:
                 "(g++ on the PATH, or CXX): mend that, or build the engine without --compile"
             ) from None
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in NO_MEMORY):
+            if not lacks_memory(error):
                 raise
             raise OutOfMemory(
                 f"no memory for a call of {self.engine.folder}: fewer or shorter rows need less"
@@ -163,6 +161,11 @@ class TorchRunner:
             static_input.copy_(tensor)
         caches.capture.graph.replay()
         return caches.capture.logits
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether torch says in any of its ways that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 def link_checkpoint(export: Export, folder: Path, link: Callable[[Path, Path], None]) -> list[str]:

@@ -558,18 +558,14 @@ int check(Library& library)
     checkRefused(grouped, changed(scaled, 4, {2, 500, 1}, DataType::kFLOAT), "index_scale must be [B, G]");
     checkRefused(grouped, changed(scaled, 2, {2, 500, 64}, kH), "beside an fp32 index_scale, got fp16 beside fp32");
     checkRefused(grouped, changed(scaled, 4, {2, 500}, kH), "beside an fp32 index_scale, got fp8 beside fp16");
-    for (int64_t spare : {2, 3}) // rows of a cache beyond its whole groups
-    {
-        Descriptions larger = changed(scaled, 2, {2, (1 << 18) + spare, 64}, kF8);
-        larger[4] = describe(DataType::kFLOAT, {2, (1 << 18) + spare});
-        if (spare == 3)
-        {
-            checkRefused(grouped, larger, "C must be at most 1048576 tokens, got 262147 keys of 4 each");
-            continue;
-        }
-        auto const all = dynamic(larger);
-        expect(build(grouped)->configurePlugin(all.data(), 5, &all[5], 1) == 0, "configure with the largest cache");
-    }
+    auto const withKeys = [&](int64_t keys) {
+        Descriptions result = changed(scaled, 2, {2, keys, 64}, kF8);
+        result[4] = describe(DataType::kFLOAT, {2, keys});
+        return result;
+    };
+    auto const largest = dynamic(withKeys((1 << 18) + 2)); // two rows beyond its whole groups
+    expect(build(grouped)->configurePlugin(largest.data(), 5, &largest[5], 1) == 0, "configure with the largest cache");
+    checkRefused(grouped, withKeys((1 << 18) + 3), "C must be at most 1048576 tokens, got 262147 keys of 4 each");
     delete grouped;
 
     IPluginV3* attention = create(library, "SparseAttention", {goodScale});
