@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.files import write_atomically
-from train.data import stdlib_records
+from train.documents import stdlib_records
 
 ASK = {"en-US": "Continue this chapter of the handbook.", "zh-CN": "请续写手册的这一章。"}
 SHORTEST_CHAPTER = 3000  # characters

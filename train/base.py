@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config,
 from dsa_export.cli import console, run
 from dsa_export.files import MANIFEST
 from dsa_export.model.checkpoint import load_config
-from train.data import IGNORED, Malformed, Windows, documents
+from train.data import IGNORED, Windows
+from train.documents import Malformed, documents
 from train.options import Recipe, argument_parser, identity, is_done, resolve, start, train, training_data
 from train.trainer import Batch, Settings, Stage, adamw
 

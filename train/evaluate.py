@@ -1,24 +1,16 @@
-"""python -m train.evaluate: what sparsity costs a checkpoint, on held-out text and on retrieval tasks.
-
-Also the short evaluation that the training stages make before and after (`evaluate`).
-"""
+"""python -m train.evaluate: what sparsity costs a checkpoint, on held-out text and on retrieval tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from torch import Tensor
 
 from dsa_export.cli import UserError, console, not_negative, positive, progress_bar, run
 from dsa_export.config import DSAConfig
@@ -33,117 +25,23 @@ from dsa_export.files import (
     write_atomically,
     write_manifest,
 )
-from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
+from dsa_export.model import load_model, load_tokenizer
 from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, adapted_config, load_config, model_source, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
-from dsa_export.topk import describe_topk
 from plugins.index_topk.op import check_options
 from train import options, plots, precision
 from train.allocation import allocate, check_budget, check_topk_output, write_topk
-from train.cross_entropy import cross_entropy_terms
-from train.data import IGNORED, TrainingData, Windows, check_tokenizer, load_data
+from train.data import TrainingData, check_tokenizer, load_data
 from train.distributed import pick_device
-from train.ladder import BLOCK, RUNGS, WINDOWS
-from train.losses import TARGETS, IndexerObserver, queries_apart
+from train.ladder import RUNGS
 from train.study import Choice, Record, Study
+from train.tables import show, task_table, text_table
 from train.tasks import TASKS, fit
-from train.timing import decode_call, in_turn
+from train.timing import decoding_speed
 from train.trainer import first_difference
 
 OUT = Path("out/evaluation")
 KIND, RESULTS = "evaluation", "results.json"
-TABLE_WIDTH = 132
-
-
-@torch.no_grad()
-def evaluate(
-    model: DSAForCausalLM,
-    windows: Windows,
-    *,
-    batch_size: int = 1,
-    compute_dtype: torch.dtype = torch.float32,
-    kl_target: str = TARGETS[0],
-    kl_queries: int | None = None,
-    teacher: Any = None,
-) -> dict[str, float]:
-    """Evaluates a model with an indexer on windows it was not trained on, and leaves its switches as they were.
-
-    Returns:
-        loss_dense, loss_sparse: cross-entropy per label with everything attended to, and with the k selected.
-        distillation: divergence, per label, of what the model predicts with the k selected from what the teacher does;
-            reported if there is one.
-        kl: of the indexer against the dense attention, over all visible keys, per token; it and the shares are taken
-            over about kl_queries tokens of each row (None: all).
-        recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
-            reported if no window is longer than k.
-        recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the k keys of most mass.
-        tokens_per_s_dense, tokens_per_s_sparse: decoding after as many tokens as a window has, in torch. The fair
-            comparison, on engines, is bench/compare.py.
-
-    The losses use the masked form of selection (the model's training mode): the same function of its inputs, and at
-    these lengths much faster on a CPU than gathering for every token of a window.
-    """
-    was_training, was_sparse = model.training, model.sparse
-    device = next(model.parameters()).device
-    topk = model.config.index_topk
-    means: dict[str, _Mean] = defaultdict(_Mean)
-    batches = [windows.batch(rows, device) for rows in torch.arange(len(windows)).split(batch_size)]
-    model.train()
-    with progress_bar() as progress, precision.autocast(device, compute_dtype):
-        task = progress.add_task("evaluate", total=len(batches))
-        for batch in batches:
-            labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-            lengths = batch["attention_mask"].sum(1)
-            model.sparse = False
-            every = queries_apart(batch["attention_mask"], kl_queries)
-            dense = cross_entropy_terms(model, batch, IndexerObserver(topk, 1, every, kl_target, first=every - 1))
-            means["loss_dense"].add(dense["cross_entropy"], labels)
-            means["kl"].add(dense["kl"], int(lengths.sum()))
-            crowded = int((lengths - min(model.config.topk_per_layer)).clamp(min=0).sum())
-            for name in ("recall", "recall_window", "recall_best"):
-                means[name].add(dense[name], crowded)
-            model.sparse = True
-            sparse = cross_entropy_terms(model, batch, teacher=teacher)
-            means["loss_sparse"].add(sparse["cross_entropy"], labels)
-            if teacher is not None:
-                means["distillation"].add(sparse["distillation"], labels)
-            progress.advance(task)
-        result = {name: mean.value for name, mean in means.items() if mean.weight}
-        result |= decoding_speed(model, windows.input_ids.shape[1])
-    if "recall" in result:
-        room = result["recall_best"] - result["recall_window"]
-        result["recall_normalised"] = (result["recall"] - result["recall_window"]) / room if room > 0 else 1.0
-    model.train(was_training)
-    model.sparse = was_sparse
-    return result
-
-
-def decoding_speed(model: DSAForCausalLM, length: int, tokens: int = 8) -> dict[str, float]:
-    """Tokens per second of dense and sparse decoding after `length` tokens, in turn."""
-    model.eval()
-    model.sparse = True
-    calls = {name: decode_call(one, length) for name, one in (("dense", dense_twin(model)), ("sparse", model))}
-    return {f"tokens_per_s_{name}": 1e3 / ms for name, ms in in_turn(calls, tokens).items()}
-
-
-class _Mean:
-    """A weighted mean of scalars."""
-
-    def __init__(self) -> None:
-        self.sum = 0.0
-        self.weight = 0
-
-    def add(self, value: Tensor, weight: int) -> None:
-        if weight:  # an empty mean is NaN
-            self.sum += value.item() * weight
-            self.weight += weight
-
-    @property
-    def value(self) -> float:
-        return self.sum / self.weight
-
-
-# ---------------------------------------------------------------- the command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -497,78 +395,6 @@ def plot(results: Record, out: Path) -> None:
     plots.plot_heads(longest["heads"], longest["length"], out / "heads.png")
     if results["tasks"]:
         plots.plot_tasks(results["tasks"], out / "tasks.png")
-
-
-def show(table: Table) -> None:
-    """Prints a table; into a pipe or file at its full width."""
-    wide = None if console.is_terminal else TABLE_WIDTH
-    Console(file=console.file, width=wide, highlight=False).print(table)
-
-
-def text_table(record: Record) -> Table:
-    """The ladder at one length, with the shares of attention mass beside the trained indexer."""
-    check, dense = record["full_selection"], record["dense"]
-    few = f"blocks of {BLOCK} tokens (of fewer than {WINDOWS} windows: rather too small)"
-    scored = f", the last {record['score_tokens']} tokens of each" if record.get("score_tokens") else ""
-    spread = few if record["windows"] < WINDOWS else "the windows"
-    table = Table(
-        title=f"{record['length']:,} tokens, {record['windows']} windows, {record['tokens']:,} predictions{scored}",
-        caption=f"±: standard error, from {spread}. Everything selected equals dense: logits within "
-        f"{check['max_abs_error']:.1e} (allowed {check['tolerance']:.1e}). Recall: share of the attention "
-        "mass; normalised: 0 a window, 1 the keys of most mass. "
-        f"Decoding in torch: {record['tokens_per_s_dense']:.1f} tokens/s dense, "
-        f"{record['tokens_per_s_sparse']:.1f} sparse.",
-        caption_justify="left",
-    )  # fmt: skip
-    columns = ["selection", "k", "loss", "vs dense", "perplexity", "KL", "top-1", "recall", "normalised"]
-    compared_with_base = "from_base" in dense  # older versions did not
-    if compared_with_base:
-        columns += ["vs base", "KL, base"]
-    for name in columns:
-        table.add_column(name, justify="left" if name == "selection" else "right")
-    recalls = {item["k"]: item for item in record["attention"]}
-    shown = [("dense", "all", dense), *([("dense, base", "all", record["base"])] if record["base"] else [])]
-    for rung in (*RUNGS, "auto"):
-        shown += [(rung, describe_topk(r["k"]), r) for r in record["ladder"] if r["rung"] == rung]
-    for rung, k, row in shown:
-        mass = recalls.get(row.get("k")) if not isinstance(row.get("k"), list) else None
-        recall = {"best": "best", "trained": "recall", "window": "window"}.get(rung)
-        table.add_row(
-            rung,
-            k,
-            f"{row['loss']:.4f}",
-            _increase(row) if row is not dense else "",
-            f"{row['perplexity']:.3f}",
-            f"{row['kl']:.4f}" if row is not dense else "",
-            f"{row['top1']:.1%}" if row is not dense else "",
-            f"{mass[recall]:.3f}" if mass and recall else "",
-            f"{mass['normalised']:.3f}" if mass and rung == "trained" else "",
-            *([_increase(row["from_base"]), f"{row['from_base']['kl']:.4f}"] if compared_with_base else []),
-        )
-    return table
-
-
-def _increase(row: Record) -> str:
-    error = row.get("increase_error")  # older versions measured none
-    return f"{row['increase']:+.2%}" + (f" ± {error:.2%}" if error is not None else "")
-
-
-def task_table(records: Sequence[Record]) -> Table:
-    """Scores of dense and sparse in one task, a row per length; in brackets the nats per token of the right answer."""
-    name, samples = records[0]["task"], records[0]["samples"]
-    ks = list(dict.fromkeys(record["k"] for record in records))
-    table = Table(
-        title=f"{name}, {samples} samples each: share of the expected strings in the answer (nats per token of those)"
-    )
-    for column in ("tokens", "dense", *(f"k = {k}" for k in ks)):
-        table.add_column(column, justify="right")
-    for length in dict.fromkeys(record["length"] for record in records):
-        row = {r["k"]: r for r in records if r["length"] == length}
-        cells = [(row[ks[0]], "dense"), *((row[k], "sparse") for k in ks)]
-        nats = [r.get(f"{of}_nats", math.nan) for r, of in cells]  # older versions measured none
-        scores = [r[of] for r, of in cells]
-        table.add_row(f"{length:,}", *(f"{score:.2f} ({cost:.2f})" for score, cost in zip(scores, nats, strict=True)))
-    return table
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from dsa_export.files import MANIFEST, check_output, check_writable, manifest_ob
 from dsa_export.model.checkpoint import has_indexer, load_tokenizer, model_source
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
-from train.data import CACHE, MAX_ROWS, TrainingData, check_source, check_tokenizer, load_data
+from train.data import MAX_ROWS, TrainingData, check_tokenizer, load_data
 from train.distributed import Processes, pick_device
+from train.documents import CACHE, check_source
 from train.losses import TARGETS
 from train.muon import muon
 from train.precision import is_fast_in_bf16

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsa_export.model import DSAForCausalLM
+from dsa_export.model import DSAForCausalLM, dense_twin
 from dsa_export.model.cache import DSACache, fill_randomly
 
 
@@ -52,3 +52,11 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, floa
             if number:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def decoding_speed(model: DSAForCausalLM, length: int, tokens: int = 8) -> dict[str, float]:
+    """Tokens per second of dense and sparse decoding after `length` tokens, in turn."""
+    model.eval()
+    model.sparse = True
+    calls = {name: decode_call(one, length) for name, one in (("dense", dense_twin(model)), ("sparse", model))}
+    return {f"tokens_per_s_{name}": 1e3 / ms for name, ms in in_turn(calls, tokens).items()}

@@ -17,7 +17,6 @@ from dsa_export.model.attention.base import mean_over_layers
 from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attention, load_config
 from train import base
 from train.data import Windows
-from train.evaluate import evaluate
 from train.losses import TARGETS, IndexerObserver, queries_apart
 from train.options import (
     DTYPES,
@@ -31,6 +30,7 @@ from train.options import (
     train_from,
 )
 from train.trainer import Stage
+from train.validation import evaluate
 
 OUT = "out/warmup"
 MEASURE_EVERY = 32

@@ -85,3 +85,12 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps(record))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def record(output: str, **fields) -> dict:
+    return {"instruction": "Say it.", "input": "", "output": output, "history": []} | fields

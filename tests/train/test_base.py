@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from dsa_export.model import load_model
 from train import base, warmup
-from train.data import Malformed, Windows, documents
+from train.data import Windows
+from train.documents import Malformed, documents
 
 
 def test_the_tokenizer_keeps_any_text(records: Path) -> None:

@@ -1,59 +1,28 @@
-"""Records to windows: chat format, labels, packing, splits, bad lines."""
+"""Documents to windows: chat format, labels, packing, splits, the cache."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import multiprocessing
-import os
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 
 from dsa_export.cli import UserError
 from dsa_export.files import write_atomically
+from tests.train.conftest import record, write_jsonl
 from train import data
 from train.checkpoint import save_state
-from train.data import (
-    IGNORED,
-    Document,
-    Malformed,
-    check_source,
-    check_tokenizer,
-    documents,
-    encode,
-    load_data,
-    parse_record,
-    stdlib_records,
-)
+from train.data import IGNORED, check_tokenizer, encode, load_data
+from train.documents import Document, Malformed, documents, parse_record
 
 IM_START, IM_END = 1, 2
-
-
-def write_jsonl(path: Path, rows: list) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
-def record(output: str, **fields) -> dict:
-    return {"instruction": "Say it.", "input": "", "output": output, "history": []} | fields
 
 
 def load(source: str, tokenizer, **options):
     defaults = {"length": 32, "train_windows": 5, "held_out_windows": 2}
     return load_data(source, tokenizer, **(defaults | options))
-
-
-def test_local_files_are_read_without_a_request(tmp_path: Path, monkeypatch) -> None:
-    """datasets counts each loading on the hub: offline, a folder of code took a tenth of a second more per file."""
-    for name, value in (("HF_UPDATE_DOWNLOAD_COUNTS", True), ("HF_HUB_OFFLINE", False)):
-        monkeypatch.setattr(datasets.config, name, value)
-    monkeypatch.setattr(datasets.load, "get_session", lambda: pytest.fail("a request"))
-    (tmp_path / "a.py").write_text("pass")
-    for source in (tmp_path, tmp_path / "a.py"):
-        assert [document.answer for document in documents(str(source), Malformed())] == ["pass"]
 
 
 # ---------------------------------------------------------------- the chat format
@@ -86,29 +55,6 @@ def test_plain_text_has_no_prompt(tokenizer) -> None:
     assert tokenizer.decode(ids) == "text<|im_end|>" and labels == ids
 
 
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        ("{", "Expecting"),
-        ("[]", "expected an object"),
-        (json.dumps({"instruction": "x", "output": ""}), "no output"),
-        (json.dumps({"instruction": "", "input": "", "output": "y"}), "neither instruction nor input"),
-        (json.dumps({"instruction": 3, "output": "y"}), "strings"),
-        (json.dumps(record("y", history=[["only one"]])), "history"),
-        (json.dumps(record("y", history="none")), "history"),
-        (json.dumps(record("half of a pair: \ud83d")), "surrogates"),
-        (json.dumps(record("y", history=[["\ud83d", "half of a pair"]])), "surrogates"),
-    ],
-)
-def test_malformed_records_are_named(line: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        parse_record(line)
-
-
-def test_missing_optional_fields_are_fine() -> None:
-    assert parse_record('{"input": "q", "output": "a", "history": null}') == Document((("user", "q"),), "a")
-
-
 # ---------------------------------------------------------------- sources
 
 
@@ -129,62 +75,11 @@ def test_one_percent_of_bad_lines_is_reported_and_left_out(tmp_path: Path, token
     assert data.facts["malformed"].startswith("1 of 100 lines") and "line 100" in data.facts["malformed"]
 
 
-def test_empty_lines_and_a_byte_order_mark_are_no_bad_lines(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "d.jsonl", ["\ufeff" + json.dumps(record("one")), "", " ", record("two"), ""])
-    malformed = Malformed()
-    assert [document.answer for document in documents(source, malformed)] == ["one", "two"]
-    assert (malformed.lines, malformed.count) == (2, 0)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl.zst", "text.txt.xz", "text.zip"])
-def test_a_file_that_is_not_as_compressed_as_its_name_says_is_one_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"junk")
-    with pytest.raises(UserError, match=f"cannot read .*{name}: "):
-        list(documents(str(tmp_path / name), Malformed()))
-
-
-def test_bad_lines_stop_a_long_stream_early(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "d.jsonl", [*["bad"] * 1000, *[record("good")] * 5000])
-    malformed = Malformed()
-    with pytest.raises(UserError):
-        list(documents(source, malformed))
-    assert malformed.lines == 1000
-
-
 def test_only_what_is_needed_is_read(tmp_path: Path, tokenizer) -> None:
     """A2: the source has ten million rows, the run a few."""
     source = write_jsonl(tmp_path / "d.jsonl", [record(f"Row {i}: {'x' * 100}") for i in range(5000)])
     data = load(source, tokenizer, train_windows=3, held_out_windows=1)
     assert len(data.train) == 3 and data.facts["documents_read"] < 500
-
-
-def test_folders_of_records_and_of_text(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.py").write_text("print('hello')\n")
-    (tmp_path / "b.md").write_text("# Title\n\ntext\n")
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "c.py").write_text("no")
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
-    texts = {d.answer for d in documents(str(tmp_path), Malformed())}
-    assert texts == {"print('hello')\n", "# Title\n\ntext\n"}
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
-        file.write(json.dumps(record("zipped")) + "\n")
-    assert [d.answer for d in documents(str(tmp_path), Malformed())] == ["zipped"]
-    (tmp_path / "rows.jsonl.gz").write_bytes(b"not zipped")
-    with pytest.raises(UserError, match=r"cannot read .*rows.jsonl.gz: Not a gzipped file"):
-        list(documents(str(tmp_path), Malformed()))
-
-
-def test_a_folder_of_text_is_read_as_its_files_are_whatever_their_names(tmp_path: Path, monkeypatch) -> None:
-    """Not through datasets: 13 ms for each file."""
-    content = b"\xef\xbb\xbfa\r\nb\rc\x85\xff\xe2\x80\xa8d\n"
-    (tmp_path / "a.txt").write_bytes(content)
-    (tmp_path / "b[1].txt").write_text("a pattern")
-    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")).write_text("latin")
-    alone = [document.answer for document in documents(str(tmp_path / "a.txt"), Malformed())]
-    monkeypatch.setattr(data, "_stream", lambda *_, **__: pytest.fail("a dataset of one file"))
-    assert {document.answer for document in documents(str(tmp_path), Malformed())} == {*alone, "a pattern", "latin"}
 
 
 def test_what_lies_beside_records_is_not_read(tmp_path: Path, tokenizer) -> None:
@@ -201,41 +96,11 @@ def test_what_lies_beside_records_is_not_read(tmp_path: Path, tokenizer) -> None
     assert len(list(cache.iterdir())) == 1
 
 
-def test_one_file_of_text_is_cut_into_documents_for_both_splits(tmp_path: Path) -> None:
-    text = "".join(f"line {number} of a long book\n" for number in range(40_000))
-    (tmp_path / "book.txt").write_text(text)
-    found = list(documents(str(tmp_path / "book.txt"), Malformed()))
-    assert "".join(document.answer for document in found) == text
-    assert all(len(document.answer) < 8300 and document.answer.endswith("\n") for document in found)
-    assert {document.is_held_out() for document in found} == {False, True}
-
-
-def test_a_path_that_looks_like_a_pattern_is_refused(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "rows[1].jsonl", [record("text")])
-    with pytest.raises(UserError, match="rename it"):
-        list(documents(source, Malformed()))
-
-
-def test_an_empty_name_is_not_the_current_folder() -> None:
-    with pytest.raises(UserError, match="no such data: ''"):
-        check_source("")
-
-
 @pytest.mark.parametrize("name", ["missing.jsonl", "empty"])
 def test_no_data_is_one_line(tmp_path: Path, tokenizer, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=name):
         load(str(tmp_path / name), tokenizer)
-
-
-def test_the_standard_library_is_written_in_the_schema_once(tmp_path: Path) -> None:
-    path = stdlib_records(tmp_path)
-    with path.open() as file:
-        parsed = [parse_record(next(file)) for _ in range(50)]
-    assert all(d.messages[0][1].startswith("Continue the Python module ") for d in parsed)
-    assert sum(len(d.answer) for d in parsed) > 5 * sum(len(d.messages[0][1]) for d in parsed)
-    written = path.stat().st_mtime_ns
-    assert stdlib_records(tmp_path) == path and path.stat().st_mtime_ns == written
 
 
 # ---------------------------------------------------------------- split

@@ -14,7 +14,7 @@ from dsa_export.files import write_manifest
 from dsa_export.model import load_model, load_tokenizer
 from dsa_export.model.checkpoint import adapted_config, load_config
 from train import evaluate as command
-from train import plots, tasks
+from train import plots, tasks, timing
 from train.allocation import allocate
 from train.data import IGNORED, Windows
 from train.ladder import (
@@ -455,7 +455,7 @@ def test_what_another_run_left_is_not_reused(checkpoint, records, tmp_path: Path
 )
 def test_decoding_is_timed_with_every_kind_of_cache(checkpoint, options: dict) -> None:
     model = load_model(checkpoint, **options)
-    speeds = command.decoding_speed(model, T, tokens=1)
+    speeds = timing.decoding_speed(model, T, tokens=1)
     assert set(speeds) == {"tokens_per_s_dense", "tokens_per_s_sparse"} and min(speeds.values()) > 0
 
 

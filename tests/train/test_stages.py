@@ -20,11 +20,11 @@ from dsa_export.model import AttentionTrace, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config
 from train import finetune, joint, options, precision, trainer, warmup
 from train.data import IGNORED, Windows
-from train.evaluate import evaluate
 from train.losses import IndexerObserver, indexer_kl_reference
 from train.muon import COEFFICIENTS, ITERATIONS, HeadwiseMuon, muon, orthogonalise
 from train.options import resolve, settings_of
 from train.trainer import Settings
+from train.validation import evaluate
 
 INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
 SHORT = [

@@ -22,8 +22,9 @@ from dsa_export.files import MANIFEST, check_output, check_writable, output_fold
 from dsa_export.model import load_model
 from train import distributed
 from train.base import train_tokenizer
-from train.data import CACHE, MAX_ROWS, Malformed, TrainingData, documents, load_data
+from train.data import MAX_ROWS, TrainingData, load_data
 from train.distributed import Processes
+from train.documents import CACHE, Malformed, documents
 from train.experiment import measure, report
 from train.experiment.presets import PRESETS, Preset, quick
 from train.experiment.twins import Plan, Twin, train_twin
