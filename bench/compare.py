@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     other = parser.add_argument_group("peers").add_argument
     other(
         "--peers", nargs="+", choices=(*peers.NAMES, "none"),
-        help="others on the same checkpoint: stock transformers, and dense scores with a top-k mask (default: both)",
+        help="others on the same checkpoint, decoding one row: stock transformers, and dense scores with a top-k mask "
+        "(default: both)",
     )  # fmt: skip
     other("--genai", type=Path, nargs="+", default=[], metavar="DIR", help="models of onnxruntime-genai's builder")
     other("--genai-python", type=Path, metavar="FILE", help="the interpreter that has it (default: this one)")
@@ -169,13 +171,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         args.caches, args.peers, args.runs = "random", ["none"], min(args.runs, 5)
         args.max_seconds = args.max_seconds or QUICK_SECONDS
         args.profile = args.profile or 0
-    args.caches, args.peers = args.caches or "prefill", args.peers or list(peers.NAMES)
+    args.caches = args.caches or "prefill"
+    if args.peers is None:  # they decode one row
+        args.peers = list(peers.NAMES) if args.phase != "prefill" and 1 in args.batch else ["none"]
     return args
 
 
 def build_missing(args: argparse.Namespace) -> None:
-    """Builds ONNX Runtime engines into the first of --engines if there are none at all, and the export is known."""
-    if matrix.engine_folders(args.engines):
+    """Builds ONNX Runtime engines into the first of --engines if there are none at all, and the export is known.
+
+    Raises UserError if only some of --engines hold engines.
+    """
+    empty = [folder for folder in args.engines if not matrix.engine_folders([folder])]
+    if len(empty) < len(args.engines):
+        if empty:
+            raise UserError(f"{empty[0]} holds no engines: run `python -m engines.build`, or leave it out")
         return
     if args.onnx is None and args.engines != [ENGINES]:
         where = " ".join(map(str, args.engines))
@@ -258,8 +268,7 @@ def measure_all(
         except UserError as error:
             console.print(f"{group.name}: {error}")
             keep([{"kind": "skipped", **group.facts(), "reason": str(error)}])
-    if contexts:
-        keep(measure_peers(groups[0], contexts, rows[0], args))
+    keep(measure_peers(groups[0], contexts, rows[0], args))
     return proofs
 
 
@@ -297,37 +306,43 @@ def measure_group(
     if not cases:
         return records
     remembered = cases if not args.quick else [max(cases, key=lambda case: (case.phase == "decode", case.context))]
-    peaks = {name: runs.peak_memory(engine, remembered, rows, settings) for name, engine in group.sides.items()}
-    for record, case in zip(timed, case_of, strict=True):
-        record |= {"peak_mib": peaks[record["core"]].get(case), "peak_mib_is": runs.PEAK_MIB}
     contexts = [case.context for case in cases if case.phase == "decode"]
     context = max(contexts, default=0) if args.profile is None else args.profile
-    if context and group.backend == "ort":
-        for engine in group.sides.values():
-            records.append({**profiling.profile(engine, context, args.threads), "k": group.k})
+    peaks: dict[str, dict[Case, float | None]] = {}
+    try:
+        for name, engine in group.sides.items():
+            peaks[name] = runs.peak_memory(engine, remembered, rows, settings)
+        if context and group.backend == "ort":
+            for engine in group.sides.values():
+                records.append({**profiling.profile(engine, context, args.threads), "k": group.k})
+    except UserError as error:  # the timings stand
+        records.append({"kind": "skipped", **group.facts(), "reason": f"memory and profile: {error}"})
+    for record, case in zip(timed, case_of, strict=True):
+        record |= {"peak_mib": peaks.get(record["core"], {}).get(case), "peak_mib_is": runs.PEAK_MIB}
     return records
 
 
 def measure_peers(group: Group, contexts: Sequence[int], text: np.ndarray, args: argparse.Namespace) -> list[Record]:
-    records: list[Record] = []
-    names = [name for name in args.peers if name != "none"]
-    if not names and not args.genai:
-        return records
-    try:
-        checkpoint = args.checkpoint or peers.checkpoint_of(group)
-    except UserError as error:
-        return [{"kind": "skipped", "peer": name, "reason": str(error)} for name in (*names, *args.genai)]
+    """Every peer that was asked for: timed at the contexts, or skipped with the reason."""
+    checkpoint = args.checkpoint or "CHECKPOINT"  # genai needs none
     task = peers.Task(checkpoint, contexts, text, args.caches, group.k, budget_of(args), args.threads)
-    for name in names:
+
+    def in_torch(name: str) -> list[Record]:
+        return peers.measure_torch(name, replace(task, checkpoint=args.checkpoint or peers.checkpoint_of(group)))
+
+    def in_genai(model: Path) -> list[Record]:
+        return peers.measure_genai(model, peers.genai_python(args.genai_python), task)
+
+    asked = {name: partial(in_torch, name) for name in args.peers if name != "none"}
+    asked |= {f"onnxruntime-genai ({model.name})": partial(in_genai, model) for model in args.genai}
+    records: list[Record] = []
+    for name, measured in asked.items():
         try:
-            records += peers.measure_torch(name, task)
+            if not contexts:
+                raise UserError("peers decode one row, which was not asked for: --phase decode or both, --batch 1")
+            records += measured()
         except UserError as error:
             records.append({"kind": "skipped", "peer": name, "reason": str(error)})
-    for model in args.genai:
-        try:
-            records += peers.measure_genai(model, peers.genai_python(args.genai_python), task)
-        except UserError as error:
-            records.append({"kind": "skipped", "peer": f"onnxruntime-genai ({model.name})", "reason": str(error)})
     return records
 
 

@@ -87,10 +87,17 @@ def discover(folders: Sequence[Path]) -> tuple[list[Engine], list[Skip]]:
         try:
             engines.append(open_engine(folder))
         except UserError as error:
-            manifest = read_manifest(folder, "engine", "python -m engines.build")
-            facts = {name: manifest.get(name) for name in ("backend", "variant")}
-            skips.append({**facts, "engine": str(folder), "reason": str(error)})
+            skips.append({**_named(folder), "engine": str(folder), "reason": str(error)})
     return engines, skips
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    """What a manifest says an engine is, if it says anything."""
+    try:
+        manifest = read_manifest(folder, "engine", "python -m engines.build")
+    except UserError:
+        return {}
+    return {name: manifest.get(name) for name in ("backend", "variant")}
 
 
 def engine_folders(folders: Sequence[Path]) -> list[Path]:
@@ -113,6 +120,13 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
         for engine in [] if dense and sparse else members:
             reason = f"no {'dense' if engine.variant == 'sparse' else 'sparse'} engine of the same weights"
             skips.append({"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason})
+        for engine in members:
+            chosen = sparse.get((engine.topk, str(engine.selection)), engine) if engine.variant == "sparse" else engine
+            if chosen is not engine:
+                reason = f"selects as {chosen.folder} does, of the same weights: compare it in a run of its own"
+                skips.append(
+                    {"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason}
+                )
         cores = tuple(dense[name] for name in sorted(dense))
         found += [Group(backend, precision, cores, sparse[key]) for key in sorted(sparse) if cores]
     return found, skips

@@ -137,34 +137,50 @@ def allowance(engine: Engine, values: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Score:
+class Agreement:
     """Teacher-forced comparison of the sparse side with a dense one, over `tokens` tokens of the text (all rows)."""
 
-    loss: Mapping[str, float]  # mean negative log-likelihood of the text's next token, in nats, of every side
     loss_error: float  # standard error of what sparse loses more than dense, tokens taken as independent
     top1: float  # share of tokens for which both prefer the same next token
     kl: float  # mean KL(dense || sparse) in nats
     tokens: int
 
 
+@dataclass(frozen=True)
+class Score:
+    """loss: mean negative log-likelihood of the text's next token, in nats, of every side. agreement: by dense side."""
+
+    loss: Mapping[str, float]
+    agreement: Mapping[str, Agreement]
+
+
 def score(sessions: Mapping[str, Session], tokens: np.ndarray) -> Score | None:
     """Appends tokens[:, :-1] of [B, T + 1] to all sessions one by one; logits are scored against the token that
-    follows. The last session is the sparse one, compared with the first. None for T = 0."""
+    follows. The last session is the sparse one, compared with each of the others. None for T = 0."""
+    if tokens.shape[1] < 2:
+        return None
+    *dense, sparse = sessions
     losses: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
-    same, divergences = [], []
+    same: dict[str, list[np.ndarray]] = {name: [] for name in dense}
+    divergences: dict[str, list[np.ndarray]] = {name: [] for name in dense}
     for step, following in zip(tokens.T[:-1], tokens.T[1:], strict=True):
         logs = {name: _log_softmax(session.decode(step).astype(np.float64)) for name, session in sessions.items()}
         for name, log in logs.items():
             losses[name].append(-np.take_along_axis(log, following[:, None], 1))
-        dense, *_, sparse = logs.values()
-        same.append(dense.argmax(-1) == sparse.argmax(-1))
-        divergences.append((np.exp(dense) * (dense - sparse)).sum(-1))
-    if not same:
-        return None
-    means = {name: float(np.mean(values)) for name, values in losses.items()}
-    first, *_, last = losses.values()
-    error = float(np.std(np.subtract(last, first))) / np.sqrt(np.size(same))
-    return Score(means, float(error), float(np.mean(same)), float(np.mean(divergences)), int(np.size(same)))
+        for name in dense:
+            same[name].append(logs[name].argmax(-1) == logs[sparse].argmax(-1))
+            divergences[name].append((np.exp(logs[name]) * (logs[name] - logs[sparse])).sum(-1))
+    count = np.size(losses[sparse])
+    agreement = {
+        name: Agreement(
+            loss_error=float(np.std(np.subtract(losses[sparse], losses[name])) / np.sqrt(count)),
+            top1=float(np.mean(same[name])),
+            kl=float(np.mean(divergences[name])),
+            tokens=count,
+        )
+        for name in dense
+    }
+    return Score({name: float(np.mean(values)) for name, values in losses.items()}, agreement)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

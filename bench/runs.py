@@ -84,6 +84,8 @@ def _timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Se
                     sessions = {
                         name: Session(runner, case.batch, capacity=case.capacity) for name, runner in runners.items()
                     }
+                    if settings.caches == "prefill":
+                        warm_up(sessions, text[:, : case.context])
                 if filled is None or filled.context < case.context:
                     filled = fill(sessions, case, text, settings, filled, progress)
                 calls = {name: call_of(session, case, text) for name, session in sessions.items()}
@@ -108,7 +110,7 @@ def _records(
     settings: Settings,
     capacity: int,
 ) -> list[Record]:
-    """The sides of one case. The strongest dense side is the one with the smallest median."""
+    """The sides of one case. The strongest dense side, which sparse is compared with, has the smallest median."""
     timing = {name: measure.Timing.of(ms) for name, ms in times.items()}
     *dense, sparse = timing
     strongest = min(dense, key=lambda name: timing[name].median)
@@ -140,7 +142,7 @@ def _records(
             "rates": floors.as_json(rates),
             "ttft_s": filled.seconds[name] if settings.caches == "prefill" else None,
             "loss": scored.loss[name] if scored else None,
-            "agreement": {name: value for name, value in asdict(scored).items() if name != "loss"} if scored else None,
+            "agreement": asdict(scored.agreement[strongest if name == sparse else name]) if scored else None,
             "engine": str(engine.folder),
             "source": engine.manifest["source"],
         }
@@ -165,7 +167,16 @@ def fill(
     before: Filled | None,
     progress: Progress,
 ) -> Filled:
-    """Brings all sessions from the context before to case.context tokens. text: [B, > context]."""
+    """Brings all sessions from the context before to case.context tokens. text: [B, > context].
+
+    It begins anew where the sparse engine begins to select: what it keeps of shorter contexts attended to everything,
+    which is not what it would compute for the whole text.
+    """
+    sparse = list(sessions.values())[-1]
+    if before and sparse.capacity < sparse.engine.selecting_slots <= case.capacity:
+        before = None
+        for session in sessions.values():
+            session.truncate(0)
     start = before.context if before else 0
     seconds = dict(before.seconds) if before else dict.fromkeys(sessions, 0.0)
     task = progress.add_task(f"caches of {case.context:,} tokens", total=(case.context - start) * len(sessions))
@@ -184,6 +195,13 @@ def fill(
         session.truncate(case.context - scored)
     result = parity.score(sessions, text[:, case.context - scored : case.context + 1])
     return Filled(case.context, seconds, result)
+
+
+def warm_up(sessions: Mapping[str, Session], text: np.ndarray) -> None:
+    """One call of each, so that no first token is timed on an engine's very first call. text: [B, >= 1]."""
+    for session in sessions.values():
+        session.prefill(list(text[:, : session.chunk_tokens()]))
+        session.truncate(0)
 
 
 def call_of(session: Session, case: Case, text: np.ndarray) -> Callable[[], Any]:

@@ -17,10 +17,14 @@ Series = tuple[str, str, str, int]
 
 @dataclass(frozen=True)
 class Pair:
-    """One case: the strongest dense side and the sparse one."""
+    """One case: the strongest dense side and the sparse one.
+
+    dense_ttft_s: of the dense side that had its first token first, which need not be the strongest one.
+    """
 
     dense: Record
     sparse: Record
+    dense_ttft_s: float | None
 
     @property
     def series(self) -> Series:
@@ -46,13 +50,18 @@ def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
 
 def pairs(records: Iterable[Record]) -> list[Pair]:
     """The pairs in the order of measurement."""
-    by_case: dict[tuple[Any, ...], dict[str, Record]] = {}
+    by_case: dict[tuple[Any, ...], list[Record]] = {}
     for record in of_kind(records, "timing"):
-        if record["strongest"]:
-            names = ("backend", "precision", "phase", "batch", "context")
-            key = (*(record[name] for name in names), describe_k(record))
-            by_case.setdefault(key, {})[record["variant"]] = record
-    return [Pair(sides["dense"], sides["sparse"]) for sides in by_case.values()]
+        names = ("backend", "precision", "phase", "batch", "context")
+        by_case.setdefault((*(record[name] for name in names), describe_k(record)), []).append(record)
+    found = []
+    for sides in by_case.values():
+        (sparse,) = (side for side in sides if side["variant"] == "sparse")
+        dense = [side for side in sides if side["variant"] == "dense"]
+        (strongest,) = (side for side in dense if side["strongest"])
+        seconds = [side["ttft_s"] for side in dense if side["ttft_s"] is not None]
+        found.append(Pair(strongest, sparse, min(seconds, default=None)))
+    return found
 
 
 def by_series(measured: Sequence[Pair], phase: str) -> dict[Series, list[Pair]]:
@@ -106,7 +115,7 @@ def first_tokens(measured: Sequence[Pair]) -> list[Record]:
     for series, line in by_series(measured, "prefill").items():
         dense, sparse = (_prefill_seconds([getattr(pair, side) for pair in line]) for side in ("dense", "sparse"))
         for number, pair in enumerate(line):
-            known = (pair.dense["ttft_s"], pair.sparse["ttft_s"])
+            known = (pair.dense_ttft_s, pair.sparse["ttft_s"])
             seconds = (dense[number], sparse[number]) if None in known else known
             if None not in seconds:
                 found.append(

@@ -29,7 +29,8 @@ class Table:
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    printer = Console(file=console.file, width=None if console.is_terminal else TABLE_WIDTH, highlight=False)
+    width = None if console.is_terminal else TABLE_WIDTH
+    printer = Console(file=console.file, width=width, highlight=False, emoji=False, markup=False)
     for table in tables:
         shown = RichTable(
             title=table.title,
@@ -146,8 +147,8 @@ def first_token(measured: Sequence[Pair]) -> list[Table]:
     ]
     columns = ("backend", "precision", "k", "batch", "prompt", "dense s", "sparse s", "ratio")
     notes = (
-        "Seconds to prefill a prompt from an empty cache, once: the pieces between the contexts of the run, summed, "
-        "each at the capacity of its own context. ≈: estimated from the timed calls."
+        "Seconds to prefill a prompt from an empty cache, once, dense by the operator that takes least: the pieces "
+        "between the contexts of the run, summed, each at the capacity of its own context. ≈: estimated from the calls."
     )
     return [Table("Time to first token", columns, rows, notes, left=2)]
 
@@ -160,7 +161,7 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
         if agreement is None:
             continue
         backend, precision, k, batch = pair.series
-        rows[(*pair.series, pair.context)] = [
+        row = [
             backend,
             precision,
             k,
@@ -173,6 +174,7 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
             f"{agreement['kl']:.1e}",
             str(agreement["tokens"]),
         ]
+        rows.setdefault((*pair.series, pair.context), row)  # decoding comes first
     columns = (
         "backend",
         "precision",
@@ -187,8 +189,8 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
         "tokens",
     )
     notes = (
-        "Teacher-forced on the last tokens of the same text: mean negative log-likelihood in nats, the difference with "
-        "its standard error between tokens, agreement, KL."
+        "Teacher-forced on the last tokens of the same text, sparse against the strongest dense side: mean negative "
+        "log-likelihood in nats, the difference with its standard error between tokens, agreement, KL."
     )
     return [Table("Agreement and loss", columns, list(rows.values()), notes, left=2)]
 

@@ -29,7 +29,7 @@ class _Console(Console):
         raise  # run() decides what it means; rich would exit with 1
 
 
-console = _Console(highlight=False, emoji=False, soft_wrap=True)
+console = _Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -125,7 +125,7 @@ def _at_least(least: int, text: str) -> int:
 def progress_bar(*columns: str) -> Progress:
     """A progress bar with ETA; `columns` are extra task fields to show. Silent when the output is not a terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

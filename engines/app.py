@@ -173,13 +173,13 @@ class Service:
             raise ApiError(400, f"prompt: at most {self.max_prompts} prompts in one request", param="prompt")
         prompts = [await self._tokens(prompt) for prompt in body.prompts]
         limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-        return await self._answer(body, prompts, limit, Reply("text_completion", self.model), request)
+        return await self._answer(body, prompts, prompts, limit, Reply("text_completion", self.model), request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         messages = [message.as_template_input() for message in body.messages]
         prompt = await in_thread(self.text.chat, messages)
         limit = body.max_completion_tokens or body.max_tokens
-        return await self._answer(body, [prompt], limit, Reply("chat.completion", self.model), request)
+        return await self._answer(body, [prompt], [[]], limit, Reply("chat.completion", self.model), request)
 
     def check_model(self, name: str) -> None:
         if name != self.model:
@@ -194,11 +194,21 @@ class Service:
         return prompt
 
     async def _answer(
-        self, body: GenerationRequest, prompts: list[list[int]], limit: int | None, reply: Reply, request: Request
+        self,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        continued: list[list[int]],
+        limit: int | None,
+        reply: Reply,
+        request: Request,
     ) -> Response:
+        """continued: for each prompt the tokens whose text its answer continues."""
         if body.model is not None:
             self.check_model(body.model)
-        answers = [Answer(self.text, self._room(prompt, limit), body.stop_strings) for prompt in prompts]
+        answers = [
+            Answer(self.text, self._room(prompt, limit), body.stop_strings, after)
+            for prompt, after in zip(prompts, continued, strict=True)
+        ]
         default = 1.0 if body.temperature is None else body.temperature
         sampling = Sampling(default, 1.0 if body.top_p is None else body.top_p, body.seed)
         arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()

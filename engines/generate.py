@@ -149,7 +149,8 @@ class Speaker:
         self.session.truncate(known)
         # The last token of an answer is shown, but need not fit into the caches.
         room = limit - len(prompt) + 1
-        answer = Answer(self.text, max(1, min(self.args.max_new_tokens, room)), self.args.stop)
+        after = prompt if self.args.raw else []
+        answer = Answer(self.text, max(1, min(self.args.max_new_tokens, room)), self.args.stop, after)
         shown: list[str] = []
 
         def show(piece: str) -> None:

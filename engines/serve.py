@@ -86,8 +86,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="TOKENS",
         help="tokens of ended requests whose caches are kept beside those of running ones: a prompt that begins like "
         "one of them, as every turn of a conversation does, is computed from where it differs. Answers may differ by "
-        "rounding, and usage tells any client what others have sent. 0: compute every prompt anew (default: the "
-        "engine's context)",
+        "rounding (with --dense-slots also because a shorter request attended to everything), and usage tells any "
+        "client what others have sent. 0: compute every prompt anew (default: the engine's context)",
     )
     add(
         "--grace",

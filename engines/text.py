@@ -16,6 +16,9 @@ from engines.artifacts import Engine
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What engines.build copies from the export; a checkpoint may have no chat template."""
 
+TOKENS_BEFORE = 8
+"""Of a text that is continued: enough to decode what follows as it would be in the whole text."""
+
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
 
@@ -63,15 +66,18 @@ class Answer:
 
     Text is held back while its last character is incomplete and while it may be the beginning of a stop string; stop
     strings and special tokens are not part of the text.
+
+    after: tokens that the answer continues, nothing for the answer of a chat: SentencePiece's decoders drop the space
+    that a text begins with.
     """
 
-    def __init__(self, text: Text, max_new_tokens: int, stop: Sequence[str] = ()):
+    def __init__(self, text: Text, max_new_tokens: int, stop: Sequence[str] = (), after: Sequence[int] = ()):
         self.tokens: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
         self._text = text
         self._max_new_tokens = max_new_tokens
         self._stop = tuple(stop)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(list(after[-TOKENS_BEFORE:]), skip_special_tokens=True)
         self._held = ""
 
     def push(self, token: int) -> str:

@@ -18,7 +18,7 @@ TABLE_WIDTH = 132
 def show(table: Table) -> None:
     """Prints a table; into a pipe or file at its full width."""
     wide = None if console.is_terminal else TABLE_WIDTH
-    Console(file=console.file, width=wide, highlight=False).print(table)
+    Console(file=console.file, width=wide, highlight=False, emoji=False, markup=False).print(table)
 
 
 def text_table(record: Record) -> Table:

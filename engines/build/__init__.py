@@ -17,7 +17,7 @@ import signal
 import sys
 from dataclasses import replace
 
-from dsa_export.cli import UserError, console, run
+from dsa_export.cli import Terminated, UserError, console, run
 from dsa_export.files import check_output
 from engines import memory, triton
 from engines.artifacts import open_export, read_engine
@@ -71,8 +71,11 @@ def build_each_in_its_own_process(args: argparse.Namespace) -> None:
         process.start()
         try:
             process.join()
-        except KeyboardInterrupt:
-            process.join()  # it got the signal too, and says so
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, Terminated):  # Ctrl-C reaches it without us
+                process.terminate()
+            process.join()  # it says so
+            sys.exit(process.exitcode or 1)
         if process.exitcode and process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
             raise UserError(f"the build of {backend} was ended by {name}: a crash of its compiler, or no memory left")

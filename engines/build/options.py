@@ -119,6 +119,10 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
             f"k = {graph.max_topk} exceeds the capacity of {context} tokens: choose a larger --max-context, "
             "or export with a smaller --topk"
         )
+    if args.dense_slots is not None and args.dense_slots < graph.max_topk:
+        raise UserError(
+            f"--dense-slots {args.dense_slots}: up to k = {graph.max_topk} all is attended to anyway, choose more"
+        )
     if (args.dense_slots or 0) >= context:
         raise UserError(
             f"with --dense-slots {args.dense_slots} an engine of {context} tokens would never select: choose fewer"

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import compare, runs
+from bench import compare, matrix, runs
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import build
@@ -142,6 +142,12 @@ def test_engines_that_are_not_there_are_not_replaced_by_others(tmp_path: Path, c
     assert not list(tmp_path.iterdir())
 
 
+def test_one_folder_without_engines_among_several_is_named(export, engines, tmp_path: Path, capsys):
+    arguments = [*options(export, engines, tmp_path / "bench"), "--engines", str(engines), str(tmp_path / "typo")]
+    code, _, error = run_command(compare.main, arguments, capsys)
+    assert code == 1 and "typo holds no engines" in one_line(error)
+
+
 @pytest.mark.parametrize("options", [["--caches", "prefill"], ["--peers", "transformers"]])
 def test_quick_contradicts_what_takes_long(options: list[str], capsys):
     code, _, error = run_command(compare.main, ["--quick", *options], capsys)
@@ -236,6 +242,45 @@ def test_a_peer_says_which_version_of_it_was_measured(export, engines, tmp_path:
     assert code == 0 and written["versions"]["onnxruntime-genai"] == "0.18.0"
     assert written["versions"]["onnxruntime"] == "1.2" and "numpy" in written["versions"]
     assert all("onnxruntime-genai" not in record["versions"] for record in lines(tmp_path / "bench", "timing"))
+
+
+def test_peers_that_were_asked_for_are_measured_or_listed(export, engines, tmp_path: Path, monkeypatch):
+    """Also where nothing decodes one row, and where the export is gone, which genai does not need."""
+    genai = tmp_path / "genai"
+    arguments = [*options(export, engines, tmp_path / "bench"), "--genai", str(genai), "--peers", "masked"]
+    arguments += ["--genai-python", sys.executable]
+    args = compare.parse_arguments(arguments)
+    (group,), _ = matrix.groups(matrix.discover([engines])[0])
+    records = compare.measure_peers(group, [], np.arange(9), args)
+    names = ["masked", "onnxruntime-genai (genai)"]
+    assert [record["peer"] for record in records] == names
+    assert all("peers decode one row" in record["reason"] for record in records)
+    monkeypatch.setitem(group.sparse.manifest, "source", {"path": str(tmp_path / "gone")})
+    records = compare.measure_peers(group, [32], np.arange(33), args)
+    assert [record["peer"] for record in records] == names
+    assert "gone" in records[0]["reason"] and "holds no genai_config.json" in records[1]["reason"]
+    json.dumps(records)
+
+
+def test_by_default_peers_run_where_one_row_is_decoded():
+    for more, peers in (
+        ([], ["transformers", "masked"]),
+        (["--phase", "prefill"], ["none"]),
+        (["--batch", "2"], ["none"]),
+    ):
+        assert compare.parse_arguments(more).peers == peers
+
+
+def test_timings_outlive_what_is_measured_beside_them(export, engines, tmp_path: Path, monkeypatch, capsys):
+    def fail(*_):
+        raise UserError("no memory left")
+
+    monkeypatch.setattr(runs, "peak_memory", fail)
+    arguments = [*options(export, engines, tmp_path / "bench"), "--context", "32", "--phase", "decode"]
+    code, _, _ = run_command(compare.main, arguments, capsys)
+    timed = lines(tmp_path / "bench", "timing")
+    assert code == 0 and timed and all(record["peak_mib"] is None for record in timed)
+    assert "memory and profile: no memory left" in [record["reason"] for record in lines(tmp_path / "bench", "skipped")]
 
 
 def test_what_was_measured_before_a_stop_is_kept(export, engines, another_k, tmp_path: Path, monkeypatch, capsys):

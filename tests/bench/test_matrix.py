@@ -31,10 +31,11 @@ def test_engines_are_found_and_paired(engines: Path, tmp_path: Path):
     copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "sparse.partial")
     found, skips = matrix.discover([engines, tmp_path])
     assert len(found) == len(toy.DENSE_CORES) + 2 and not skips
-    (pair,), alone = matrix.groups(found)  # the copy adds nothing
+    (pair,), alone = matrix.groups(found)
     assert (pair.backend, pair.precision, pair.k) == ("ort", "fp32", 16)
     assert list(pair.sides) == [*toy.DENSE_CORES, "SparseAttention"]
-    assert not alone
+    assert [skip["engine"] for skip in alone] == [str(tmp_path / "deep" / "down" / "sparse")]
+    assert alone[0]["reason"].startswith(f"selects as {pair.sparse.folder} does")
     none, alone = matrix.groups(matrix.discover([tmp_path])[0])
     assert not none
     assert alone[0]["reason"] == "no dense engine of the same weights"
@@ -55,6 +56,9 @@ def test_an_engine_of_another_version_is_skipped_with_the_reason(engines: Path, 
     others = sorted({*toy.DENSE_CORES.values(), "sparse"} - {"dense"})
     assert [engine.folder.name for engine in found] == others
     assert "was built with ort 0." in skips[0]["reason"]
+    path.write_text('{"kind": "engine"}')
+    found, skips = matrix.discover([tmp_path])
+    assert len(found) == len(others) and skips[0]["engine"] == str(path.parent)
 
 
 def test_cases_share_capacity_and_chunk(group: Group):

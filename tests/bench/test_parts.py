@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from bench import matrix, measure, parity, prompts, runs
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, progress_bar
 from dsa_export.memory import PeakMemory
 from engines.session import Session, open_runner
 from tests.engines import toy
@@ -141,9 +141,9 @@ def test_scores_of_equal_and_of_different_outputs(runners):
 
     equal = parity.score(sessions(), tokens)  # at most 6 <= k tokens
     assert equal is not None
-    assert equal.top1 == 1
-    assert abs(equal.kl) < 1e-6
-    assert equal.tokens == 12
+    assert equal.agreement["dense"].top1 == 1
+    assert abs(equal.agreement["dense"].kl) < 1e-6
+    assert equal.agreement["dense"].tokens == 12
     assert equal.loss["dense"] == pytest.approx(equal.loss["sparse"], abs=1e-5)
     logits = Session(runners["dense"], 2).prefill(list(tokens[:, :1]))
     first = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
@@ -155,10 +155,43 @@ def test_scores_of_equal_and_of_different_outputs(runners):
         session.prefill(list(np.random.default_rng(1).integers(0, 256, (2, 200))))
     different = parity.score(far, tokens)
     assert different is not None
-    assert different.top1 < 1
-    assert different.kl > 0.01
+    assert different.agreement["dense"].top1 < 1
+    assert different.agreement["dense"].kl > 0.01
     assert different.loss["dense"] != different.loss["sparse"]
     assert parity.score(sessions(), tokens[:, :1]) is None
+
+
+def test_sparse_is_scored_against_every_dense_side(runners):
+    """The strongest, which the tables name, need not be the first."""
+    reversed_logits = Off(runners["dense"], lambda logits: -logits)
+    sides = {"weak": reversed_logits, "strong": runners["dense"], "sparse": runners["sparse"]}
+    found = parity.score({name: Session(runner) for name, runner in sides.items()}, np.arange(7)[None])
+    assert found is not None
+    assert found.agreement["strong"].top1 == 1 and found.agreement["strong"].loss_error < 1e-5
+    assert found.agreement["weak"].top1 == 0 and found.agreement["weak"].loss_error > 1e-3
+
+
+def test_caches_are_filled_as_a_whole_text_would_fill_them(runners, monkeypatch):
+    """Up to k slots the toy's sparse engine attends to everything: what it keeps of that is not taken over."""
+    taken: list[tuple[str, int]] = []
+    prefill = Session.prefill
+
+    def noted(session, rows, *others):
+        taken.append((next(name for name, one in sessions.items() if one is session), len(rows[0])))
+        return prefill(session, rows, *others)
+
+    sessions = {name: Session(runner, capacity=16) for name, runner in runners.items()}
+    monkeypatch.setattr(Session, "prefill", noted)
+    settings = runs.Settings("prefill", measure.Budget(1), threads=1, scored=4)
+    text = np.random.default_rng(0).integers(0, 256, (1, 65))
+    filled = None
+    with progress_bar() as progress:
+        for context in (16, 32, 64):
+            filled = runs.fill(
+                sessions, matrix.Case("decode", 1, context, context, 1), text, settings, filled, progress
+            )
+    assert taken == [(name, tokens) for tokens in (16, 32, 32) for name in sessions]
+    assert filled is not None and filled.context == 64
 
 
 def test_alternating_timing():

@@ -42,6 +42,9 @@ def test_time_to_first_token_is_measured_or_summed():
     measured = [{**record, "ttft_s": 7.0} for record in pair(30, 10, **prefill)]
     (found,) = summary.first_tokens(summary.pairs(measured))
     assert (found["dense_s"], found["sparse_s"], found["estimated"]) == (7, 7, False)
+    weak = {**measured[0], "core": "GroupQueryAttention", "strongest": False, "ttft_s": 5.0}  # but first here
+    (found,) = summary.first_tokens(summary.pairs([weak, *measured]))
+    assert (found["dense_s"], found["sparse_s"]) == (5, 7)
     estimated = [*pair(100, 50, context=1000, **prefill), *pair(300, 100, context=3000, **prefill)]
     first, second = summary.first_tokens(summary.pairs(estimated))
     assert first["dense_s"] == pytest.approx(1.0)  # 1000 tokens at 1 ms each

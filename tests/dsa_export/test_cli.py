@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dsa_export.cli import user_message
+from dsa_export.cli import console, user_message
 
 
 @pytest.mark.parametrize("call", ["print(i)", "print(i, flush=True)", "console.print(i)"])
@@ -27,6 +27,11 @@ def test_another_broken_pipe_is_an_error():
     script = "from dsa_export.cli import run; run(lambda: (_ for _ in ()).throw(BrokenPipeError(32, 'Broken pipe')))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 1 and "BrokenPipeError" in result.stderr
+
+
+def test_a_name_in_brackets_is_printed_as_it_is(capsys):
+    console.print("wrote out/a[b]/[/c]")
+    assert capsys.readouterr().out == "wrote out/a[b]/[/c]\n"
 
 
 def test_a_full_disk_names_the_copy_and_not_its_source():

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import onnx
@@ -161,6 +162,7 @@ def break_manifest(folder: Path) -> None:
         (damage_nothing, ["--max-context", "8"], "k = 16 exceeds the capacity of 8 tokens"),
         (damage_nothing, ["--max-context", "99999"], "--max-context 99999 exceeds the model's 4096 positions"),
         (damage_nothing, ["--dense-slots", "4096"], "--dense-slots 4096 an engine of 4096 tokens would never select"),
+        (damage_nothing, ["--dense-slots", "15"], "--dense-slots 15: up to k = 16 all is attended to anyway"),
         (damage_nothing, ["--backend", "tensorrt"], "backend tensorrt needs an NVIDIA GPU and trtexec on the PATH"),
     ],
 )
@@ -292,6 +294,30 @@ def test_interrupting_a_build_is_one_line_and_leaves_nothing(export: Path, tmp_p
     assert done.returncode == 1
     assert one_line(done.stderr) == "error: interrupted; nothing half-written was kept"
     assert not leftovers(out)
+
+
+def test_a_terminated_build_of_several_backends_ends(tmp_path: Path):
+    """SIGTERM reaches the command alone, not the process that builds."""
+    script = """if True:
+        import sys, time
+        from pathlib import Path
+        from dsa_export.cli import run
+        from engines import build
+        def slowly(backend, args):
+            (args.out / backend).touch()
+            time.sleep(60)
+        build.build = slowly
+        run(build.main)
+    """
+    options = ["--onnx", "onnx", "--out", str(tmp_path), "--backend", "ort", "torch"]
+    command = [sys.executable, "-c", script, *options]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "ort").exists():
+            time.sleep(0.05)
+        process.terminate()
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and "interrupted" in one_line(error)
+    assert not (tmp_path / "torch").exists()
 
 
 def test_a_refused_load_names_the_file(tmp_path: Path):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +35,10 @@ def text(engines: Path) -> Text:
     return Text(open_engine(engines / "ort" / "sparse"))
 
 
-def pieces(text: Text, tokens: list[int], stop: tuple[str, ...] = (), limit: int = 1000) -> list[str]:
-    answer = Answer(text, limit, stop)
+def pieces(
+    text: Text, tokens: list[int], stop: tuple[str, ...] = (), limit: int = 1000, after: Sequence[int] = ()
+) -> list[str]:
+    answer = Answer(text, limit, stop, after)
     shown = []
     for token in tokens:
         shown.append(answer.push(token))
@@ -77,6 +80,8 @@ def test_any_tokens_of_a_tokenizer_with_byte_fallback_can_be_shown(tokens: list[
     backend.decoder = decoders.Sequence(steps)
     fallback = cast(Text, SimpleNamespace(backend=backend, end_tokens=frozenset()))
     pieces(fallback, [10, 0xE4, 256, *tokens])
+    assert "".join(pieces(fallback, [256, 257])) == "wordb"
+    assert "".join(pieces(fallback, [256, 257], after=[257, 257])) == " wordb"
     assert "".join(pieces(fallback, [257, 0xE4, 0xB8, 0xAD, 258])) == "b中中"
 
 
