@@ -16,8 +16,8 @@ from engines.artifacts import Engine
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What engines.build copies from the export; a checkpoint may have no chat template."""
 
-TOKENS_BEFORE = 8
-"""Of a text that is continued: enough to decode what follows as it would be in the whole text."""
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that make no whole character are decoded to."""
 
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -77,7 +77,10 @@ class Answer:
         self._text = text
         self._max_new_tokens = max_new_tokens
         self._stop = tuple(stop)
-        self._stream = DecodeStream(list(after[-TOKENS_BEFORE:]), skip_special_tokens=True)
+        before = text.backend.decode(after[-1:]) if after else ""
+        # Half a character would come out with its other half, as if it were the answer's.
+        known = [after[-1]] if before and HALF not in before else []
+        self._stream = DecodeStream(known, skip_special_tokens=True)
         self._held = ""
 
     def push(self, token: int) -> str:

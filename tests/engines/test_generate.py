@@ -82,6 +82,7 @@ def test_any_tokens_of_a_tokenizer_with_byte_fallback_can_be_shown(tokens: list[
     pieces(fallback, [10, 0xE4, 256, *tokens])
     assert "".join(pieces(fallback, [256, 257])) == "wordb"
     assert "".join(pieces(fallback, [256, 257], after=[257, 257])) == " wordb"
+    assert "".join(pieces(fallback, [0xB8, 0xAD, 257], after=[257, 0xE4])) == "\ufffd\ufffdb"
     assert "".join(pieces(fallback, [257, 0xE4, 0xB8, 0xAD, 258])) == "b中中"
 
 
