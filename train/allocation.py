@@ -72,6 +72,8 @@ def check_topk_output(out: Path, model: str, results: Path, overwrite: bool) -> 
     """
     if not Path(model).is_dir():
         raise UserError(f"--write-topk links the weights of a checkpoint folder, {model} is none: download it first")
+    if out.resolve().is_relative_to(results.resolve()):
+        raise UserError(f"--write-topk {out} lies in --out {results}, which is replaced: choose another folder")
     for option, folder in (("--model", Path(model)), ("--out", results)):
         if folder.resolve().is_relative_to(out.resolve()):
             raise UserError(f"--write-topk {out} would replace {option} {folder}: choose another folder")

@@ -127,7 +127,7 @@ def with_repeats(windows: Windows, seed: int) -> Windows:
     N, T = windows.input_ids.shape
     ids, labels = windows.input_ids.clone(), windows.labels.clone()
     for row in range(1, N, 2):
-        period = int(torch.randint(T // 12, T // 2 + 1, (), generator=g))
+        period = int(torch.randint(max(1, T // 12), T // 2 + 1, (), generator=g))
         tokens = torch.randint(len(CHAT_TOKENS), VOCABULARY, (period,), generator=g, dtype=ids.dtype)
         ids[row] = labels[row] = tokens.repeat(T // period + 1)[:T]
     return Windows(ids, labels, torch.full_like(windows.lengths, T))
@@ -180,10 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     resolve(args, SMALL, None, small_config())
     source = {"path": "from scratch", "sha256": None}
     run_identity = identity("base", args)
-    if is_done(args.out, None, run_identity, args.overwrite, processes):
+    if is_done(args.out, None, run_identity, args.overwrite):
         return
 
-    read = islice(documents(args.data, Malformed(args.allow_malformed)), args.max_rows)
+    read = islice(documents(args.data, Malformed(args.allow_malformed), args.cache), args.max_rows)
     texts = (document.answer for document in read if not document.is_held_out())
     tokenizer = train_tokenizer(texts, VOCABULARY)
     data = training_data(args, tokenizer, processes, train_on_prompt=True)

@@ -138,6 +138,7 @@ def load_data(
     seed: int = 0,
     allow_malformed: bool = False,
     train_on_prompt: bool = False,
+    scored: int | None = None,
     cache: Path | None = None,
 ) -> TrainingData:
     """Reads as much of the source as the run needs.
@@ -150,6 +151,7 @@ def load_data(
         packing: "pack": documents end to end, cut every T tokens, the rest of the last window dropped;
             "cut": one window per document, its first T tokens, padded if shorter.
         train_on_prompt: label the prompt too (training from scratch).
+        scored: only the last so many tokens of a window will count; windows without a label among them are left out.
         cache: folder of the tokens of earlier runs with the same source (files of the same path, size and time),
             tokenizer and options; any seed. None: neither read nor write them.
 
@@ -157,11 +159,11 @@ def load_data(
     """
     malformed = Malformed(allow_malformed)
     wanted = {"train": POOL * train_windows, "held-out": POOL * held_out_windows}
-    builders = {name: _WindowBuilder(length, packing) for name in wanted}
+    builders = {name: _WindowBuilder(length, packing, scored) for name in wanted}
     rows = dict.fromkeys(wanted, 0)
     read = short = 0
-    options = [length, wanted, min_tokens, max_rows, packing, allow_malformed, train_on_prompt]
-    name = f"tokens-{_fingerprint(source, tokenizer, options)}.pt"
+    options = [length, wanted, min_tokens, max_rows, packing, allow_malformed, train_on_prompt, scored]
+    name = f"tokens-{_fingerprint(source, tokenizer, options, cache)}.pt"
     known = _load_tokens(cache, name) if cache else None
     if known:
         rows, short = known["rows"], known["short"]
@@ -181,7 +183,7 @@ def load_data(
         saved = time.monotonic()
         with progress_bar() as progress:
             task = progress.add_task("read data", total=sum(wanted.values()))
-            for document in documents(source, malformed):
+            for document in documents(source, malformed, cache):
                 read += 1
                 if read <= tokenized:
                     continue
@@ -210,6 +212,8 @@ def load_data(
             raise UserError(_nothing_left(split, source, read, short, min_tokens, rows[split], builder.tokens, length))
     train = builders["train"].windows(train_windows, seed)
     held_out = builders["held-out"].windows(held_out_windows, seed)
+    if len(held_out) < held_out_windows:
+        console.print(f"{source} fills {len(held_out)} held-out windows of {length} tokens, not {held_out_windows}")
     facts = {
         "path": source,
         "sha256": train.sha256(),
@@ -225,11 +229,11 @@ def load_data(
     return TrainingData(train, held_out, facts)
 
 
-def _fingerprint(source: str, tokenizer: Any, options: list[Any]) -> str:
+def _fingerprint(source: str, tokenizer: Any, options: list[Any], cache: Path | None) -> str:
     """What the tokens hang on. Large files are not read for it: their path, size and time of change stand for them."""
     address: Any = source
     if "://" not in source:
-        path = stdlib_records() if source == "stdlib" else Path(source)
+        path = stdlib_records(cache) if source == "stdlib" else Path(source)
         files = visible_files(path) if path.is_dir() else [path]
         address = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     words = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id]
@@ -269,11 +273,12 @@ def _nothing_left(
 
 
 class _WindowBuilder:
-    """Cuts or packs token lists into windows of one length; windows without any label to learn from are dropped."""
+    """Cuts or packs token lists into windows of one length; windows without any label that counts are dropped."""
 
-    def __init__(self, length: int, packing: str):
+    def __init__(self, length: int, packing: str, scored: int | None = None):
         self.length = length
         self.packing = packing
+        self.counted = slice(1, None) if scored is None else slice(1 - scored, None)  # the first is never predicted
         self.tokens = 0
         self.pending: tuple[list[int], list[int]] = ([], [])
         self.rows: list[tuple[Tensor, Tensor, int]] = []
@@ -293,7 +298,7 @@ class _WindowBuilder:
         self.pending = (ids[whole:], labels[whole:])
 
     def _emit(self, ids: list[int], labels: list[int]) -> None:
-        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
+        if all(label == IGNORED for label in labels[self.counted]):
             return
         padding = self.length - len(ids)
         id_row = torch.tensor(ids + [0] * padding, dtype=torch.int32)

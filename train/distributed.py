@@ -104,7 +104,7 @@ def start(device: str, parallel: str | None) -> Processes:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises UserError if there is no such device."""
+    """A CPU or a GPU, which becomes torch's current one. Raises UserError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -112,6 +112,10 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda will do")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

@@ -3,7 +3,7 @@
     stdlib                      the Python standard library's own sources, written once as JSON lines
     *.jsonl, *.json (.gz, .zst) JSON lines in the deepctrl-sft-data schema: instruction, input, output, history
     a folder                    its *.jsonl files, or else every text file in it, one document each
-    any other file              one plain text document
+    any other file              plain text, cut into documents of PIECE characters
     hf://…, https://…           JSON lines, streamed
 
 .zst needs the package zstandard, https:// needs aiohttp; neither is installed with the toolchain.
@@ -114,11 +114,14 @@ def check_source(source: str) -> None:
         raise UserError(f"no such data: {source}")
 
 
-def documents(source: str, malformed: Malformed) -> Iterator[Document]:
-    """Streams the documents of a source. Raises UserError if there is none, or too many lines are malformed."""
+def documents(source: str, malformed: Malformed, cache: Path | None = None) -> Iterator[Document]:
+    """Streams the documents of a source. Raises UserError if there is none, or too many lines are malformed.
+
+    cache: where the standard library's records are kept [CACHE].
+    """
     check_source(source)
     if source == "stdlib":
-        source = str(stdlib_records())
+        source = str(stdlib_records(cache))
     if "://" in source:
         yield from _json_lines(source, source.rsplit("/", 1)[-1], malformed)
         return
@@ -178,6 +181,8 @@ def _text_files(files: list[Path], folder: Path) -> Iterator[Document]:
 def _pieces(file: Path) -> Iterator[Document]:
     """A file of text as documents of PIECE characters and what is left of a line."""
     for text in _stream(_address(file), sample_by="document"):
+        if "\0" in text[:PIECE]:
+            raise UserError(f"{file} is not text: give text, or JSON lines (*.jsonl)")
         start = 0
         while start < len(text):
             end = text.find("\n", start + PIECE) + 1 or len(text)
@@ -207,11 +212,12 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
         raise UserError(f"cannot read {address}: {(str(error).splitlines() or ['empty'])[0]}") from None
 
 
-def stdlib_records(folder: Path = CACHE) -> Path:
+def stdlib_records(folder: Path | None = None) -> Path:
     """Writes the standard library's modules as deepctrl-sft-data records, once, and returns the file.
 
     Each asks to continue a module from its first lines. Left out: tests, and tables that are no language.
     """
+    folder = folder or CACHE
     path = folder / f"stdlib-{python_version()}.jsonl"
     if path.is_file():
         return path

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m train.evaluate",
         description="Measures what a sparse checkpoint loses against its own dense attention, on held-out text (a "
-        "ladder of selections at every k) and on retrieval tasks made here, and writes tables, JSON and pictures.",
+        "ladder of selections at every k) and on retrieval tasks made here; prints tables, writes JSON and pictures.",
         epilog="The ladder, at each k: best (the keys of most attention mass), output (those that add most to each "
         "layer's output), trained (the checkpoint's indexer), random (one of random weights), window (the last k "
         "keys); `--base` adds the checkpoint before training. With k of the whole length the model must equal its "
@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         "--data", metavar="SOURCE", help="as in training [what the checkpoint was trained on, else stdlib]"
     )
     where.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"output folder [{OUT}]")
-    where.add_argument("--overwrite", action="store_true", help="start again, also over an earlier --write-topk")
+    where.add_argument(
+        "--overwrite", action="store_true", help="replace a stopped run of other arguments, and an earlier --write-topk"
+    )
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     where.add_argument("--dtype", choices=options.DTYPES, default="fp32", help="of the computation [fp32]")
     where.add_argument("--seed", type=not_negative, default=0, help="of windows, samples and the random indexer [0]")
@@ -101,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_selection_arguments(result)
     text.add_argument("--packing", choices=("pack", "cut"), default="pack", help="as in training [pack]")
+    text.add_argument("--allow-malformed", action="store_true", help="leave out lines that cannot be read")
 
     auto = result.add_argument_group("k by layer (--k auto)")
     auto.add_argument("--k-budget", type=positive, metavar="K", help="mean k over the layers [the checkpoint's own]")
@@ -144,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             min_tokens=args.min_tokens,
             packing=args.packing,
             seed=args.seed,
+            allow_malformed=args.allow_malformed,
+            scored=args.score_tokens,
         )
         for length in args.length
     }
@@ -206,13 +211,15 @@ def check_partial(out: Path, source: Record, facts: Record, overwrite: bool) -> 
     """Raises UserError if a stopped run measured something else than this one; with `overwrite` it is forgotten."""
     partial = out.with_name(out.name + PARTIAL)
     check_output(partial, KIND)
-    if overwrite:
-        remove_partial(out)
     if not (partial / MANIFEST).is_file():
+        if overwrite:
+            remove_partial(out)
         return
     there = read_manifest(partial, KIND, "python -m train.evaluate")
     difference = first_difference(there, {"kind": KIND, "source": source, **facts})
-    if difference:
+    if difference and overwrite:
+        remove_partial(out)
+    elif difference:
         raise UserError(
             f"{partial} holds an unfinished run with another configuration ({difference}): use the same arguments, "
             "another --out, or --overwrite to start again"
@@ -310,6 +317,10 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     args.task_lengths = sorted(set(args.task_lengths or args.length))
     if args.data is None:
         args.data = trained_on(args.model) or "stdlib"
+    if args.base == "":
+        raise UserError("--base is empty: name a checkpoint, or leave it out")
+    if args.seed >= options.SEEDS:
+        raise UserError(f"--seed must be below {options.SEEDS}, got {args.seed}")
 
     longest = max(args.length)
     shares = (8,) if args.quick else (16, 8, 4)

@@ -114,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.topk = args.topk or config.index_topk
     adapted_config(config, index_topk=args.topk, **selection_options(args))  # refuses what load_model would
     least = min(topk_per_layer(args.topk, config.num_hidden_layers))
-    if args.objective == "distillation" and least >= max(args.length):
+    if args.objective == "distillation" and least >= min(args.length):
         raise UserError(
-            f"--topk {least} selects everything in windows of {max(args.length)} tokens: nothing would be left to "
+            f"--topk {least} selects everything in windows of {min(args.length)} tokens: nothing would be left to "
             "distil: choose a smaller --topk, a longer --length or --objective next-token"
         )
     name = args.model or warmup.ensure()

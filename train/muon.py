@@ -79,6 +79,6 @@ def muon(parameters: list[nn.Parameter], settings: Settings, rows: int) -> list[
     """Muon for the matrices, in blocks of so many rows, AdamW (which moves entries by up to the rate) for the rest."""
     matrices = [p for p in parameters if p.ndim == 2]
     return [
-        HeadwiseMuon(matrices, settings.lr, rows, settings.weight_decay),
+        HeadwiseMuon(matrices, settings.lr, rows),
         adamw([p for p in parameters if p.ndim != 2], settings),
     ]

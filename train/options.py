@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console
-from dsa_export.files import MANIFEST, check_output, check_writable, manifest_object, read_manifest, remove_partial
+from dsa_export.files import MANIFEST, check_output, check_writable, manifest_object, read_manifest
 from dsa_export.model.checkpoint import has_indexer, load_tokenizer, model_source
 from dsa_export.selection import add_selection_arguments, selection_options
 from train import distributed
@@ -35,6 +35,9 @@ INDEXER_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Settings, int], list
     "adamw": lambda parameters, settings, _: [adamw(parameters, settings)],
 }
 """Given the parameters, the settings and the size of an indexer's head."""
+
+SEEDS = 2**32
+"""Seeds are below this."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,7 +61,6 @@ class Recipe:
     kl_queries: int | None = None
     """Of each window in a step, dealt out to its passes."""
     passes: int = 1
-    weight_decay: float = 0.0
 
 
 def argument_parser(
@@ -99,7 +101,9 @@ def argument_parser(
         "document a file), or one file of text [stdlib: the Python standard library's sources]",
     )
     where.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"output folder [{out}]")
-    where.add_argument("--overwrite", action="store_true", help="start again, replacing a finished or stopped run")
+    where.add_argument(
+        "--overwrite", action="store_true", help="replace a finished run, or a stopped one of other arguments"
+    )
 
     run = parser.add_argument_group("training")
     end = run.add_mutually_exclusive_group()
@@ -230,7 +234,7 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
         metavar="N",
         help="updates of each step, from one forward pass of the frozen model, about other queries each time: many "
         "about a few are worth more than few about many. Keeps what all layers attend with, 6 GB for 32,768 tokens of "
-        "a 0.5B "
+        "a 0.5B, of every micro-batch "
         f"[{real.passes}; small models, and with fsdp, which cannot: {small.passes}]",
     )
     add_selection_arguments(parser)
@@ -268,7 +272,8 @@ def check(args: argparse.Namespace) -> None:
     for name, least in [*((name, 0) for name in at_least_zero), *((name, 1) for name in at_least_one)]:
         value = getattr(args, name, None)
         _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    _require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
+    _require(args.seed < SEEDS, f"--seed must be below {SEEDS}, got {args.seed}")
+    _require(getattr(args, "model", None) != "", "--model is empty: name a checkpoint, or leave it out")
     lengths = args.length or [2]
     _require(min(lengths) >= 2, f"--length must be at least 2, got {min(lengths)}")
     for shorter, longer in pairwise(lengths):
@@ -319,7 +324,7 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     Raises UserError with one line for the first combination that cannot work.
     """
     recipe = small if real is None or config.hidden_size <= SMALL_HIDDEN_SIZE else real
-    for name in ("batch_size", "lr", "min_tokens", "held_out", "weight_decay"):
+    for name in ("batch_size", "lr", "min_tokens", "held_out"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
     for name in ("indexer_lr", "passes"):
@@ -385,13 +390,15 @@ def training_data(
     args: argparse.Namespace, tokenizer: Any, processes: Processes, *, train_on_prompt: bool = False
 ) -> TrainingData:
     """The first process tokenizes and writes the cache, the others read it."""
-    settings = settings_of(args)
+    longest, phases = args.length[-1], settings_of(args).phases()
+    per_step = args.batch_size * args.accumulation
+    windows = max(-(-(phase.end - phase.first) * phase.length * per_step // longest) for phase in phases)
     with processes.first_goes_first():
         data = load_data(
             args.data,
             tokenizer,
-            args.length[-1],
-            train_windows=-(-settings.tokens_before(args.steps) // args.length[-1]),
+            longest,
+            train_windows=len(phases) * windows,  # Windows.cut() gives each phase as many
             held_out_windows=args.held_out,
             min_tokens=args.min_tokens,
             max_rows=args.max_rows,
@@ -401,9 +408,9 @@ def training_data(
             train_on_prompt=train_on_prompt,
             cache=args.cache,
         )
-    windows, lengths = len(data.train), len(args.length)
+    filled = len(data.train)
     _require(
-        windows >= lengths, f"{args.data} fills {windows} windows of {args.length[-1]} tokens, --length wants {lengths}"
+        filled >= len(phases), f"{args.data} fills {filled} windows of {longest} tokens, --length wants {len(phases)}"
     )
     return data
 
@@ -422,7 +429,7 @@ def train_from(
     all if args.out holds the result of this very command.
     """
     source, run_identity = model_source(name), identity(stage_name, args)
-    if is_done(args.out, source["sha256"], run_identity, args.overwrite, processes):
+    if is_done(args.out, source["sha256"], run_identity, args.overwrite):
         return
     tokenizer = load_tokenizer(name)
     check_tokenizer(tokenizer, config.vocab_size)
@@ -446,7 +453,7 @@ def train(
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity, processes)
-    trainer.max_minutes, trainer.save_every = args.max_minutes, args.save_every
+    trainer.max_minutes, trainer.save_every, trainer.overwrite = args.max_minutes, args.save_every, args.overwrite
     trainer.run()
     del trainer  # see leave()
     processes.leave()
@@ -461,7 +468,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
         lr=args.lr,
         schedule=args.schedule,
         warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay,
         clip=args.clip,
         seed=args.seed,
         dtype=DTYPES[args.dtype],
@@ -488,19 +494,12 @@ def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def is_done(
-    out: Path, source_sha256: str | None, identity: dict[str, Any], overwrite: bool, processes: Processes
-) -> bool:
+def is_done(out: Path, source_sha256: str | None, identity: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` holds the result of this very command: then says so, and there is nothing to do.
 
-    With `overwrite`, forgets what a stopped run left. Raises UserError if `out` holds something else of ours.
+    Raises UserError if `out` holds something else of ours, unless that is to be overwritten.
     """
-    if overwrite:
-        if processes.is_first:
-            remove_partial(out)
-        processes.wait()
-        return False
-    if not (out / MANIFEST).is_file():
+    if overwrite or not (out / MANIFEST).is_file():
         return False
     made_by = f"python -m train.{identity['stage']} --overwrite"
     manifest = read_manifest(out, "checkpoint", made_by)
@@ -513,9 +512,12 @@ def is_done(
         )
     result = manifest_object(out, manifest, "after", made_by)
     after = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
-    done, steps = manifest.get("steps_done"), manifest.get("steps")  # older ones lack these
-    ended = f", which ended after step {done} of {steps}" if steps and done != steps else ""
-    console.print(f"{out}/ is there already, made by this very command{ended}; --overwrite would redo it.  {after}")
+    done, steps = manifest.get("steps_done"), manifest.get("steps")
+    ended = f", which ended after step {done} of {steps}" if done != steps else ""
+    unread = "" if "sha256" in identity["arguments"] else " (its data was not looked at again)"
+    console.print(
+        f"{out}/ is there already, made by this very command{ended}{unread}; --overwrite would redo it.  {after}"
+    )
     return True
 
 

@@ -206,7 +206,7 @@ class Study:
         nats: dict[str, list[float]] = defaultdict(list)
         answers: list[Record] = []
         for number in range(samples):
-            sample, prompt = tasks.fit(name, length, tokenizer, self.seed + number)
+            sample, prompt = tasks.fit(name, length, tokenizer, self.seed * 1_000_003 + number)
             rest = tokenizer(sample.rest, add_special_tokens=False)["input_ids"]
             ids, right = (torch.tensor([tokens], device=self.device) for tokens in (prompt, rest))
             texts: dict[str, str] = {}

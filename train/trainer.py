@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import statistics
 import threading
@@ -15,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,6 @@ class Settings:
     lr: float = 1e-3
     schedule: str = "cosine"
     warmup_steps: int = 0
-    weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0
     dtype: torch.dtype = torch.float32
@@ -146,7 +146,7 @@ class Trainer:
     """Trains `model` and writes the folder `out`.
 
     `identity` is everything that a resumed run must share with the one that left the state (JSON values); it goes into
-    the manifest together with `facts`.
+    the manifest. overwrite: the state of another run is forgotten instead of refused.
     """
 
     stage: Stage
@@ -160,19 +160,19 @@ class Trainer:
     processes: Processes
     max_minutes: float | None = None
     save_every: int = 50
-    facts: dict[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the evaluation of the result. Raises UserError, KeyboardInterrupt, OSError."""
         self.folder = self.out.with_name(self.out.name + PARTIAL)
         first = self.processes.is_first
-        with output_folder(self.out, keep_partial=True) if first else nullcontext():
+        after: dict[str, float] = {}
+        with output_folder(self.out, keep_partial=True) if first else nullcontext(), self._named_interrupt():
             self.processes.wait()
             self._prepare()
             with _stop_requests() as stop_requested:
                 self._train(stop_requested)
             self.model = self.spread.gather()
-            after = {}
             if first:
                 self.stage.finish(self.model)
                 after = self._evaluate("after")
@@ -182,6 +182,18 @@ class Trainer:
             self._report(after)
         self.processes.wait()  # for what the first one writes: others may read it next
         return after
+
+    @contextmanager
+    def _named_interrupt(self) -> Iterator[None]:
+        """An interrupt that says nothing, as in the middle of a step, says what is kept."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if str(interrupt) or not (self.folder / STATE).is_file():
+                raise
+            raise KeyboardInterrupt(
+                f"stopped; the last state saved is in {self.folder}: the same command goes on from there"
+            ) from None
 
     def _write(self, after: dict[str, float]) -> None:
         save_checkpoint(self.folder, self.model, self.tokenizer)
@@ -198,7 +210,6 @@ class Trainer:
             seconds=round(self.seconds, 1),
             before=self.before,
             after=after,
-            **self.facts,
         )
 
     def _prepare(self) -> None:
@@ -208,9 +219,11 @@ class Trainer:
         self.before: dict[str, float] = {}
         phases = settings.phases()
         self.phases = list(zip(phases, self.data.train.cut([p.length for p in phases]), strict=True))
-        state = load_state(self.folder)
+        state = self._state_left()
+        self.processes.wait()
         torch.manual_seed(settings.seed)
         if state is None and self.processes.is_first:
+            (self.folder / STATE).unlink(missing_ok=True)
             (self.folder / METRICS).write_text("")
             self.before = self._evaluate("before")
         self.processes.wait()
@@ -419,13 +432,25 @@ class Trainer:
             "optimizers": [optimizer_state(optimizer, keep) for optimizer in self.optimizers],
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _state_left(self) -> dict[str, Any] | None:
+        """What a stopped run left of this very command. Raises UserError for that of another, unless to overwrite."""
+        try:
+            state = load_state(self.folder)
+        except UserError:
+            if not self.overwrite:
+                raise
+            return None
+        if state is None:
+            return None
         difference = first_difference(json.loads(state["identity"]), self._full_identity())
-        if difference:
+        if difference and not self.overwrite:
             raise UserError(
                 f"{self.folder} holds an unfinished run with another configuration ({difference}): "
                 "use the same arguments, another --out, or --overwrite to start again"
             )
+        return None if difference else state
+
+    def _restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(like(parameter, state["weights"][name]))
@@ -460,15 +485,17 @@ def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
             if difference:
                 return difference
         elif before != now:
-            shown = [value[:12] if isinstance(value, str) else value for value in (before, now)]
-            return f"{prefix}{name}: {shown[0]} there, {shown[1]} now"
+            return f"{prefix}{name}: {_short(before)} there, {_short(now)} now"
     return None
 
 
+def _short(value: Any) -> Any:
+    """The beginning of a hash, anything else as it is."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+
+
 def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 @contextmanager

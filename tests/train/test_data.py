@@ -167,6 +167,20 @@ def test_windows_without_a_label_are_dropped(tmp_path: Path, tokenizer) -> None:
     assert ((data.train.labels[:, 1:] != IGNORED).sum(1) > 0).all()
 
 
+def test_windows_without_a_label_where_it_is_scored_are_dropped(tmp_path: Path, tokenizer) -> None:
+    """Long questions, short answers: of 20 tokens at the end of a window few are an answer's."""
+    source = write_jsonl(tmp_path / "d.jsonl", [record("Yes.", instruction=f"{i} " * 20) for i in range(200)])
+    windows = {n: load(source, tokenizer, train_windows=9, scored=n).train for n in (None, 20)}
+    labelled = {n: (w.labels[:, -19:] != IGNORED).any(1) for n, w in windows.items()}
+    assert not labelled[None].all() and labelled[20].all() and len(windows[20]) == 9
+
+
+def test_too_few_held_out_windows_are_said(tmp_path: Path, tokenizer, capsys) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [record(f"Answer {i}.") for i in range(100)])
+    found = len(load(source, tokenizer, held_out_windows=1000).held_out)
+    assert f"fills {found} held-out windows of 32 tokens, not 1000" in " ".join(capsys.readouterr().out.split())
+
+
 def test_windows_are_cut_into_shorter_ones(tmp_path: Path, tokenizer) -> None:
     """Every token of the long windows stands in one part, in order; a piece of prompt alone is left out."""
     source = write_jsonl(tmp_path / "d.jsonl", [record("yes " * 30, input="long " * 40 + str(i)) for i in range(60)])

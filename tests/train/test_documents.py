@@ -100,6 +100,12 @@ def test_a_folder_of_text_is_read_as_its_files_are_whatever_their_names(tmp_path
     assert {document.answer for document in documents(str(tmp_path), Malformed())} == {*alone, "a pattern", "latin"}
 
 
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match=r"model\.safetensors is not text"):
+        list(documents(str(tmp_path / "model.safetensors"), Malformed()))
+
+
 def test_one_file_of_text_is_cut_into_documents_for_both_splits(tmp_path: Path) -> None:
     text = "".join(f"line {number} of a long book\n" for number in range(40_000))
     (tmp_path / "book.txt").write_text(text)
@@ -128,3 +134,4 @@ def test_the_standard_library_is_written_in_the_schema_once(tmp_path: Path) -> N
     assert sum(len(d.answer) for d in parsed) > 5 * sum(len(d.messages[0][1]) for d in parsed)
     written = path.stat().st_mtime_ns
     assert stdlib_records(tmp_path) == path and path.stat().st_mtime_ns == written
+    assert parsed[0] == next(documents("stdlib", Malformed(), cache=tmp_path))

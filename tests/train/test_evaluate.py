@@ -474,6 +474,16 @@ def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, 
     assert [few["dense_nats"], few["sparse_nats"], all_selected["sparse_nats"]] == [2, 3, 2]
 
 
+def test_two_seeds_ask_different_questions(model, tokenizer, monkeypatch) -> None:
+    asked: list[int] = []
+    original = tasks.fit
+    monkeypatch.setattr(tasks, "fit", lambda *given: asked.append(given[3]) or original(*given))
+    monkeypatch.setattr(tasks, "answer", lambda *_: ([5], 2.0))
+    for seed in (0, 1):
+        Study(model, ["trained"], 1, seed).task("passkey", 400, 5, [Choice(str(K), (K, K))], tokenizer)
+    assert len(set(asked)) == 10
+
+
 def test_a_k_by_layer_that_is_one_of_the_others_counts_once(model, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(tasks, "answer", lambda model, *_: ([5], 2.0 + model.sparse))
     monkeypatch.setattr(tasks, "recall", lambda *_: 1.0)
@@ -501,7 +511,11 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         ([*AUTO, "--k-step", "32"], "--k-budget 24 is less than --k-floor 32, one --k-step unless given"),
         ([*AUTO, "--write-topk", "new", "--index-share", "2"], "--write-topk keeps the checkpoint's weights"),
         ([*AUTO, "--write-topk", "MODEL"], "would replace --model"),
-        ([*AUTO, "--write-topk", "OUT"], "would replace --out"),
+        ([*AUTO, "--write-topk", "OUT"], "lies in --out"),
+        ([*AUTO, "--write-topk", "OUT/topk"], "lies in --out"),
+        ([*AUTO, "--write-topk", "OUT/.."], "would replace --out"),
+        (["--base", ""], "--base is empty"),
+        (["--seed", "9999999999"], "--seed must be below 4294967296"),
         (["--score-tokens", "96"], "--score-tokens 96 must be at least 2 and less than --length 96"),
         (["--score-tokens", "9", "--packing", "cut"], "--score-tokens needs --packing pack"),
         (["--score-tokens", "9", "--rungs", "random"], "--score-tokens excludes the rung random"),
@@ -516,7 +530,8 @@ def test_wrong_arguments_end_in_one_line(
     names = {"TINY": str(tiny), "MODEL": str(checkpoint), "OUT": str(tmp_path / "out")}
     monkeypatch.setattr(command, "load_data", None)  # all of it is known before any text is read
     with pytest.raises(UserError) as error:
-        command.main(arguments(checkpoint, records, tmp_path / "out", *(names.get(value, value) for value in more)))
+        given = [names.get(value, value.replace("OUT/", f"{names['OUT']}/")) for value in more]
+        command.main(arguments(checkpoint, records, tmp_path / "out", *given))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -533,6 +548,15 @@ def test_windows_without_a_query_to_measure_end_in_one_line(checkpoint, records,
     with pytest.raises(UserError, match=r"no measured query \(--every \d+\) .* sees more than k = \d+ keys"):
         command.main(arguments(checkpoint, records, tmp_path / "out", "--min-tokens", "1", *more))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_lines_are_left_out_on_request(checkpoint, records, tmp_path, no_pictures) -> None:
+    lines = records.read_text().splitlines(keepends=True)
+    (tmp_path / "bad.jsonl").write_text("".join(["{\n"] * (len(lines) // 20) + lines))
+    given = arguments(checkpoint, tmp_path / "bad.jsonl", tmp_path / "out", "--k", "12", "--rungs", "trained")
+    with pytest.raises(UserError, match="pass --allow-malformed"):
+        command.main(given)
+    command.main([*given, "--allow-malformed"])
 
 
 @pytest.mark.parametrize("option", ["windows", "samples", "every", "k-budget", "k-step", "k-floor"])

@@ -156,6 +156,65 @@ def test_stopped_anywhere_it_goes_on_and_ends_in_the_same_weights(command, monke
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.usefixtures("no_measuring")
+def test_twins_of_other_data_are_no_twins(command, records, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    source.write_text("".join(lines[::2]))
+    command("--seeds", "0", "--attention", "dense", "--data", str(source))
+    source.write_text("".join(lines[1::2]))
+    with pytest.raises(UserError, match=r"finished already, with another configuration \(arguments\.sha256"):
+        command("--seeds", "0", "--attention", "dense", "dsa", "--data", str(source))
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_a_stopped_experiment_that_overwrites_goes_on_too(command, monkeypatch, tmp_path):
+    command("--seeds", "0", "--attention", "dense")
+    (tmp_path / "out" / "report").mkdir()  # it had come to its end
+    step, taken = Trainer._step, []
+
+    def until_the_sixth(self):
+        if len(taken) == 6:
+            taken.append(None)
+            raise KeyboardInterrupt
+        taken.append(self.step)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_step", until_the_sixth)
+    again = ("--seeds", "0", "--attention", "dense", "--steps", "6", "--overwrite")
+    with pytest.raises(KeyboardInterrupt):
+        command(*again)
+    command(*again)
+    assert 9 <= len([number for number in taken if number is not None]) <= 10, "nine steps, one of them perhaps twice"
+
+
+def test_a_steps_memory_is_beside_the_optimizers_state(monkeypatch, records, tokenizer, tmp_path):
+    """AdamW keeps two numbers per weight, which the first step makes."""
+    taken = []
+
+    class Peak:
+        def __init__(self):
+            taken.append(sum(t.numel() for p in made[0].state.values() for t in p.values() if t.numel() > 1))
+
+        def reset(self):
+            pass
+
+        def mib(self):
+            return 1.0
+
+    made = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **more: made.append(adamw(*a, **more)) or made[0])
+    monkeypatch.setattr(measure, "PeakMemory", Peak)
+    from train.data import load_data
+
+    twin, model = Twin(TOY, "dense", 0), fresh(Twin(TOY, "dense", 0))
+    model.save_pretrained(tmp_path)
+    data = load_data(str(records), tokenizer, 32, train_windows=4, held_out_windows=2, train_on_prompt=True)
+    assert measure._step_peak_mib(twin, tmp_path, data, "cpu", 1, 1, str(torch.float32)) == 1.0
+    assert taken == [2 * sum(p.numel() for p in model.parameters() if p.requires_grad)]
+
+
 def test_twins_start_alike_and_the_stages_share_no_window(records, tokenizer):
     from train.data import load_data
 

@@ -136,6 +136,43 @@ def test_another_configuration_is_refused_and_overwrite_starts_again(
     assert (tmp_path / "w" / "manifest.json").exists()
 
 
+def test_a_stopped_run_that_overwrites_goes_on_too(
+    tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    warmup.main(command(tiny, records, tmp_path / "w", 2))
+    again = command(tiny, records, tmp_path / "w", 4, "--lr", "0.5", "--overwrite")
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+            warmup.main(again)
+    before = weights_bytes(tmp_path / "w")
+    warmup.main(again)
+    assert "resuming from step 3 of 4" in capsys.readouterr().out
+    assert weights_bytes(tmp_path / "w") != before
+
+
+def test_an_interrupt_within_a_step_says_what_is_kept(
+    tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = trainer.Trainer._step
+
+    def stopped_in_the_third(self):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", stopped_in_the_third)
+    with pytest.raises(KeyboardInterrupt, match=r"the last state saved is in .*w\.partial: the same command goes on"):
+        warmup.main(command(tiny, records, tmp_path / "w", 4, "--save-every", "1"))
+
+
+def test_differences_are_told_whole_but_for_hashes() -> None:
+    names = [{"data": f"/a/long/folder/{name}.jsonl"} for name in ("one", "two")]
+    assert trainer.first_difference(*names) == "data: /a/long/folder/one.jsonl there, /a/long/folder/two.jsonl now"
+    hashes = [{"sha256": 64 * digit} for digit in "ab"]
+    assert trainer.first_difference(*hashes) == f"sha256: {12 * 'a'} there, {12 * 'b'} now"
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(
     poison: float, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

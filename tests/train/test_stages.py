@@ -574,10 +574,18 @@ def test_windows_grow_while_training(tiny: Path, records: Path, tmp_path: Path) 
     assert all(tensor.equal(again[name]) for name, tensor in weights(out).items())
 
 
+def test_every_length_has_windows_for_its_updates(tiny: Path, records: Path, tmp_path: Path) -> None:
+    """Eight updates read 160 tokens in all, which three windows of 64 hold, but the phases are no equal parts."""
+    out = trained(tiny, records, tmp_path / "w", "--length", "8", "16", "32", "64", "--steps", "8", "--batch-size", "1")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["data"]["windows"] == 4
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--length", "64", "32"), "must grow"),
+        (("--model", ""), "--model is empty"),
         (("--length", "24", "64"), "does not divide"),
         (("--length", "32", "64", "--packing", "cut"), "takes one --length"),
         (("--length", "16", "32", "64", "--steps", "2"), "--steps 2 leaves no update for windows of 64 tokens"),

@@ -7,6 +7,7 @@ for every seed, measures them on held-out text, times them over lengths, and wri
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -28,11 +29,11 @@ from train.documents import CACHE, Malformed, documents
 from train.experiment import measure, report
 from train.experiment.presets import PRESETS, Preset, quick
 from train.experiment.twins import Plan, Twin, train_twin
-from train.options import DTYPES
+from train.options import DTYPES, SEEDS
 
 OUT = Path("out/experiment")
 ATTENTION = ("dense", "dsa", "nsa")
-SEEDS, SPEED_LENGTHS = (0, 1, 2), (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+DEFAULT_SEEDS, SPEED_LENGTHS = (0, 1, 2), (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_SPEED_LENGTHS = (128, 512, 2048)
 MIN_TOKENS = 64
 DATA_SEED = 0
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
     where = result.add_argument_group("input and output")
     where.add_argument("--data", default="stdlib", metavar="SOURCE", help="as in train.warmup [stdlib]")
+    where.add_argument("--allow-malformed", action="store_true", help="leave out lines that cannot be read")
     where.add_argument("--vocabulary", type=int, metavar="N", help="tokens of the tokenizer trained on it [4096]")
     where.add_argument("--held-out", type=int, metavar="N", help="windows to measure on [64]")
     where.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help=f"where tokens are kept [{CACHE}]")
@@ -128,7 +130,9 @@ def resolve(args: argparse.Namespace) -> list[Preset]:
     """The presets with what the arguments change. Raises UserError with one line for what cannot work."""
     args.out = args.out or (Path(f"{OUT}-quick") if args.quick else OUT)
     args.attention = [name for name in ATTENTION if name in args.attention]
-    args.seeds = list(dict.fromkeys(args.seeds if args.seeds is not None else SEEDS[:1] if args.quick else SEEDS))
+    args.seeds = list(
+        dict.fromkeys(args.seeds if args.seeds is not None else DEFAULT_SEEDS[:1] if args.quick else DEFAULT_SEEDS)
+    )
     if args.speed_lengths is None:
         args.speed_lengths = list(QUICK_SPEED_LENGTHS if args.quick else SPEED_LENGTHS)
     measure.check_lengths(args.speed_lengths)
@@ -146,6 +150,9 @@ def resolve(args: argparse.Namespace) -> list[Preset]:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for seed in args.seeds:
+        if not 0 <= seed < SEEDS:
+            raise UserError(f"--seeds must be from 0 to {SEEDS - 1}, got {seed}")
     for name in ("lr", "warm_up_lr"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -187,7 +194,7 @@ def check_k(args: argparse.Namespace, presets: Sequence[Preset]) -> None:
             if isinstance(preset.topk, int) and preset.topk >= preset.length:
                 raise UserError(f"--k auto: k = {preset.topk} leaves nothing to choose at {preset.length} tokens")
         return
-    if "auto" in args.k or not all(k.isdigit() and int(k) for k in args.k):
+    if "auto" in args.k or not all(k.isdecimal() and int(k) for k in args.k):
         raise UserError(f"--k takes whole numbers from 1 on, or `auto` alone, got {' '.join(args.k)}")
     for preset in presets:
         if len(args.k) not in (1, preset.layers):
@@ -234,11 +241,14 @@ def prepare_output(args: argparse.Namespace, processes: Processes) -> None:
     """Makes <out> with its manifest, so that a stopped experiment is known as ours. Raises UserError if it is not."""
     check_output(args.out)
     check_writable(args.cache, "--cache")
+    stopped = False
     if (args.out / MANIFEST).is_file():
-        read_manifest(args.out, "experiment", "python -m train.experiment")
+        manifest = read_manifest(args.out, "experiment", "python -m train.experiment")
+        arguments = json.loads(json.dumps(vars(args), default=str))
+        stopped = manifest.get("arguments") == arguments and not (args.out / "report").exists()
     processes.wait()  # all have looked before the first one replaces it
     if processes.is_first:
-        if args.overwrite:
+        if args.overwrite and not stopped:  # by this very command, which began by removing what was there
             shutil.rmtree(args.out, ignore_errors=True)
         args.out.mkdir(parents=True, exist_ok=True)
         write_manifest(args.out, "experiment", {"path": args.data}, torch=torch.__version__, arguments=vars(args))
@@ -246,12 +256,12 @@ def prepare_output(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def make_plan(args: argparse.Namespace, presets: Sequence[Preset], processes: Processes) -> Plan:
-    """Tokenizers and windows: the first process makes them, the others read them."""
+    """Tokenizers and windows, the same in every process; the first one writes what is cached."""
     tokenizers: dict[int, Any] = {}
     data: dict[str, TrainingData] = {}
     for preset in presets:
         if preset.vocabulary not in tokenizers:
-            read = islice(documents(args.data, Malformed()), MAX_ROWS)
+            read = islice(documents(args.data, Malformed(args.allow_malformed), args.cache), MAX_ROWS)
             texts = (document.answer for document in read if not document.is_held_out())
             with processes.first_goes_first(), console.status("Training the tokenizer"):
                 tokenizers[preset.vocabulary] = train_tokenizer(texts, preset.vocabulary)
@@ -264,6 +274,7 @@ def make_plan(args: argparse.Namespace, presets: Sequence[Preset], processes: Pr
                 held_out_windows=preset.held_out,
                 min_tokens=MIN_TOKENS,
                 seed=DATA_SEED,
+                allow_malformed=args.allow_malformed,
                 train_on_prompt=True,
                 cache=args.cache,
             )

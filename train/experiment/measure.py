@@ -40,11 +40,15 @@ def record_of(twin: Twin, folder: Path, plan: Plan, *, memory: bool) -> Record:
     """The twin's figures, measured once and kept in its folder; memory: that of a step too, the same for all seeds."""
     kept = folder / RECORD
     if kept.is_file():
-        return json.loads(kept.read_text())
+        record = json.loads(kept.read_text())
+        if memory and record["step_peak_mib"] is None:
+            record["step_peak_mib"] = step_peak_mib(twin, folder, plan)
+            write_atomically(kept, json.dumps(record, indent=1) + "\n")
+        return record
     manifest = read_manifest(folder, "checkpoint", "python -m train.experiment")
     steps = [m for m in read_metrics(folder) if "evaluation" not in m]
     model = load_model(folder).to(plan.processes.device)
-    record: Record = {
+    record = {
         "preset": twin.preset.name,
         "attention": twin.attention,
         "seed": twin.seed,
@@ -80,7 +84,10 @@ def ms_per_step(steps: Sequence[Mapping[str, Any]]) -> float:
 
 
 def step_peak_mib(twin: Twin, folder: Path, plan: Plan) -> float | None:
-    """MiB that a training step of one process takes beside the weights, in a process of its own. None: not measured."""
+    """MiB that a training step of one process takes beside weights and optimizer, in a process of its own.
+
+    None: not measured.
+    """
     device = str(plan.processes.device)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         arguments = twin, folder, plan.data[twin.preset.name], device, plan.processes.count, torch.get_num_threads()
@@ -104,8 +111,8 @@ def _step_peak_mib(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    step(1)  # loads what the libraries keep, and makes the optimizer's state
     memory = PeakMemory()
-    step(1)  # loads what the libraries keep
     memory.reset()
     step(max(1, twin.preset.batch_size // processes))
     return memory.mib()

@@ -72,7 +72,9 @@ class Twin:
 
     def identity(self, plan: Plan) -> dict[str, Any]:
         """What a finished or stopped run must share with this one to be used."""
+        data = plan.data[self.preset.name].facts
         facts = {"attention": self.attention, "seed": self.seed, "data": plan.data_source}
+        facts |= {name: data[name] for name in ("sha256", "held_out_sha256")}
         facts["auto_k"] = plan.auto_k and self.attention == "dsa"
         facts["kl_target"] = KL_TARGET
         return {"stage": "experiment", "arguments": {**asdict(self.preset), **facts, "dtype": str(plan.dtype)}}
@@ -157,11 +159,13 @@ def train_twin(twin: Twin, plan: Plan) -> Path:
     """Trains a twin, or goes on where it was stopped; returns the folder of the finished checkpoint."""
     out, preset = plan.out / twin.name, twin.preset
     identity = twin.identity(plan)
-    if is_done(out, None, identity, False, plan.processes):
+    warm = plan.out / f"{twin.name}.warm-up"
+    if is_done(out, None, identity, overwrite=False):
+        if plan.processes.is_first:
+            shutil.rmtree(warm, ignore_errors=True)
         return out
     data, tokenizer = plan.data[preset.name], plan.tokenizers[preset.vocabulary]
     warmup_data, main_data = parts_of(data, preset)
-    warm = plan.out / f"{twin.name}.warm-up"
 
     def run_stage(model: Any, part: TrainingData, folder: Path, *, warmup: bool) -> None:
         console.print(f"{twin.name}: {'warm-up' if warmup else 'main stage'}")
@@ -171,7 +175,7 @@ def train_twin(twin: Twin, plan: Plan) -> Path:
         trainer.save_every = plan.save_every
         trainer.run()
 
-    if preset.warmup_steps and not is_done(warm, None, identity, False, plan.processes):
+    if preset.warmup_steps and not is_done(warm, None, identity, overwrite=False):
         run_stage(fresh(twin), warmup_data, warm, warmup=True)
     model = load_model(warm) if preset.warmup_steps else fresh(twin)
     if plan.auto_k and twin.attention == "dsa":
