@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import compare, matrix, runs
+from bench import compare, matrix, measure, runs
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import build
@@ -56,6 +56,7 @@ def results(export: Path, engines: Path, another_k: Path, tmp_path_factory) -> t
     out = tmp_path_factory.mktemp("compare") / "bench"
     command = [sys.executable, str(ROOT / "bench" / "compare.py"), *options(export, engines, out)]
     command += ["--context", "32", "300", "5000", "--batch", "1", "2", "--engines", str(engines), str(another_k)]
+    command += ["--score-tokens", "20"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
     assert (done.returncode, done.stderr) == (0, "")
     return out, done.stdout
@@ -85,7 +86,7 @@ def test_every_case_has_every_field(results: tuple[Path, str]):
         assert len(record["source"]["sha256"]) == 64
         assert "bench/compare.py --onnx" in record["command"]
         assert 0 <= record["agreement"]["top1"] <= 1 and record["agreement"]["loss_error"] >= 0
-        assert record["agreement"]["tokens"] == record["batch"] * (16 if record["context"] == 32 else 32)
+        assert record["agreement"]["tokens"] == record["batch"] * (16 if record["context"] == 32 else 20)
         assert 0 < record["loss"] < 100
     sides = len(toy.DENSE_CORES) + 1
     for *dense, sparse in zip(*(records[i::sides] for i in range(sides)), strict=True):
@@ -152,6 +153,14 @@ def test_one_folder_without_engines_among_several_is_named(export, engines, tmp_
 def test_quick_contradicts_what_takes_long(options: list[str], capsys):
     code, _, error = run_command(compare.main, ["--quick", *options], capsys)
     assert code == 1 and "--quick takes random caches and no peers" in one_line(error)
+
+
+def test_the_budget_is_what_was_asked_for():
+    for options, budget in (
+        (["--runs", "7", "--max-seconds", "2"], measure.Budget(7, at_most=2)),
+        (["--runs", "7", "--quick"], measure.Budget(5, at_most=compare.QUICK_SECONDS)),
+    ):
+        assert compare.budget_of(compare.parse_arguments(options)) == budget
 
 
 def test_a_red_gate_gives_no_figures(tmp_path: Path, capsys):

@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import matrix, measure, parity, prompts, runs
+from bench import floors, matrix, measure, parity, prompts, runs
 from dsa_export.cli import UserError, progress_bar
 from dsa_export.memory import PeakMemory
+from engines.artifacts import open_engine
 from engines.session import Session, open_runner
 from tests.engines import toy
 
@@ -194,6 +195,14 @@ def test_caches_are_filled_as_a_whole_text_would_fill_them(runners, monkeypatch)
     assert filled is not None and filled.context == 64
 
 
+def test_the_divergence_is_of_sparse_from_dense():
+    def says(*probabilities: float):
+        return types.SimpleNamespace(decode=lambda _: np.log([probabilities]))
+
+    score = parity.score({"dense": says(0.5, 0.5), "sparse": says(0.9, 0.1)}, np.zeros((1, 2), int))  # type: ignore
+    assert score and score.agreement["dense"].kl == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1))
+
+
 def test_alternating_timing():
     order: list[str] = []
     calls = {
@@ -208,6 +217,16 @@ def test_alternating_timing():
     assert timing.runs == 4
     assert len(measure.alternate(calls, measure.Budget(4, at_least=10), lambda: None)["sparse"]) == 40
     assert len(measure.alternate(calls, measure.Budget(50, at_most=0), lambda: None)["sparse"]) == measure.MIN_RUNS
+
+
+def test_paired_speedups_are_medians_over_the_rounds(engines: Path):
+    (group,), _ = matrix.groups(open_engine(engines / "ort" / name) for name in ("dense", "sparse"))
+    times = {"Attention": np.array([2.0, 2.0, 6.0]), "SparseAttention": np.array([1.0, 4.0, 2.0])}
+    filled = runs.Filled(32, dict.fromkeys(times, 1.0), None)
+    settings = runs.Settings("random", measure.Budget(3), 1, 0)
+    case = matrix.Case("decode", 1, 32, 32, 1)
+    dense, sparse = runs._records(group, case, times, filled, floors.Rates(1, 1, ""), settings, 32)
+    assert (dense["speedup_paired"], sparse["speedup_paired"], sparse["speedup"]) == (1, 2, 1)
 
 
 def test_peak_memory_sees_what_was_freed_again():

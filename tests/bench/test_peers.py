@@ -21,7 +21,7 @@ __version__ = "fake"
 WEIGHTS_MIB = 64
 class Config:
     def __init__(self, folder): self.folder = folder
-    def overlay(self, text): assert '"intra_op_num_threads": 1' in text
+    def overlay(self, text): assert '"intra_op_num_threads": 3' in text
 class Model:
     def __init__(self, config): self.weights = b"w" * (WEIGHTS_MIB << 20)
 class GeneratorParams:
@@ -74,6 +74,13 @@ def test_a_peer_is_timed_on_random_caches(dsa_folder: Path):
     assert all(record["ttft_s"] is None and record["ms_median"] > 0 for record in records)
 
 
+def test_a_peer_has_the_threads_of_the_engines(dsa_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    peers._measure_torch("masked", task(dsa_folder, caches="random", threads=3), [20])
+    assert seen == [3]
+
+
 def test_a_peer_that_needs_too_much_memory_is_skipped(dsa_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "torch_bytes", lambda checkpoint, context: 2**60)
     records = peers.measure_torch("transformers", task(dsa_folder))
@@ -102,7 +109,7 @@ def genai(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_genai_is_timed_in_its_own_interpreter(genai: tuple[Path, Path], tmp_path: Path):
     model, python = genai
-    skipped, record = peers.measure_genai(model, str(python), task(tmp_path))
+    skipped, record = peers.measure_genai(model, str(python), task(tmp_path, threads=3))
     assert (skipped["context"], skipped["reason"]) == (60, "beyond its context length of 50")
     assert (record["precision"], record["context"], record["runs"]) == ("int4", 20, 3)
     assert record["versions"]["onnxruntime-genai"] == "fake"
@@ -110,7 +117,7 @@ def test_genai_is_timed_in_its_own_interpreter(genai: tuple[Path, Path], tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_the_memory_of_genai_is_what_its_model_added(genai: tuple[Path, Path], tmp_path: Path):
-    _, record = peers.measure_genai(genai[0], str(genai[1]), task(tmp_path))
+    _, record = peers.measure_genai(genai[0], str(genai[1]), task(tmp_path, threads=3))
     assert 64 <= record["peak_mib"] < 64 + 5  # an interpreter alone takes 10
     assert record["peak_mib_is"] == runs.PEAK_MIB
 

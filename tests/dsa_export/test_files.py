@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from dsa_export.cli import UserError
-from dsa_export.files import check_output, checkpoint_hash, output_folder, read_manifest, remove_partial, write_manifest
+from dsa_export.files import (
+    check_output,
+    checkpoint_hash,
+    output_folder,
+    read_manifest,
+    remove_partial,
+    write_atomically,
+    write_manifest,
+)
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
@@ -67,3 +77,19 @@ def test_a_checkpoints_hash_is_that_of_the_weights_that_are_loaded(tmp_path):
     preferred = checkpoint_hash(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     assert checkpoint_hash(tmp_path) == preferred
+    (tmp_path / "config.json").write_text('{"index_topk": 8}')
+    assert checkpoint_hash(tmp_path) != preferred, "the same weights with another k are another checkpoint"
+
+
+def test_a_text_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_atomically(path, "of the run before")
+
+    def full(self, text):
+        self.write_bytes(text[:2].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "of this one")
+    assert path.read_text() == "of the run before" and list(tmp_path.iterdir()) == [path]

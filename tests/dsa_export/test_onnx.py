@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 
@@ -16,9 +17,9 @@ from dsa_export.config import DSAConfig
 from dsa_export.files import checkpoint_hash, read_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.onnx import __main__ as export_main
-from dsa_export.onnx import passes
-from dsa_export.onnx.export import dense_from_sparse, export_graph, save_graphs
-from dsa_export.onnx.identical import compare_folder, compare_graphs
+from dsa_export.onnx import parity, passes
+from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
+from dsa_export.onnx.identical import SharedWeights, compare_folder, compare_graphs
 from dsa_export.onnx.parity import _apart, check_parity
 from dsa_export.onnx.quantise import Scheme, _quantise, quantise, untie
 from tests.conftest import build_qwen
@@ -41,6 +42,22 @@ def test_files_and_manifest(export, dsa_folder):
     assert (sets["different"], sets["covered_layers"], sets["apart"]) == (0, 0, 0)
     assert manifest["source"] == {"path": str(dsa_folder), "sha256": checkpoint_hash(dsa_folder)}
     load_tokenizer(export)
+
+
+def test_all_tokens_that_end_an_answer_are_told(dsa_model, dsa_folder, tmp_path):
+    """Qwen2.5's generation_config.json names two, its config.json one."""
+    models = dict.fromkeys(("dense", "sparse"), dsa_model)
+    for variant in models:
+        (tmp_path / variant).mkdir()
+        for name in (MODEL_FILE, WEIGHTS_FILE):
+            (tmp_path / variant / name).touch()
+    arguments = argparse.Namespace(model=str(dsa_folder), dtype="fp32", weights=None)
+    for ends, told in (([2, 1], [2, 1]), (2, [2])):
+        dsa_model.generation_config.eos_token_id = ends
+        export_main.write_export_manifest(
+            tmp_path, arguments, dsa_model, models, {}, SharedWeights(1, 1), None, random_indexer=False
+        )
+        assert read_manifest(tmp_path, "onnx", "test")["model"]["eos_token_id"] == told
 
 
 def test_where_the_file_system_has_no_links_the_weights_are_copied(dsa_folder, tmp_path, monkeypatch):
@@ -345,6 +362,27 @@ def test_parity_fails_on_wrong_weights_and_on_another_selection(dsa_folder, tmp_
     assert not check(lambda layers: layers[0].mlp.up_proj.weight[0].add_(0.5))["passed"]
     result = check(lambda layers: layers[1].self_attn.indexer.q_proj.weight.neg_())
     assert result["selected_sets"]["different"] > 0 and not result["passed"]
+
+
+def test_quality_is_that_of_the_kernels_that_run_later(dsa_model, tmp_path, monkeypatch):
+    exact = torch.randn(parity.DECODED_TOKENS, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(parity, "_session", lambda *_, fuse: fuse)
+    monkeypatch.setattr(parity, "_run_onnx", lambda _, fused, __: (exact + fused, []))
+    monkeypatch.setattr(parity, "_run_torch", lambda *_: (parity.Reference(exact, 1.0), {}))
+    text = [0] * (parity.DECODED_TOKENS + 1)
+    result = check_parity(dsa_model, tmp_path, text, tmp_path, parity.Reference(exact, 1.0))
+    assert result["max_abs_error"] == 0 and result["quality"]["max_abs_error"] == pytest.approx(1)
+
+
+def test_what_is_quantised_is_what_the_flags_say(dsa_folder, tmp_path, monkeypatch):
+    made: list[tuple] = []
+    monkeypatch.setattr(export_main, "Scheme", lambda *scheme: made.append(scheme))
+    monkeypatch.setattr(export_main, "output_folder", None)
+    flags = ["--weights", "int8", "--block-size", "64", "--keep-lm-head", "--int8-indexer"]
+    monkeypatch.setattr("sys.argv", ["", "--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), *flags])
+    with pytest.raises(TypeError, match="not callable"):
+        export_main.main()
+    assert made == [("int8", 64, False, True)]
 
 
 @pytest.mark.parametrize("k", [4, 24, 40])

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models
 from dsa_export.cli import Terminated, UserError
 from engines import generate
 from engines.artifacts import open_engine
+from engines.sampling import Sampling
 from engines.session import Session, open_runner
 from engines.text import Answer, Text, longest_beginning
 from tests.engines import toy
@@ -157,6 +158,27 @@ def test_the_answer_is_streamed_and_measured(engines: Path, capsys):
     assert output == "".join(pieces(text, tokens, limit=9)) + "\n"
     for figure in (f"3 + {len(tokens)} tokens", "time to first token", "prefill", "decode", "tokens/s", "peak memory"):
         assert figure in error
+
+
+def test_sampling_stop_strings_and_threads_are_those_of_the_command(engines: Path, capsys, monkeypatch):
+    options = ["--engine", str(engines / "ort/sparse"), "--prompt", "abc", "--max-new-tokens", "30", "--raw"]
+    options += ["--threads", "1"]
+    runner = open_runner(engines / "ort" / "sparse")
+    opened = []
+    monkeypatch.setattr(generate, "open_runner", lambda _, threads: opened.append(threads) or runner)
+    text = Text(runner.engine)
+    (tokens,) = Session(runner).generate([text.encode("abc")], 30, sampling=Sampling(1.5, 0.6, 3))
+    sampled = ["--temperature", "1.5", "--top-p", "0.6", "--seed", "3"]
+    whole = "".join(pieces(text, tokens, limit=30))
+    assert run_command(generate.main, [*options, *sampled], capsys)[1] == whole + "\n"
+    stop = whole[5:7]
+    cut = run_command(generate.main, [*options, *sampled, "--stop", "never", "--stop", stop], capsys)[1]
+    assert cut == whole[: whole.index(stop)] + "\n" and opened == [1, 1]
+
+
+def test_figures_are_tokens_per_second():
+    said = generate.figures(known=0, prompt=6, new=5, prefill_seconds=2.0, decode_seconds=0.5)
+    assert "6 + 5 tokens; time to first token 2.00 s, prefill 3.0 tokens/s, decode 8.0 tokens/s" in said
 
 
 def test_the_chat_template_is_applied(engines: Path, capsys, monkeypatch):
@@ -348,3 +370,14 @@ def test_a_prompt_needs_text_not_surrogates(text: Text):
         text.encode("\ud83e")
     with pytest.raises(UserError, match="template refuses these messages: unknown role tool"):
         text.chat([{"role": "tool", "content": "x"}])
+
+
+def test_a_conversation_that_holds_the_whole_answer_computes_its_last_token(engines: Path, capsys):
+    """It was shown, but is not in the caches."""
+    runner = open_runner(engines / "ort" / "sparse")
+    speaker = generate.Speaker(runner, Text(runner.engine), generate.parse_arguments(["--max-new-tokens", "3"]))
+    prompt = [1, 2, 3]
+    (answered,) = Session(runner).generate([prompt], 3)
+    speaker.answer(prompt)
+    speaker.answer([*prompt, *answered, 4, 5])
+    assert "5 known + 3 + " in capsys.readouterr().err

@@ -17,7 +17,7 @@ from dsa_export.files import MANIFEST, sha256
 from dsa_export.memory import PeakMemory
 from engines import ort
 from engines.artifacts import Limits
-from engines.memory import estimate
+from engines.memory import Estimate, check, estimate
 from engines.session import Runner, Session, open_runner
 from tests.engines import toy
 from tests.engines.commands import copy_tree
@@ -58,6 +58,19 @@ def peak_of_growing(folder: Path, release: bool) -> float:
     peak = memory.mib()
     assert peak is not None
     return peak
+
+
+def test_tensorrt_rtx_builds_in_several_times_its_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engines.memory.available_memory", lambda: 3 * MIB)
+    needed = Estimate(weights=2 * MIB, caches=0, workspace=0)
+    check("torch", needed)
+    with pytest.raises(UserError, match="tensorrt-rtx needs about 8 MiB and this machine has 3 MiB"):
+        check("tensorrt-rtx", needed)
+
+
+def test_an_engine_has_the_threads_that_it_is_given(engines: Path):
+    runner = open_runner(engines / "ort" / "sparse", threads=3, verify=False)
+    assert runner.session.get_session_options().intra_op_num_threads == 3  # type: ignore[attr-defined]
 
 
 def test_growing_gives_the_old_caches_back_tensor_by_tensor(engines: Path):

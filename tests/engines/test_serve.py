@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import httpx
@@ -31,7 +32,7 @@ from engines.memory import OutOfMemory
 from engines.ort import OrtRunner
 from engines.sampling import Sampler, Sampling
 from engines.scheduler import SMALLEST_CAPACITY, Batch, Event, Request, Row, Scheduler
-from engines.session import Runner, Session
+from engines.session import Runner, Session, open_runner
 from engines.text import Answer, Text
 from tests.engines import toy
 from tests.engines.commands import copy_tree, one_line, run_command
@@ -184,6 +185,7 @@ def test_a_stream_says_the_same_as_the_whole(client: httpx.Client):
 def test_chat_applies_the_template(client: httpx.Client, text: Text):
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "y"}]}]
     answer = client.post(CHAT, json={"messages": messages, "max_completion_tokens": 1}).json()
+    assert answer["usage"]["completion_tokens"] == 1
     assert answer["usage"]["prompt_tokens"] == len(text.encode("system: x\nuser: y\nassistant: "))
 
 
@@ -210,6 +212,23 @@ def test_a_seed_repeats_an_answer(client: httpx.Client):
     answers = [client.post(COMPLETIONS, json=body).json()["choices"][0]["text"] for _ in range(2)]
     assert answers[0] == answers[1]
     assert answers[0] != client.post(COMPLETIONS, json={**body, "seed": 4}).json()["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "given, sampling",
+    [
+        ({}, Sampling(1.0, 1.0, seed=3)),  # OpenAI's defaults
+        ({"temperature": 1.5, "top_p": 0.6}, Sampling(1.5, 0.6, seed=3)),
+    ],
+)
+def test_tokens_are_drawn_as_the_request_says(
+    client: httpx.Client, runners: dict[str, Runner], text: Text, given: dict[str, float], sampling: Sampling
+):
+    (tokens,) = Session(runners["sparse"]).generate([text.encode("abc")], 20, sampling=sampling)
+    answer = Answer(text, 20)
+    expected = "".join(answer.push(token) for token in tokens)
+    response = client.post(COMPLETIONS, json={"prompt": "abc", "max_tokens": 20, "seed": 3, **given}).json()
+    assert response["choices"][0]["text"] == expected
 
 
 def test_models_and_health(client: httpx.Client):
@@ -862,6 +881,13 @@ def test_batches_of_all_capacities_take_what_the_command_says(
     assert sum(sizes) == scheduler.most_cache_slots > 2 * toy.MAX_POSITIONS
 
 
+def test_the_caches_of_a_long_request_go_when_shorter_ones_follow(runners: dict[str, Runner], endless: Text):
+    with scheduling(runners["sparse"], endless) as scheduler:
+        for prompt in (prompt_of(SMALLEST_CAPACITY + 1, 0), [1]):
+            ask(scheduler, endless, prompt, 2)
+        wait_until(lambda: list(scheduler._batches) == [SMALLEST_CAPACITY], seconds=5)
+
+
 def test_200_clients_that_leave_cost_neither_rows_nor_memory(runners: dict[str, Runner]):
     with serving(runners["sparse"], slots=3, queue=8, endless=True) as client:
 
@@ -991,6 +1017,27 @@ def test_an_address_that_is_taken_is_one_line(engines: Path, capsys: pytest.Capt
 )
 def test_wrong_arguments_exit_with_2(options: list[str], capsys: pytest.CaptureFixture[str]):
     assert run_command(serve.main, options, capsys)[0] == 2
+
+
+def test_every_option_reaches_the_server(engines: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    seen: dict[str, Any] = {}
+
+    def opened(folder: Path, *, threads: int | None) -> Runner:
+        seen["threads"] = threads
+        return open_runner(folder, threads=threads)
+
+    def server(app: object, scheduler: Scheduler, grace: int) -> SimpleNamespace:
+        seen.update(grace=grace)
+        return SimpleNamespace(run=lambda sockets: None)
+
+    monkeypatch.setattr(serve, "open_runner", opened)
+    monkeypatch.setattr("engines.app.create_app", lambda scheduler, _, **options: seen.update(options, its=scheduler))
+    monkeypatch.setattr("engines.app.Server", server)
+    options = "--port 0 --threads 1 --slots 2 --queue 3 --prefix-cache 50 --grace 4 --model-name m --max-body-bytes 999"
+    assert run_command(serve.main, ["--engine", str(engines / "ort/sparse"), *options.split()], capsys)[0] == 0
+    scheduler = seen.pop("its")
+    assert (scheduler.slots, scheduler.queue, scheduler.prefixes.limit) == (2, 3, 50)
+    assert seen == {"threads": 1, "grace": 4, "model": "m", "max_body": 999}
 
 
 def test_without_the_web_framework_the_command_says_what_to_install(engines: Path, monkeypatch, capsys):

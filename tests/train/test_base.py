@@ -46,6 +46,15 @@ def test_every_second_window_repeats() -> None:
     assert torch.equal(windows.labels, windows.input_ids)
 
 
+def test_the_seed_draws_the_repeats(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(base, "with_repeats", lambda windows, seed: seeds.append(seed) or windows)
+    monkeypatch.setattr(base, "train", lambda *_: None)
+    options = "--steps 1 --batch-size 1 --length 64 --held-out 0 --min-tokens 1 --device cpu --seed 3"
+    base.main(["--data", str(records), "--out", str(tmp_path / "base"), *options.split()])
+    assert seeds == [3]
+
+
 def test_the_base_is_a_plain_qwen2_folder(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = "--steps 3 --batch-size 2 --length 64 --held-out 2 --min-tokens 1 --device cpu".split()  # noqa: SIM905

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 from pathlib import Path
@@ -220,7 +221,8 @@ def test_too_few_documents_to_hold_any_out(tmp_path: Path, tokenizer) -> None:
 
 def test_the_same_seed_draws_the_same_windows(records: Path, tokenizer) -> None:
     a, b, c = (load(str(records), tokenizer, seed=seed) for seed in (0, 0, 1))
-    assert a.facts["sha256"] == b.facts["sha256"] != c.facts["sha256"]
+    for windows in ("sha256", "held_out_sha256"):
+        assert a.facts[windows] == b.facts[windows] != c.facts[windows]
     assert torch.equal(a.train.input_ids, b.train.input_ids)
 
 
@@ -257,6 +259,23 @@ def test_a_second_run_does_not_tokenize_again(tmp_path: Path, records: Path, tok
     write_jsonl(tmp_path / "d.jsonl", [record(f"Another number {i}.") for i in range(150)])
     assert load(source, tokenizer, **options).facts["sha256"] != first.facts["sha256"]
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".pt"]
+
+
+def test_what_was_tokenized_otherwise_is_not_taken(tmp_path: Path, tokenizer, encoded: list) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [record(f"Answer number {i}.") for i in range(150)])
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages[0]['content'] }}"
+
+    def tokenizes(words=tokenizer, **more) -> bool:
+        del encoded[:]
+        load(source, words, cache=tmp_path / "cache", train_windows=1000, **more)
+        return bool(encoded)
+
+    assert tokenizes() and not tokenizes()
+    for options in ({"min_tokens": 9}, {"train_on_prompt": True}, {"max_rows": 9}, {"length": 16}, {"words": other}):
+        assert tokenizes(**options), options
+    write_jsonl(tmp_path / "d.jsonl", [record(f"Answer Number {i}.") for i in range(150)])  # of the same size
+    assert tokenizes()
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])

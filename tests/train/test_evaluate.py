@@ -257,6 +257,15 @@ def test_selection_statistics(model, ids: torch.Tensor) -> None:
     torch.testing.assert_close(shares.sum(-1), torch.ones(2, 2))
 
 
+@torch.no_grad()
+def test_a_shorter_text_has_caught_everything_beyond_its_end(model, ids) -> None:
+    meter = SelectionMeter(2, 2, [K], 1)
+    model.sparse = False
+    for text in (ids, ids[:, : T // 2]):
+        model.model(text, observer=meter)
+    torch.testing.assert_close(meter.caught()[:, -1], torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
 # ---------------------------------------------------------------- k by layer
 
 
@@ -273,6 +282,8 @@ def test_the_budget_goes_where_it_catches_most() -> None:
     others = [[a, b, 72 - a - b] for a in range(8, 65, 8) for b in range(8, 65, 8) if 8 <= 72 - a - b <= 64]
     assert mass(ks) == pytest.approx(max(mass(other) for other in others))
     assert allocate(caught, 64, step=8, floor=8) == [64, 64, 64]
+    most_for_two = torch.stack([k, k, k**0.1])  # but there is room for one layer only
+    assert allocate(most_for_two, 12, step=8, floor=8, share=2) == [8, 8, 16]
     first, second, third = allocate(caught, 24, step=8, floor=8, share=2)  # the last group has one layer
     assert first == second > 8 and (first, third) == max(
         ((a, b) for a in range(8, 65, 8) for b in range(8, 65, 8) if 2 * a + b <= 72),
@@ -339,6 +350,22 @@ def test_layers_that_follow_one_selection_are_measured_and_have_one_k(checkpoint
     assert first != follower and attention["recall"] == pytest.approx((first + follower) / 2)
 
 
+def test_the_text_is_chosen_as_the_arguments_say(checkpoint, records, tmp_path: Path, monkeypatch) -> None:
+    seen: list[dict] = []
+
+    def load(source: str, _: object, length: int, **options: object) -> None:
+        seen.append({"source": source, "length": length, **options})
+        raise UserError("enough")
+
+    monkeypatch.setattr(command, "load_data", load)
+    more = ["--k", "12", "--seed", "3", "--packing", "cut", "--min-tokens", "9"]
+    with pytest.raises(UserError, match="enough"):
+        command.main(arguments(checkpoint, records, tmp_path / "out", *more))
+    chosen = {"source": str(records), "length": 96, "held_out_windows": 2, "train_windows": 0}
+    chosen |= {"allow_malformed": False, "scored": None}
+    assert seen == [{**chosen, "min_tokens": 9, "packing": "cut", "seed": 3}]
+
+
 PIECES = ["--length", "48", "96", "--k", "12", "auto", "--k-budget", "24", "--k-step", "4", "--rungs", "trained"]
 PIECES += ["--tasks", "passkey", "--task-lengths", "400", "--samples", "1"]
 
@@ -401,6 +428,22 @@ def test_a_stopped_run_goes_on_to_the_same_results(checkpoint, records, tmp_path
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_k_by_layer_is_chosen_on_text_that_the_ladder_does_not_see(checkpoint, records, tmp_path, monkeypatch) -> None:
+    seen: dict[str, Windows] = {}
+
+    def watched(name: str):
+        original = getattr(Study, name)
+        return lambda study, windows, *rest: (seen.update({name: windows}), original(study, windows, *rest))[1]
+
+    for name in ("caught", "text"):
+        monkeypatch.setattr(Study, name, watched(name))
+    more = ["--k", "auto", "--k-budget", "24", "--k-step", "4", "--rungs", "trained"]
+    command.main(arguments(checkpoint, records, tmp_path / "out", *more))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["auto"]["chosen_on"] == seen["caught"].sha256() != seen["text"].sha256()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_only_the_end_of_each_window_is_scored(checkpoint, tiny, records, tmp_path: Path, capsys) -> None:
     more = ["--k", "12", "--score-tokens", "17", "--dtype", "bf16", "--base", str(tiny)]
     command.main(arguments(checkpoint, records, tmp_path / "out", *more))
@@ -450,6 +493,16 @@ def test_what_another_run_left_is_not_reused(checkpoint, records, tmp_path: Path
     assert again["length"] == kept["length"] and again["dense"]["loss"] != pytest.approx(kept["dense"]["loss"])
 
 
+def test_what_is_lost_from_the_base_is_held_against_the_base(model, tiny, ids) -> None:
+    base = load_model(tiny, attention="dense").train()
+    with torch.no_grad():
+        base.lm_head.weight.mul_(0.5)
+    record = Study(model, ["trained"], 1, 0, base).text(windows(ids), [Choice(str(K), (K, K))])
+    assert record["base"]["loss"] != pytest.approx(record["dense"]["loss"], rel=0.01)
+    for row in (record["dense"], *record["ladder"]):
+        assert row["from_base"]["increase"] == pytest.approx(row["loss"] / record["base"]["loss"] - 1)
+
+
 @pytest.mark.parametrize(
     "options", [{"index_keys": "fp8"}, {"index_keys": "int8"}, {"index_pool": 4, "index_share": 2}]
 )
@@ -457,6 +510,19 @@ def test_decoding_is_timed_with_every_kind_of_cache(checkpoint, options: dict) -
     model = load_model(checkpoint, **options)
     speeds = timing.decoding_speed(model, T, tokens=1)
     assert set(speeds) == {"tokens_per_s_dense", "tokens_per_s_sparse"} and min(speeds.values()) > 0
+
+
+def test_speeds_are_tokens_per_second(model, monkeypatch) -> None:
+    monkeypatch.setattr(timing, "in_turn", lambda calls, _: dict.fromkeys(calls, 4.0))
+    assert set(timing.decoding_speed(model, T).values()) == {250.0}
+
+
+def test_decoding_is_timed_behind_all_tokens_each_time(model, monkeypatch) -> None:
+    call, seen = timing.decode_call(model, T), []
+    monkeypatch.setattr(model, "forward", lambda _, cache, **__: seen.append((cache.lengths.tolist(), cache.columns)))
+    for _ in range(2):
+        call()
+    assert seen == [([T], T)] * 2
 
 
 def test_a_task_is_answered_once_where_everything_is_selected(model, tokenizer, monkeypatch) -> None:
@@ -490,6 +556,20 @@ def test_a_k_by_layer_that_is_one_of_the_others_counts_once(model, tokenizer, mo
     choices = [Choice(str(K), (K, K)), Choice("auto", (K, K))]
     (record,) = Study(model, ["trained"], 1, 0).task("passkey", 400, 2, choices, tokenizer)
     assert (record["k"], record["sparse"], record["sparse_nats"]) == (str(K), 1, 3)
+
+
+def test_every_k_is_asked_the_samples_of_the_seed(model, tokenizer, monkeypatch) -> None:
+    asked: list[tuple] = []
+
+    def answer(model, prompt: torch.Tensor, *_: object) -> tuple[list[int], float]:
+        asked.append((model.sparse and model.config.topk_per_layer, prompt[0].tolist()))
+        return [5], 0.0
+
+    monkeypatch.setattr(tasks, "answer", answer)
+    choices = [Choice("8", (8, 8)), Choice("auto", (8, 16))]
+    Study(model, ["trained"], 1, 7).task("passkey", 400, 1, choices, tokenizer)
+    _, prompt = tasks.fit("passkey", 400, tokenizer, 7 * 1_000_003)
+    assert asked == [(False, prompt), ((8, 8), prompt), ((8, 16), prompt)]
 
 
 AUTO = ["--k", "auto", "--k-budget", "24"]

@@ -264,6 +264,12 @@ def run(attention, seed, loss):
             "ms_per_step": 1.0, "step_peak_mib": None}  # fmt: skip
 
 
+def test_a_step_takes_the_median_of_those_behind_the_first():
+    ended = [9, 10, 11, 12, 13, 14, 16, 18]  # the last three took 1, 2 and 2 s
+    assert measure.ms_per_step([{"seconds": seconds} for seconds in ended]) == 2000
+    assert measure.ms_per_step([{"seconds": seconds} for seconds in (1, 3, 6)]) == 2000, "too few to leave any out"
+
+
 def test_losses_are_compared_seed_by_seed():
     records = [run("dense", 0, 2.0), run("dense", 1, 4.0), run("dsa", 0, 2.1), run("dsa", 1, 4.12)]
     assert report.increases(records, "p", "dsa") == pytest.approx([0.05, 0.03])

@@ -54,6 +54,15 @@ def test_without_held_out_windows_nothing_is_evaluated(tiny: Path, records: Path
     assert "held-out" not in capsys.readouterr().out
 
 
+def test_the_evaluation_computes_in_the_type_of_the_training(tiny: Path, records: Path, tmp_path: Path, monkeypatch):
+    made: list = []
+    monkeypatch.setattr(finetune, "train_from", lambda *arguments: made.append(arguments[-1]()))
+    options = ["--model", str(tiny), "--data", str(records), "--out", str(tmp_path / "out"), *SHORT]
+    finetune.main([*options, "--attention", "dense", "--dtype", "bf16"])
+    ((_, stage),) = made
+    assert stage.evaluate.keywords["compute_dtype"] == torch.bfloat16
+
+
 def test_what_is_evaluated_is_what_was_not_trained_on(tiny: Path, records: Path, tmp_path: Path, monkeypatch) -> None:
     evaluated, data = [], []
     loss, evaluate = finetune.held_out_loss, Trainer._evaluate

@@ -11,7 +11,7 @@ from torch import Tensor
 from plugins.index_topk import index_topk
 from tests.conftest import Largest
 from train import losses
-from train.losses import TARGETS, attention_target, indexer_kl, indexer_kl_reference
+from train.losses import TARGETS, IndexerObserver, attention_target, indexer_kl, indexer_kl_reference
 
 SCALE = 0.3
 
@@ -113,6 +113,12 @@ def test_the_warm_up_sees_keys_that_the_indexer_did_not_choose() -> None:
     d_k = torch.autograd.grad(indexer_kl(*tensors, lengths, SCALE, indices).kl, tensors[2])[0]
     unselected = sorted(set(range(30)) - set(indices.flatten().tolist()))
     assert (d_k[0, unselected] == 0).all()
+
+
+def test_the_queries_that_count_begin_anywhere() -> None:
+    """Or of each window, pass after pass, the same would be learned from."""
+    torch.manual_seed(0)
+    assert {IndexerObserver(8, every=4).first for _ in range(40)} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("k", [None, 5])

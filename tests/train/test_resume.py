@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import math
 import os
 import signal
@@ -118,6 +119,9 @@ def test_ctrl_c_saves_and_resumes_to_the_same_bits(
     for folder in ("cut", "whole"):
         steps = [line.split(",")[0] for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
         assert steps[1:7] == [f'{{"step": {n}' for n in range(1, 7)] and len(steps) == 8
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines[1:7]]
+    assert seconds == sorted(seconds), "the time before the stop counts"
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_again(
@@ -272,9 +276,10 @@ def test_long_steps_are_saved_by_time(tiny: Path, records: Path, tmp_path: Path,
     save = trainer.Trainer._save
     monkeypatch.setattr(trainer.Trainer, "_save", lambda self: (saved.append(self.step), save(self)))
     warmup.main(command(tiny, records, tmp_path / "seldom", 3))
+    warmup.main(command(tiny, records, tmp_path / "by steps", 3, "--save-every", "2"))
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
     warmup.main(command(tiny, records, tmp_path / "often", 3))
-    assert saved == [3, 1, 2, 3]
+    assert saved == [3, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

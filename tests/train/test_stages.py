@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -126,6 +127,16 @@ def test_passes_are_updates(tiny: Path, records: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(weights(passes), weights(steps), atol=1e-5, rtol=1e-3)
     metrics = [json.loads(line) for line in (passes / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("step") for line in metrics] == [0, 1, 1] and metrics[1]["tokens"] == 48
+
+
+def test_every_update_draws_its_queries_anew(tiny: Path, records: Path, tmp_path: Path, monkeypatch) -> None:
+    seeds: list[int] = []
+    terms = warmup.replayed_terms
+    monkeypatch.setattr(
+        warmup, "replayed_terms", lambda *of, **options: (seeds.append(torch.initial_seed()), terms(*of, **options))[1]
+    )
+    trained(tiny, records, tmp_path / "w", "--steps", "3", "--passes", "2", "--accumulation", "2")
+    assert len(seeds) == len(set(seeds)) == 3 * 2 * 2
 
 
 def test_the_teacher_of_the_warm_up_is_dense(tiny: Path) -> None:
@@ -613,6 +624,28 @@ def test_accumulation_equals_one_large_batch(tiny: Path, records: Path, tmp_path
     assert first[0] == pytest.approx(first[1], rel=1e-5)
 
 
+def test_what_is_predicted_is_averaged_over_the_labels_of_an_update(tiny: Path, records: Path, tmp_path: Path) -> None:
+    """Of windows of equal length, in which prompts take more or less; the first token of a window is not predicted."""
+    first = []
+    for batch, accumulation in (("4", "1"), ("1", "4")):
+        out = tmp_path / batch
+        options = ["--attention", "dense", "--steps", "1", "--batch-size", batch, "--accumulation", accumulation]
+        finetune.main(["--model", str(tiny), "--data", str(records), "--out", str(out), *SHORT, *options])
+        first.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["cross_entropy"])
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+def test_each_group_is_clipped_by_itself(warm: Path, records: Path, tmp_path: Path, monkeypatch) -> None:
+    clipped: list[tuple[int, float]] = []
+    clip = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda group, most: (clipped.append((len(group), most)), clip(group, most))[1]
+    )
+    joint_of(warm, records, tmp_path / "joint", "--steps", "1", "--clip", "0.5")
+    groups = joint.parameter_groups(load_model(warm))
+    assert clipped == [(len(groups["base"]), 0.5), (len(groups["indexer"]), 0.5)]
+
+
 def test_muon_takes_the_matrices_of_the_indexer_and_adamw_the_rest(tiny: Path) -> None:
     model = load_model(tiny, **INDEXER)
     indexer = warmup.indexer_parameters(model)["indexer"]
@@ -697,6 +730,31 @@ def test_a_warm_up_goes_on_with_the_indexer_that_is_there(warm: Path, records: P
     assert (kept.index_heads, kept.index_dim, kept.index_topk) == (2, 16, 8)
     with pytest.raises(UserError, match=r"--index-heads 4: the checkpoint's indexer has 2"):
         warmup.main([*arguments, "--out", str(tmp_path / "other"), "--index-heads", "4"])
+
+
+def test_every_setting_is_what_the_arguments_say() -> None:
+    given = {"steps": 7, "batch_size": 3, "accumulation": 2, "lr": 0.5, "schedule": "linear", "warmup_steps": 1}
+    given |= {"clip": 2.5, "seed": 9}
+    settings = settings_of(argparse.Namespace(**given, length=[16, 32], dtype="bf16"))
+    assert settings == Settings(**given, lengths=(16, 32), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("command", [warmup, joint])
+def test_what_an_indexer_learns_and_is_judged_by_is_what_the_arguments_say(
+    command, tiny: Path, warm: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list = []
+    monkeypatch.setattr(command, "train_from", lambda *arguments: made.append(arguments[-1]()))
+    options = ["--kl-queries", "7", "--kl-target", "mean", "--dtype", "bf16", "--indexer-optimizer", "adamw"]
+    options += SMALL_INDEXER if command is warmup else []
+    model = str(tiny if command is warmup else warm)
+    command.main(["--model", model, "--data", str(records), "--out", str(tmp_path / "out"), *SHORT, *options])
+    ((model, stage),) = made
+    learned, judged = stage.terms.keywords, stage.evaluate.keywords
+    assert [(of["kl_queries"], of["kl_target"]) for of in (learned, judged)] == [(7, "mean")] * 2
+    assert judged["compute_dtype"] == torch.bfloat16
+    assert judged["teacher"] is learned.get("teacher")
+    assert {type(one) for one in stage.optimizers(stage.groups(model), Settings(1, (8,)))} == {torch.optim.AdamW}
 
 
 @pytest.mark.parametrize("lengths, steps", [([64], 15), ([32, 64], 23), ([2, 4, 8, 64], 221)])
