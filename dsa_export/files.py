@@ -45,6 +45,10 @@ def check_output(out: Path, kind: str | None = None) -> None:
     """
     if out.name in ("", ".."):
         raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
+    if out.is_symlink():
+        raise UserError(
+            f"{out} is a link, which cannot be replaced as a whole: name the folder itself, {out.resolve()}"
+        )
     if os.path.ismount(out):
         raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
     check_writable(out)

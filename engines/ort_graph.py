@@ -31,12 +31,13 @@ FLAT, BY_HEAD = "group_query/flat", "group_query/by_head"
 def group_query(graph: Graph) -> onnx.ModelProto | None:
     """The dense graph with every Attention, and the two cache updates before it, as one GroupQueryAttention.
 
-    None for attention that the operator does not do: over latent rows, which are keys and values at once.
+    None for attention that the operator does not do: over latent rows, which are keys and values at once, and with
+    heads that are no multiple of 8.
     """
     model = onnx.load(graph.path, load_external_data=False)
     made_by = {output: node for node in model.graph.node for output in node.output}
     attention = [node for node in model.graph.node if node.op_type == "Attention"]
-    if _over_latent_rows(attention):
+    if _over_latent_rows(attention) or graph.model.head_dim % 8:
         return None
     (kv_lengths,) = {node.input[6] for node in attention}
     replaced: dict[str, list[NodeProto]] = {kv_lengths: [made_by[kv_lengths], *_shared_inputs(kv_lengths)]}

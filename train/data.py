@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsa_export.cli import UserError, console, progress_bar
+from dsa_export.model.checkpoint import check_vocabulary
 from train.checkpoint import load_state, save_state
 from train.documents import HELD_OUT_SHARE, PIECE, Document, Malformed, documents, stdlib_records, visible_files
 
@@ -53,13 +54,8 @@ def encode(document: Document, tokenizer: Any, *, train_on_prompt: bool = False)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Raises UserError if the tokenizer cannot be used with a model of this vocabulary."""
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocab_size:
-        raise UserError(
-            f"the tokenizer does not match the model: it has token id {highest}, the model's vocabulary ends at "
-            f"{vocab_size - 1}; use the tokenizer that came with the checkpoint"
-        )
+    """Raises UserError if the tokenizer cannot be used to train a model of this vocabulary."""
+    check_vocabulary(tokenizer, vocab_size)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token: the answers could not be ended")
     if tokenizer.chat_template is None:

@@ -158,6 +158,8 @@ def load_model(
         # NaN and infinity survive in the extremes, which take a thirtieth of the time of isfinite() on every number.
         if not torch.stack(parameter.aminmax()).isfinite().all():
             raise UserError(f"{name}: {key} holds numbers that are not finite in {dtype}: the checkpoint is broken")
+    # transformers does not tie, whatever the configuration says, where the file holds two different matrices.
+    model.config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
     return model.eval()
 
 
@@ -190,6 +192,16 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no tokenizer in {name} ({_first_line(error)})") from None
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises UserError if the tokenizer has tokens that a model of this vocabulary lacks."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise UserError(
+            f"the tokenizer does not match the model: it has token id {highest}, the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the tokenizer that came with the checkpoint"
+        )
 
 
 @contextmanager

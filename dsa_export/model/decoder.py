@@ -68,6 +68,7 @@ class DSAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["DecoderLayer"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.inv_freq"]  # older Llama files hold it
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -102,9 +102,6 @@ def check(config: PreTrainedConfig) -> None:
             f"supported: only {layers}, the number of layers"
         )
     check_shared(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("quantised checkpoints (quantization_config) are not supported: convert the original weights")
-    check_rope(config.rope_parameters)
 
 
 def check_shared(config: PreTrainedConfig) -> None:
@@ -113,8 +110,12 @@ def check_shared(config: PreTrainedConfig) -> None:
         raise ValueError("sliding-window layers (use_sliding_window) are not supported")
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not known")
-    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
-        raise ValueError(f"pad_token_id={config.pad_token_id} is no token: vocab_size is {config.vocab_size}")
+    pad = config.pad_token_id
+    if pad is not None and not -config.vocab_size <= pad < config.vocab_size:  # -1 is the last, as torch has it
+        raise ValueError(f"pad_token_id={pad} is no token: vocab_size is {config.vocab_size}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("quantised checkpoints (quantization_config) are not supported: convert the original weights")
+    check_rope(config.rope_parameters)
 
 
 def dsa_fields(config: PreTrainedConfig) -> dict[str, Any]:

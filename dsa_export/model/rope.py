@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ def check_rope(parameters: dict[str, Any]) -> None:
     rope_type = parameters["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise ValueError(f"rope_type {rope_type!r} is not supported (supported: {', '.join(STATIC_ROPE_TYPES)})")
+    for name, value in parameters.items():
+        if name != "rope_type" and not isinstance(value, (int, float, NoneType)):
+            raise ValueError(f"rope_parameters: {name}={value!r} is not a number")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1.0")
 
@@ -28,7 +32,6 @@ class RotaryTable(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, dim: int):
         super().__init__()
-        check_rope(config.rope_parameters)
         self.dim = dim
         self.config = config
         frequencies, self.attention_scaling = self._frequencies()

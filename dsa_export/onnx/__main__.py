@@ -17,7 +17,7 @@ from dsa_export.files import check_output, output_folder, sha256, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, load_config, model_source
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, check_vocabulary, load_config, model_source
 from dsa_export.onnx.calibrate import calibrate, calibration_windows
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import Comparison, SharedWeights, compare_graphs, compare_weights
@@ -119,6 +119,7 @@ def main() -> None:
             f"{arguments.model} has native sparse attention: --topk and --index-… are options of an indexer"
         )
     tokenizer = load_tokenizer(arguments.model)
+    check_vocabulary(tokenizer, config.vocab_size)
     torch.manual_seed(0)
     console.print(f"Loading {arguments.model}")
     model = load_model(
@@ -205,6 +206,8 @@ def describe(variant: str, result: dict[str, Any]) -> str:
         text += f", {sets['ties']} tied, {sets['different']} different"
         if sets["different"]:
             text += f" (in the worst layer in {sets['apart']:.1%} of what can differ)"
+        if sets["unlawful"]:
+            text += f", {sets['unlawful']} of them no selections (unseen tokens, tokens twice, too many or too few)"
         if sets["covered_layers"]:
             text += f"; k covers the text in {sets['covered_layers']} layers: their selection itself was not checked"
     text += ": ok" if result["passed"] else ": FAILED"

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from dsa_export.cli import UserError, console, run
 from dsa_export.files import read_manifest
+from dsa_export.onnx.passes import read_tensor
 from dsa_export.selection import INDEX_CACHES
 from plugins.registry import DOMAIN
 
@@ -87,7 +88,16 @@ def compare_graphs(dense: ir.Model, sparse: ir.Model) -> Comparison:
                 raise UserError(f"{node.name}: the cores scale differently")
             if "is_causal" not in node.attributes or node.attributes["is_causal"].as_int() != 1:
                 raise UserError(f"{node.name} is not causal, as the selection is")
+            more = sorted(node.attributes.keys() - {"scale", "is_causal"})
+            if more or len(node.inputs) != 7 or any(node.inputs[3:6]):
+                raise UserError(
+                    f"{node.name} does more than attend to the tokens of a row ({', '.join(more) or 'inputs'})"
+                )
             todo += list(zip(node.inputs[:3], other.inputs[:3], strict=True))
+            selection = _selection(other)
+            if selection is None or _operator(selection) != SELECTION:
+                raise UserError(f"{other.name} is not fed by an IndexTopK")
+            todo.append((node.inputs[6], selection.inputs[3]))  # the tokens that a query may see
             continue
         _compare_nodes(node, other)
         todo += list(zip(node.inputs, other.inputs, strict=True))
@@ -116,7 +126,7 @@ class SharedWeights:
 
 def compare_weights(dense: ir.Model, sparse: ir.Model) -> SharedWeights:
     """Raises UserError unless every weight of the dense graph is, by name and bytes, one of the sparse graph."""
-    weights = [{n: v for n, v in g.graph.initializers.items() if _is_external(v)} for g in (dense, sparse)]
+    weights = [{n: v for n, v in g.graph.initializers.items() if _is_parameter(n)} for g in (dense, sparse)]
     for name, value in weights[0].items():
         if name not in weights[1]:
             raise UserError(f"the sparse graph lacks the weight {name}")
@@ -124,8 +134,9 @@ def compare_weights(dense: ir.Model, sparse: ir.Model) -> SharedWeights:
     return SharedWeights(len(weights[0]), len(weights[1]) - len(weights[0]))
 
 
-def _is_external(value: ir.Value) -> bool:
-    return isinstance(value.const_value, ir.ExternalTensor)
+def _is_parameter(name: str) -> bool:
+    """Not a constant, such as a shape, which the exporter numbers."""
+    return name.startswith(("model.", "lm_head."))
 
 
 def _compare_nodes(node: ir.Node, other: ir.Node) -> None:
@@ -149,7 +160,7 @@ def _compare_leaves(a: ir.Value, b: ir.Value, weights: set[str]) -> None:
     same = (
         a.const_value.dtype == b.const_value.dtype
         and list(a.const_value.shape) == list(b.const_value.shape)
-        and (same_file or a.const_value.tobytes() == b.const_value.tobytes())
+        and (same_file or read_tensor(a.const_value).tobytes() == read_tensor(b.const_value).tobytes())
     )
     if not same:
         raise UserError(f"the weights {a.name} (dense) and {b.name} (sparse) differ")
@@ -203,10 +214,9 @@ def compare_folder(folder: Path) -> Comparison:
         if manifest["identical_operators"] is None:
             raise UserError(f"{folder}: its two kinds of attention are other operators, not DSA beside its dense twin")
         paths = [folder / manifest["graphs"][variant]["path"] for variant in ("dense", "sparse")]
-        dense, sparse = (ir.load(path) for path in paths)
-    except (KeyError, TypeError, DecodeError) as error:
+        return compare_graphs(*(ir.load(path) for path in paths))
+    except (KeyError, TypeError, ValueError, OSError, DecodeError) as error:
         raise UserError(f"{folder} is not as `{made_by}` wrote it ({error}): run that again") from None
-    return compare_graphs(dense, sparse)
 
 
 def main() -> None:

@@ -159,14 +159,16 @@ def upcast_bf16(model: ir.Model) -> None:
             continue
         if tensor.dtype == bf16:
             value.const_value = ir.LazyTensor(
-                lambda tensor=tensor, name=value.name: ir.tensor(_read(tensor).numpy().astype("float32"), name=name),
+                lambda tensor=tensor, name=value.name: ir.tensor(
+                    read_tensor(tensor).numpy().astype("float32"), name=name
+                ),
                 dtype=fp32,
                 shape=ir.Shape(tensor.shape),
                 name=value.name,
             )
             value.type = ir.TensorType(fp32)
         else:
-            value.const_value = _read(tensor)
+            value.const_value = read_tensor(tensor)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.dtype == bf16:
             value.type = ir.TensorType(fp32)
@@ -218,7 +220,7 @@ def upcast_fp8_caches(model: ir.Model) -> None:
             model.graph.insert_after(node, back)
 
 
-def _read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def read_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The tensor, mapped if external: onnx_ir itself reads no weight file that has several hard links, as ours has."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor

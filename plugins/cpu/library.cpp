@@ -204,6 +204,7 @@ struct IndexTopKKernel
         require(bytes == (inputs > kRequiredInputs), "index_scale belongs to index_k in uint8");
         require(q.type == (bytes ? ort::kInt8 : ort::kFloat) && keys.is(bytes ? ort::kUint8 : ort::kFloat,
             {call.B, call.G, call.Di}), "index_q and index_k must be fp32, or int8 and uint8, of one B and Di");
+        require(call.Hi > 0 && call.Di > 0, "Hi and Di must be positive");
         require(!bytes || call.Di % 4 == 0, "Di must be a multiple of 4 for keys in uint8");
         require(weights.is(ort::kFloat, {call.B, call.S, call.Hi}), "index_weights must be [B, S, Hi] in fp32");
         require(lengths.is(ort::kInt64, {call.B}), "kv_lengths must be [B] in int64");
@@ -258,7 +259,8 @@ struct AttentionKernel
         call.scale = scale;
         call.B = q.dims[0], call.Hq = q.dims[1], call.S = q.dims[2], call.D = q.dims[3];
         call.Hkv = k_cache.dims[1], call.C = k_cache.dims[2];
-        require(call.Hkv > 0 && call.Hq % call.Hkv == 0, "query heads must be a multiple of KV heads");
+        require(call.Hq > 0 && call.Hkv > 0 && call.D > 0, "Hq, Hkv and D must be positive");
+        require(call.Hq % call.Hkv == 0, "query heads must be a multiple of KV heads");
         std::vector<int64_t> const cache{call.B, call.Hkv, call.C, call.D};
         require(k_cache.dims == cache && v_cache.dims == cache, "B, Hkv, C, D differ between the inputs");
         if constexpr (sparse)

@@ -12,8 +12,9 @@ from transformers import MistralConfig
 
 from dsa_export.cli import UserError
 from dsa_export.files import checkpoint_hash, write_manifest
-from dsa_export.model import load_model, load_tokenizer
+from dsa_export.model import dense_twin, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config, model_source
+from tests.conftest import build_qwen
 
 
 @pytest.fixture
@@ -78,6 +79,17 @@ def test_unexpected_tensor(damaged):
     edit_weights(damaged, lambda tensors: tensors.update({"model.extra": torch.zeros(2)}))
     with pytest.raises(UserError, match=r"model\.extra"):
         load_model(damaged)
+
+
+def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(tmp_path):
+    """As transformers decides by the file; the dense twin must not tie it either."""
+    folder = build_qwen(tmp_path / "tied", tied=True)
+    weights = load_file(folder / "model.safetensors")
+    own = torch.randn(weights["model.embed_tokens.weight"].shape)
+    save_file({**weights, "lm_head.weight": own}, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(folder)
+    assert model.config.tie_word_embeddings is False
+    assert torch.equal(dense_twin(model).lm_head.weight, own) and torch.equal(model.lm_head.weight, own)
 
 
 def test_weights_that_are_not_finite(damaged):

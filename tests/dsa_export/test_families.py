@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -316,6 +319,7 @@ def test_published_sizes(model: str) -> None:
             LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "rope_type 'dynamic'",
         ),
+        (LlamaConfig(**SHAPE, pad_token_id=-9999), "pad_token_id=-9999 is no token"),
         (
             DeepseekV3Config(**{**LATENT, "first_k_dense_replace": 1}),
             "first_k_dense_replace=1 makes mixture-of-experts",
@@ -329,6 +333,33 @@ def test_what_the_decoder_lacks_is_refused_by_name(config: PreTrainedConfig, opt
     with pytest.raises(UserError, match=option) as error:
         load_config(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "rope_type 'dynamic'"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": "two"}, "factor='two' is not a number"),
+    ],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_positions_that_the_table_cannot_follow_are_named(
+    rope: dict[str, Any], message: str, ours: bool, dsa_folder: Path, qwen_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dsa_folder if ours else qwen_folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rope}))
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "model")
+
+
+def test_an_older_llamas_frequencies_are_not_unexpected(tmp_path: Path) -> None:
+    """Which its files hold beside the weights."""
+    LlamaForCausalLM(STOCK["llama"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(tmp_path)
 
 
 def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:

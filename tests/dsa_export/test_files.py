@@ -81,6 +81,13 @@ def test_a_checkpoints_hash_is_that_of_the_weights_that_are_loaded(tmp_path):
     assert checkpoint_hash(tmp_path) != preferred, "the same weights with another k are another checkpoint"
 
 
+def test_an_output_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large disk")
+    with pytest.raises(UserError, match="out is a link, which cannot be replaced"):
+        check_output(tmp_path / "out")
+
+
 def test_a_text_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_atomically(path, "of the run before")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -19,10 +22,10 @@ from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokeni
 from dsa_export.onnx import __main__ as export_main
 from dsa_export.onnx import parity, passes
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
-from dsa_export.onnx.identical import SharedWeights, compare_folder, compare_graphs
+from dsa_export.onnx.identical import SharedWeights, compare_folder, compare_graphs, compare_weights
 from dsa_export.onnx.parity import _apart, check_parity
 from dsa_export.onnx.quantise import Scheme, _quantise, quantise, untie
-from tests.conftest import build_qwen
+from tests.conftest import VOCABULARY, build_qwen
 from tests.dsa_export.conftest import Graph, export_command
 
 LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -329,10 +332,53 @@ def test_the_proof_finds_every_other_difference(graphs):
         compare_graphs(**graphs)
     core.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
 
+    core.attributes["softcap"] = ir.AttrFloat32("softcap", 1.0)
+    with pytest.raises(UserError, match=r"does more than attend to the tokens of a row \(softcap\)"):
+        compare_graphs(**graphs)
+    del core.attributes["softcap"]
+    visible = core.inputs[6]
+    core.replace_input_with(3, visible)
+    with pytest.raises(UserError, match=r"does more than attend to the tokens of a row \(inputs\)"):
+        compare_graphs(**graphs)
+    core.replace_input_with(3, None)
+    for reader, position in ((core, 6), (node("sparse", "IndexTopK"), 3)):  # one layer that sees one token less
+        visible = reader.inputs[position]
+        graph = graphs["dense" if reader is core else "sparse"].graph
+        reader.replace_input_with(position, next(value for value in graph.inputs if value.name == "past_lengths"))
+        with pytest.raises(UserError):
+            compare_graphs(**graphs)
+        reader.replace_input_with(position, visible)
+    compare_graphs(**graphs)
+
     stray = ir.node("Neg", [node("sparse", "Sigmoid").outputs[0]])
     graphs["sparse"].graph.append(stray)
     with pytest.raises(UserError, match="neither to both nor"):
         compare_graphs(**graphs)
+
+
+def test_the_proof_reads_files_with_any_number_of_links_and_refuses_damaged_ones(export, tmp_path):
+    """A copied export has two weight files, and engines made of it link each."""
+    folder = tmp_path / "copy"
+    for variant in ("dense", "sparse"):
+        (folder / variant).mkdir(parents=True)
+        for file in (export / variant).iterdir():
+            shutil.copyfile(file, folder / variant / file.name)
+        os.link(folder / variant / WEIGHTS_FILE, tmp_path / variant)
+    shutil.copyfile(export / "manifest.json", folder / "manifest.json")
+    assert compare_folder(folder).weights == compare_folder(export).weights
+    os.truncate(folder / "dense" / WEIGHTS_FILE, 100)
+    with pytest.raises(UserError, match=r"is not as `python -m dsa_export\.onnx` wrote it"):
+        compare_folder(folder)
+
+
+def test_small_weights_are_compared_too(graphs):
+    """Qwen2.5-0.5B's k and v biases are less than what goes into the weight file."""
+    names = [name for name in graphs["dense"].graph.initializers if name.endswith((".weight", ".bias", ".inv_freq"))]
+    assert compare_weights(**graphs).shared == len(names)
+    bias = graphs["sparse"].graph.initializers["model.layers.1.self_attn.k_proj.bias"]
+    bias.const_value = ir.tensor(bias.const_value.numpy() + 1, name=bias.name)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.k_proj\.bias"):
+        compare_weights(**graphs)
 
 
 def test_tied_embeddings_stay_one_weight(tmp_path):
@@ -362,6 +408,55 @@ def test_parity_fails_on_wrong_weights_and_on_another_selection(dsa_folder, tmp_
     assert not check(lambda layers: layers[0].mlp.up_proj.weight[0].add_(0.5))["passed"]
     result = check(lambda layers: layers[1].self_attn.indexer.q_proj.weight.neg_())
     assert result["selected_sets"]["different"] > 0 and not result["passed"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "counts"),
+    [
+        ([[0, -1, -1], [0, 1, -1], [2, 0, 1], [1, 2, 3]], (4, 0, 0, 0)),
+        ([[0, -1, -1], [0, 1, -1], [2, 0, 1], [0, 2, 3]], (3, 1, 0, 0)),  # 0 and 1 score alike
+        ([[0, -1, -1], [0, 1, -1], [2, 0, 1], [0, 1, 2]], (3, 0, 1, 0)),
+        ([[0, -1, -1], [0, -1, -1], [2, 0, 1], [1, 2, 3]], (3, 0, 1, 1)),  # lacks one
+        ([[0, -1, -1], [0, 1, -1], [2, 0, 0], [1, 2, 3]], (3, 0, 1, 1)),  # has one twice
+        ([[0, 1, -1], [0, 1, -1], [2, 0, 1], [1, 2, 3]], (3, 0, 1, 1)),  # sees the future
+        ([[0, -1, -1], [0, 1, -1], [2, 0, 1], [1, 2, 9]], (3, 0, 1, 1)),  # beyond the text
+    ],
+)
+def test_what_is_no_selection_is_no_tie(theirs, counts):
+    ours = torch.tensor([[0, -1, -1], [0, 1, -1], [0, 1, 2], [1, 2, 3]])
+    scores = torch.tensor([1.0, 1.0, 5.0, 7.0]).expand(1, 4, 4)
+    attention = SimpleNamespace(reselect=lambda _: (ours[None], scores), key_type="model")
+    found = parity._compare_sets(attention, None, torch.tensor(theirs))
+    assert tuple(found[name] for name in ("identical", "ties", "different", "unlawful")) == counts
+
+
+def test_logits_that_overflow_prove_nothing(dsa_model, tmp_path, monkeypatch):
+    """The tolerance in fp16 is twice torch's own error, which is infinite then."""
+    exact = torch.randn(parity.DECODED_TOKENS, 4)
+    monkeypatch.setattr(parity, "_session", lambda *_, fuse: None)
+    monkeypatch.setattr(parity, "_run_onnx", lambda *_: (exact + 5, []))
+    runs = iter([exact, exact + torch.inf])
+    monkeypatch.setattr(parity, "_run_torch", lambda *_: (parity.Reference(next(runs), 1.0), {}))
+    half = copy.deepcopy(dsa_model).half()
+    assert not check_parity(half, tmp_path, [0] * (parity.DECODED_TOKENS + 1), tmp_path)["passed"]
+
+
+def test_the_parity_check_sees_short_and_long_pasts(export, dsa_model, monkeypatch):
+    """The first call holds k tokens at most: there everything is selected, in another branch of the body."""
+    calls = []
+    session = parity._session(dsa_model, export / "sparse", export / "scratch", fuse=False)
+    binding = type(session.io_binding())
+    bind = binding.bind_cpu_input
+
+    def noted(self, name, array):
+        calls.append((name, array.shape))
+        bind(self, name, array)
+
+    monkeypatch.setattr(binding, "bind_cpu_input", noted)
+    parity._run_onnx(dsa_model, session, list(range(3, 203)))
+    lengths = [shape[1] for name, shape in calls if name == "input_ids"]
+    k = min(dsa_model.config.topk_per_layer)
+    assert lengths[:2] == [k, min(parity.CHUNK, 200 - parity.DECODED_TOKENS - k)] and sum(lengths) == 199
 
 
 def test_quality_is_that_of_the_kernels_that_run_later(dsa_model, tmp_path, monkeypatch):
@@ -453,6 +548,16 @@ def test_without_a_checkpoint_it_says_what_makes_one(tmp_path, monkeypatch):
     result = export_command()
     assert result.returncode == 1
     assert result.stderr == "error: there is no folder ckpt: `python -m train.joint` makes it, or name a --model\n"
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_exported(dsa_folder, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(dsa_folder, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"<{number}>" for number in range(VOCABULARY)])
+    tokenizer.save_pretrained(folder)
+    result = export_command("--model", str(folder), "--out", str(tmp_path / "onnx"))
+    assert result.returncode == 1 and "the tokenizer does not match the model" in result.stderr
 
 
 def test_random_indexer_is_recorded(qwen_folder, tmp_path):

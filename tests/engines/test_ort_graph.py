@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dsa_export.cli import UserError
 from dsa_export.selection import describe_selection
 from engines import build
 from engines.artifacts import Engine, Graph, open_engine, open_export, rebuild_command
-from engines.ort_graph import dense_while_short
+from engines.ort_graph import dense_while_short, group_query
 from engines.session import Session, open_runner
 from plugins import cpu
 from tests.dsa_export.conftest import CAPACITY
@@ -47,6 +48,12 @@ def test_index_queries_are_computed_where_they_are_read(export: Path) -> None:
     model = dense_while_short(graph, 1)
     assert model is not None
     assert not {"0.iq", "1.iw"} & {tensor.name for tensor in model.graph.initializer}
+
+
+def test_heads_that_group_query_attention_refuses_are_left_to_attention(export: Path) -> None:
+    graph = open_export(export).graphs["dense"]
+    assert group_query(graph) is not None
+    assert group_query(replace(graph, model=replace(graph.model, head_dim=20))) is None
 
 
 def test_weights_that_fill_a_model_file_stay_outside(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,12 +297,15 @@ def wrong_inputs() -> Iterator[tuple[str, dict[str, float], list[Tensor], str]]:
     yield "IndexTopK", {"k": 4}, [topk[0], topk[1][..., :1], *topk[2:]], r"index_weights must be \[B, S, Hi\]"
     yield "IndexTopK", {"k": 4}, [*topk[:2], topk[2][..., :4], topk[3]], "of one B and Di"
     yield "IndexTopK", {"k": 4}, [*topk[:3], torch.tensor([8, 8])], r"kv_lengths must be \[B\]"
+    without_heads = [topk[0][:, :, :0], topk[1][..., :0], *topk[2:]]
+    yield "IndexTopK", {"k": 4}, without_heads, "Hi and Di must be positive"
     queries, weights = round_queries(torch.ones(1, 8, 2, 6), torch.ones(1, 8, 2))
     keys, scales = round_keys(torch.ones(1, 8, 6), "int8")
     yield "IndexTopK", {"k": 4}, [queries, weights, keys, topk[3], scales], "Di must be a multiple of 4"
     yield "RoundQueries", {}, [torch.ones(1, 8, 2, 8), torch.ones(1, 8, 1)], r"index_weights must be \[B, S, Hi\]"
     attention = list(attention_problem(1, 1, 8, 2, 2, 8, 4, torch.float32, 0, poison=False).arguments()[:4])
     yield "SparseAttention", {"scale": 1.0}, [attention[0][:, :3], *attention[1:]], "multiple of KV heads"
+    yield "SparseAttention", {"scale": 1.0}, [attention[0][:, :0], *attention[1:]], "Hq, Hkv and D must be positive"
     yield "SparseAttention", {"scale": 1.0}, [*attention[:2], attention[2][:, :, :5], attention[3]], "differ"
 
 
