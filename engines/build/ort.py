@@ -77,7 +77,7 @@ def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> tuple[onnx.ModelP
     from engines.ort_graph import dense_while_short, with_cpu_kernels
 
     facts: dict[str, Any] = {"standard_operators": True} if args.standard_operators else {}
-    slots = max(args.dense_slots or 0, min(graph.topk))
+    slots = args.dense_slots or min(graph.topk)
     adapted = dense_while_short(graph, slots)
     if adapted is not None:
         slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
