@@ -9,6 +9,7 @@ which also leaves each process only its share of the weights, gradients and opti
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -70,6 +71,7 @@ class Processes:
         lock held, before that (as in the destructor of DDP's reducer), both wait forever; if Python ends, it aborts.
         """
         if self.count > 1:
+            gc.collect()  # an exception that a library keeps in a cycle keeps its callers' frames as well
             dist.barrier()
             time.sleep(0.1)  # without the lock
             dist.destroy_process_group()

@@ -113,19 +113,21 @@ def test_gradients_are_exchanged_once_per_update() -> None:
 LEAVING_ALONE = """
 import gc
 from torch.nn.parallel import DistributedDataParallel
+import torch.distributed as dist
 from dsa_export.cli import run
-from train import distributed, warmup
+from train import warmup
 
-leave = distributed.Processes.leave
+destroy = dist.destroy_process_group
 
-def leave_alone(self):
-    assert not [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
-    leave(self)
+def destroy_alone():
+    wrappers = [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+    assert not wrappers, gc.get_referrers(*wrappers)
+    destroy()
 
-distributed.Processes.leave = leave_alone
+dist.destroy_process_group = destroy_alone
 run(warmup.main)
 """
-"""A warm-up that checks what Processes.leave() asks for."""
+"""A warm-up that checks what Processes.leave() is about."""
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
