@@ -71,7 +71,7 @@ class Processes:
         lock held, before that (as in the destructor of DDP's reducer), both wait forever; if Python ends, it aborts.
         """
         if self.count > 1:
-            gc.collect()  # an exception that a library keeps in a cycle keeps its callers' frames as well
+            gc.collect()  # what a cycle holds, such as the frames of an exception that a library keeps
             dist.barrier()
             time.sleep(0.1)  # without the lock
             dist.destroy_process_group()
