@@ -117,16 +117,15 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
     for (backend, precision, _), members in by_weights.items():
         dense = {core_of(engine): engine for engine in reversed(members) if engine.variant != "sparse"}
         sparse = {(e.topk, str(e.selection)): e for e in reversed(members) if e.variant == "sparse"}
-        for engine in [] if dense and sparse else members:
-            reason = f"no {'dense' if engine.variant == 'sparse' else 'sparse'} engine of the same weights"
-            skips.append({"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason})
         for engine in members:
-            chosen = sparse.get((engine.topk, str(engine.selection)), engine) if engine.variant == "sparse" else engine
-            if chosen is not engine:
+            chosen = sparse[engine.topk, str(engine.selection)] if engine.variant == "sparse" else engine
+            if not (dense and sparse):
+                reason = f"no {'dense' if engine.variant == 'sparse' else 'sparse'} engine of the same weights"
+            elif chosen is not engine:
                 reason = f"selects as {chosen.folder} does, of the same weights: compare it in a run of its own"
-                skips.append(
-                    {"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason}
-                )
+            else:
+                continue
+            skips.append({"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason})
         cores = tuple(dense[name] for name in sorted(dense))
         found += [Group(backend, precision, cores, sparse[key]) for key in sorted(sparse) if cores]
     return found, skips

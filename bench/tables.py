@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from bench import summary
 from bench.summary import Pair, Record, ms_with_spread
-from dsa_export.cli import console
+from dsa_export.cli import print_wide
 
 TABLE_WIDTH = 128
 """Width of what is printed into a pipe or file."""
@@ -29,22 +28,23 @@ class Table:
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    width = None if console.is_terminal else TABLE_WIDTH
-    printer = Console(file=console.file, width=width, highlight=False, emoji=False, markup=False)
-    for table in tables:
-        shown = RichTable(
-            title=table.title,
-            caption=table.notes or None,
-            box=box.SIMPLE_HEAD,
-            title_justify="left",
-            caption_justify="left",
-            pad_edge=False,
-        )
-        for number, column in enumerate(table.columns):
-            shown.add_column(column, justify="left" if number < table.left else "right", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*row)
-        printer.print(shown)
+    print_wide(map(_for_rich, tables), TABLE_WIDTH)
+
+
+def _for_rich(table: Table) -> RichTable:
+    shown = RichTable(
+        title=table.title,
+        caption=table.notes or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        pad_edge=False,
+    )
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if number < table.left else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
 
 
 def all_tables(records: Sequence[Record]) -> list[Table]:

@@ -13,11 +13,11 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -134,6 +134,15 @@ def progress_bar(*columns: str) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def print_wide(shown: Iterable[RenderableType], width: int) -> None:
+    """Prints tables as they are, without markup; into a pipe or file at their full width."""
+    printer = Console(
+        file=console.file, width=None if console.is_terminal else width, highlight=False, emoji=False, markup=False
+    )
+    for one in shown:
+        printer.print(one)
 
 
 def cpu_name() -> str:

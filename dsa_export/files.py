@@ -162,6 +162,11 @@ def write_manifest(folder: Path, kind: str, source: dict[str, Any], **facts: Any
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
 
 
+def as_in_manifest(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts as read_manifest() would give them back: to compare with those of an earlier run."""
+    return json.loads(json.dumps(facts, default=str))
+
+
 def manifest_kind(folder: Path) -> str | None:
     """What a folder's manifest says that it holds; None without a manifest that can be read."""
     try:

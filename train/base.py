@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     resolve(args, SMALL, None, small_config())
     source = {"path": "from scratch", "sha256": None}
     run_identity = identity("base", args)
-    if is_done(args.out, None, run_identity, args.overwrite):
+    if is_done(args.out, None, run_identity, overwrite=args.overwrite):
         return
 
     read = islice(documents(args.data, Malformed(args.allow_malformed), args.cache), args.max_rows)

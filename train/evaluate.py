@@ -17,6 +17,7 @@ from dsa_export.config import DSAConfig
 from dsa_export.files import (
     MANIFEST,
     PARTIAL,
+    as_in_manifest,
     check_output,
     manifest_object,
     output_folder,
@@ -204,7 +205,7 @@ def manifest_facts(args: argparse.Namespace, data: Mapping[int, TrainingData]) -
         "data": {str(length): part.facts["sha256"] for length, part in data.items()},
         "torch": torch.__version__,
     }
-    return json.loads(json.dumps(facts, default=str))
+    return as_in_manifest(facts)
 
 
 def check_partial(out: Path, source: Record, facts: Record, overwrite: bool) -> None:

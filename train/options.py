@@ -429,7 +429,7 @@ def train_from(
     all if args.out holds the result of this very command.
     """
     source, run_identity = model_source(name), identity(stage_name, args)
-    if is_done(args.out, source["sha256"], run_identity, args.overwrite):
+    if is_done(args.out, source["sha256"], run_identity, overwrite=args.overwrite):
         return
     tokenizer = load_tokenizer(name)
     check_tokenizer(tokenizer, config.vocab_size)
@@ -494,10 +494,13 @@ def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def is_done(out: Path, source_sha256: str | None, identity: dict[str, Any], overwrite: bool) -> bool:
+def is_done(
+    out: Path, source_sha256: str | None, identity: dict[str, Any], *, overwrite: bool, knows_data: bool = False
+) -> bool:
     """Whether `out` holds the result of this very command: then says so, and there is nothing to do.
 
-    Raises UserError if `out` holds something else of ours, unless that is to be overwritten.
+    knows_data: the identity tells one data from another. Raises UserError if `out` holds something else of ours, unless
+    that is to be overwritten.
     """
     if overwrite or not (out / MANIFEST).is_file():
         return False
@@ -514,7 +517,7 @@ def is_done(out: Path, source_sha256: str | None, identity: dict[str, Any], over
     after = "  ".join(f"{name} {value:.4f}" for name, value in result.items())
     done, steps = manifest.get("steps_done"), manifest.get("steps")
     ended = f", which ended after step {done} of {steps}" if done != steps else ""
-    unread = "" if "sha256" in identity["arguments"] else " (its data was not looked at again)"
+    unread = "" if knows_data else " (its data was not looked at again)"
     console.print(
         f"{out}/ is there already, made by this very command{ended}{unread}; --overwrite would redo it.  {after}"
     )

@@ -20,6 +20,7 @@ from train import tasks
 from train.data import Windows
 from train.ladder import Score, full_selection_error, hidden_states, random_indexers, score, states_after
 from train.selection import SelectionMeter
+from train.trainer import nth_seed
 
 MAP_LAYERS = 4
 FULL_TOKENS = 4096
@@ -206,7 +207,7 @@ class Study:
         nats: dict[str, list[float]] = defaultdict(list)
         answers: list[Record] = []
         for number in range(samples):
-            sample, prompt = tasks.fit(name, length, tokenizer, self.seed * 1_000_003 + number)
+            sample, prompt = tasks.fit(name, length, tokenizer, nth_seed(self.seed, number))
             rest = tokenizer(sample.rest, add_special_tokens=False)["input_ids"]
             ids, right = (torch.tensor([tokens], device=self.device) for tokens in (prompt, rest))
             texts: dict[str, str] = {}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
-from dsa_export.cli import console
+from dsa_export.cli import print_wide
 from dsa_export.topk import describe_topk
 from train.ladder import BLOCK, RUNGS, WINDOWS
 from train.study import Record
@@ -16,9 +15,7 @@ TABLE_WIDTH = 132
 
 
 def show(table: Table) -> None:
-    """Prints a table; into a pipe or file at its full width."""
-    wide = None if console.is_terminal else TABLE_WIDTH
-    Console(file=console.file, width=wide, highlight=False, emoji=False, markup=False).print(table)
+    print_wide([table], TABLE_WIDTH)
 
 
 def text_table(record: Record) -> Table:

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, console, progress_bar
-from dsa_export.files import PARTIAL, output_folder, write_atomically, write_manifest
+from dsa_export.files import PARTIAL, as_in_manifest, output_folder, write_atomically, write_manifest
 from train import precision
 from train.checkpoint import STATE, load_state, save_checkpoint, save_state
 from train.data import IGNORED, TrainingData, Windows
@@ -128,12 +128,17 @@ class Settings:
         taken = []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, windows)
-            taken.append(_order(self.seed * 1_000_003 + epoch, windows)[place])
+            taken.append(_order(nth_seed(self.seed, epoch), windows)[place])
         return torch.stack(taken)
 
     def seed_of(self, step: int, micro_step: int) -> int:
         """Seed of what is random in a micro-batch: it hangs neither on the process that takes it nor on a stop."""
-        return self.seed * 1_000_003 + step * self.accumulation + micro_step
+        return nth_seed(self.seed, step * self.accumulation + micro_step)
+
+
+def nth_seed(seed: int, number: int) -> int:
+    """One of many seeds that hang on `seed`; those of neighbouring seeds are others."""
+    return seed * 1_000_003 + number
 
 
 @lru_cache(maxsize=2)  # an epoch may end within a micro-batch
@@ -464,7 +469,7 @@ class Trainer:
 
     def _full_identity(self) -> dict[str, Any]:
         facts = {"model": self.source["sha256"], "data": self.data.facts["sha256"]}
-        return json.loads(json.dumps(self.identity | facts, default=str))
+        return as_in_manifest(self.identity | facts)
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.processes.is_first:

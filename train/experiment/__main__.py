@@ -7,7 +7,6 @@ for every seed, measures them on held-out text, times them over lengths, and wri
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,15 @@ from typing import Any
 import torch
 
 from dsa_export.cli import UserError, console, progress_bar, run
-from dsa_export.files import MANIFEST, check_output, check_writable, output_folder, read_manifest, write_manifest
+from dsa_export.files import (
+    MANIFEST,
+    as_in_manifest,
+    check_output,
+    check_writable,
+    output_folder,
+    read_manifest,
+    write_manifest,
+)
 from dsa_export.model import load_model
 from train import distributed
 from train.base import train_tokenizer
@@ -244,8 +251,7 @@ def prepare_output(args: argparse.Namespace, processes: Processes) -> None:
     stopped = False
     if (args.out / MANIFEST).is_file():
         manifest = read_manifest(args.out, "experiment", "python -m train.experiment")
-        arguments = json.loads(json.dumps(vars(args), default=str))
-        stopped = manifest.get("arguments") == arguments and not (args.out / "report").exists()
+        stopped = manifest.get("arguments") == as_in_manifest(vars(args)) and not (args.out / "report").exists()
     processes.wait()  # all have looked before the first one replaces it
     if processes.is_first:
         if args.overwrite and not stopped:  # by this very command, which began by removing what was there

@@ -160,7 +160,7 @@ def train_twin(twin: Twin, plan: Plan) -> Path:
     out, preset = plan.out / twin.name, twin.preset
     identity = twin.identity(plan)
     warm = plan.out / f"{twin.name}.warm-up"
-    if is_done(out, None, identity, overwrite=False):
+    if is_done(out, None, identity, overwrite=False, knows_data=True):
         if plan.processes.is_first:
             shutil.rmtree(warm, ignore_errors=True)
         return out
@@ -175,7 +175,7 @@ def train_twin(twin: Twin, plan: Plan) -> Path:
         trainer.save_every = plan.save_every
         trainer.run()
 
-    if preset.warmup_steps and not is_done(warm, None, identity, overwrite=False):
+    if preset.warmup_steps and not is_done(warm, None, identity, overwrite=False, knows_data=True):
         run_stage(fresh(twin), warmup_data, warm, warmup=True)
     model = load_model(warm) if preset.warmup_steps else fresh(twin)
     if plan.auto_k and twin.attention == "dsa":
