@@ -125,8 +125,17 @@ class Variant:
 
     @property
     def dense_slots(self) -> int:
-        """A sparse graph attends to everything while its caches have at most so many slots (engines.ort_graph)."""
+        """A sparse engine attends to everything while its caches have at most so many slots (0: by its layers' k)."""
         return 0
+
+    @property
+    def can_attend_densely(self) -> bool:
+        """Whether a sparse engine may attend to everything while its caches are short: DSA on keys and values.
+
+        Over latent rows dense attention in torch and ONNX Runtime is no faster.
+        """
+        names = {tensor.name for tensor in self.cache}
+        return self.variant == "sparse" and self.reduces_to_dense and {"key", "value"} <= names
 
     @property
     def has_kernels(self) -> bool:
@@ -232,10 +241,14 @@ class Engine(Variant):
         return self.manifest.get("dense_slots") or 0
 
     @property
+    def dense_while_short(self) -> bool:
+        """Whether a layer attends to everything up to k slots, or `dense_slots` if that is more."""
+        return self.manifest.get("dense_slots") is not None
+
+    @property
     def selecting_slots(self) -> int:
         """The least slots with which a sparse engine selects in every layer."""
-        attends_densely_at_first = self.manifest.get("dense_slots") is not None
-        return max(self.max_topk, self.dense_slots) + attends_densely_at_first
+        return max(self.max_topk, self.dense_slots) + self.dense_while_short
 
     @property
     def has_kernels(self) -> bool:

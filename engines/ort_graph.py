@@ -96,21 +96,18 @@ EMBEDDED_BYTES = 2**30
 ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 
 
-def dense_while_short(graph: Graph, slots: int) -> onnx.ModelProto | None:
+def dense_while_short(graph: Graph, slots: int) -> onnx.ModelProto:
     """The sparse graph with dense Attention in place of selection and gathered rows while the caches are short.
 
     Short are `slots` slots, or a layer's k if that is more. Up to k slots everything visible is selected anyway: only
     the time changes. Index queries, which nothing else reads, are then not computed; index keys are cached as ever.
     Slots decide, not tokens, because dense Attention takes time and memory for all slots.
 
-    None for attention that gains nothing: without this selection, and over latent rows (see group_query).
+    For graphs that can_attend_densely.
     """
     model = onnx.load(graph.path, load_external_data=False)
     nodes, initializers = list(model.graph.node), list(model.graph.initializer)
     selections = [node for node in nodes if node.op_type == "IndexTopK"]
-    attention = [node for node in nodes if node.op_type == "SparseAttention"]
-    if not selections or _over_latent_rows(attention):
-        return None
     users: dict[str, list[NodeProto]] = defaultdict(list)
     for node in nodes:
         for value in node.input:

@@ -66,7 +66,7 @@ class TorchRunner:
             attention="dense" if engine.variant == "dense" else None,
             dtype=DTYPES[engine.dtype],
             index_topk=compact_topk(engine.topk),
-            **engine.selection,
+            **{name: value for name, value in engine.selection.items() if name != "dense_slots"},
         )
         try:
             self.step = StepGraph(model.requires_grad_(False).to(self.device)).eval()
@@ -130,6 +130,10 @@ class TorchRunner:
             ) from None
 
     def _call(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
+        if self.engine.dense_while_short:
+            for layer, k in zip(self.step.model.model.layers, self.engine.topk, strict=True):
+                selects = caches.capacity > max(k, self.engine.dense_slots)
+                setattr(layer.self_attn, "sparse", selects)  # noqa: B010 (torch types modules' attributes as modules)
         decodes = inputs[0].shape[1] == 1
         if decodes and self.compiles:  # one compilation for all batches and capacities, and one for a single row
             for tensor in inputs:

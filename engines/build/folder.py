@@ -66,6 +66,14 @@ def write_engine_manifest(
     )
 
 
+def dense_slots_facts(graph: Graph, wanted: int | None) -> dict[str, Any]:
+    """Of an engine that attends to everything up to `wanted` slots (None: k) and to a layer's k."""
+    slots = wanted or min(graph.topk)
+    slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
+    later = {"dense_slots": slots} if slots > graph.max_topk else {}
+    return {"dense_slots": slots, "selection": graph.selection | later}
+
+
 def source_of(graph: Graph, export: Export) -> dict[str, str]:
     return {"path": str(export.folder.resolve()), "sha256": graph.sha256, "weights_sha256": graph.weights_sha256}
 
@@ -94,16 +102,17 @@ def step_weights(path: Path) -> StepWeights:
 
 def check_engine(folder: Path) -> None:
     """Loads a fresh engine folder and runs calls of every kind. Raises UserError if a logit is not finite."""
-    from engines.session import Session, open_runner
+    from engines.session import Session, bucket, open_runner
 
     runner = open_runner(folder, verify=False)
     engine = runner.engine
     tokens = np.arange(min(CHECK_TOKENS, engine.model.vocab_size))
-    capacities = sorted({engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)})
-    logits = [Session(runner, capacity=capacity).prefill([tokens]) for capacity in capacities]
-    session = Session(runner)  # as large as an answer's at first: torch.compile keeps what it makes of this size
-    session.prefill([tokens[:-1]])
-    logits.append(session.decode(tokens[-1:]))
+    # All forms of attention: torch.compile keeps what it makes of them. The first is as large as an answer's at first.
+    capacities = [bucket(engine, 1), engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)]
+    logits = []
+    for capacity in dict.fromkeys(capacities):
+        session = Session(runner, capacity=capacity)
+        logits += [session.prefill([tokens[:-1]]), session.decode(tokens[-1:]).copy()]
     if not np.isfinite(logits).all():
         raise UserError(f"{folder}: the engine's logits are not finite; check the checkpoint that was exported")
 

@@ -13,7 +13,7 @@ from engines.artifacts import BACKENDS, VARIANTS, Export, Limits
 PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
 DEFAULT_MAX_BATCH = 8
 OPTIONS_OF = {
-    "dense_slots": ["--backend ort"],
+    "dense_slots": ["--backend ort", "--backend torch"],
     "standard_operators": ["--backend ort"],
     "triton_repository": [f"--backend {name}" for name in triton.PLATFORMS],
     "compile": ["--backend torch"],
@@ -51,9 +51,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add(
         "--dense-slots", type=positive, metavar="N",
-        help="ort on CPUs: attend to everything while the caches have at most N slots per row, which is faster up to "
-        "some thousand; with N above k that is more than the k best tokens, and an answer may change with the size of "
-        "the caches (default: k, where nothing else changes)",
+        help="ort on CPUs, torch: attend to everything while the caches have at most N slots per row, which is faster "
+        "up to some thousand (one row on a GPU: up to 128K and more); with N above k that is more than the k best "
+        "tokens, and an answer may change with the size of the caches (default: k, where nothing else changes)",
     )  # fmt: skip
     add(
         "--standard-operators", action="store_true",
@@ -119,6 +119,8 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
             f"k = {graph.max_topk} exceeds the capacity of {context} tokens: choose a larger --max-context, "
             "or export with a smaller --topk"
         )
+    if args.dense_slots and not export.graphs["sparse"].can_attend_densely:
+        raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
     if args.dense_slots is not None and args.dense_slots < graph.max_topk:
         raise UserError(
             f"--dense-slots {args.dense_slots}: up to k = {graph.max_topk} all is attended to anyway, choose more"

@@ -12,7 +12,7 @@ import onnx
 from dsa_export.cli import UserError, console, cpu_name
 from dsa_export.files import link_or_copy, output_folder
 from engines.artifacts import Export, Graph, Limits, runtime_version
-from engines.build.folder import check_engine, report, write_engine_manifest
+from engines.build.folder import check_engine, dense_slots_facts, report, write_engine_manifest
 from plugins import cpu
 from plugins.compiler import BuildFailed
 
@@ -77,14 +77,10 @@ def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> tuple[onnx.ModelP
     from engines.ort_graph import dense_while_short, with_cpu_kernels
 
     facts: dict[str, Any] = {"standard_operators": True} if args.standard_operators else {}
-    slots = args.dense_slots or min(graph.topk)
-    adapted = dense_while_short(graph, slots)
-    if adapted is not None:
-        slots = slots if slots >= graph.max_topk else 0  # a session's caches have max_topk slots at least
-        later = {"dense_slots": slots} if slots > graph.max_topk else {}
-        facts |= {"dense_slots": slots, "selection": graph.selection | later}
-    elif args.dense_slots:
-        raise UserError("--dense-slots is for DSA with a cache of keys and values: leave it out for this model")
+    adapted: onnx.ModelProto | None = None
+    if graph.can_attend_densely:
+        adapted = dense_while_short(graph, args.dense_slots or min(graph.topk))
+        facts |= dense_slots_facts(graph, args.dense_slots)
     if uses_kernels("ort", graph, args):
         model = adapted or onnx.load(graph.path, load_external_data=False)
         adapted = model if with_cpu_kernels(model) else adapted

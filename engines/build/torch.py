@@ -6,7 +6,7 @@ import argparse
 
 from dsa_export.files import link_or_copy, output_folder
 from engines.artifacts import Export, Limits
-from engines.build.folder import check_engine, report, write_engine_manifest
+from engines.build.folder import check_engine, dense_slots_facts, report, write_engine_manifest
 
 
 def build_torch(export: Export, limits: Limits, args: argparse.Namespace) -> None:
@@ -15,7 +15,8 @@ def build_torch(export: Export, limits: Limits, args: argparse.Namespace) -> Non
     for variant in args.variant:
         graph = export.graphs[variant]
         with output_folder(args.out / "torch" / variant) as folder:
-            files = link_checkpoint(export, folder, link_or_copy)
-            write_engine_manifest(folder, "torch", graph, export, limits, dict.fromkeys(files), compiled=args.compile)
+            files = dict.fromkeys(link_checkpoint(export, folder, link_or_copy))
+            facts = dense_slots_facts(graph, args.dense_slots) if graph.can_attend_densely else {}
+            write_engine_manifest(folder, "torch", graph, export, limits, files, compiled=args.compile, **facts)
             check_engine(folder)
         report(args.out / "torch" / variant)

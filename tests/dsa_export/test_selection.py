@@ -60,6 +60,27 @@ def test_a_selection_with_options(dsa_folder, tokens, options):
     torch.testing.assert_close(model(tokens, use_cache=False).logits, dense, **CLOSE)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_attention_to_everything_caches_what_a_selection_needs_later(dsa_folder, tokens, options):
+    model = load_model(dsa_folder, **options)
+    dense = dense_twin(model)(tokens, use_cache=False).logits
+    caches, logits = [], []
+    for sparse in (True, False):
+        model.sparse = sparse
+        cache = None
+        for part in tokens.split([37, 1, 22], dim=1):
+            step = model(part, cache=cache, use_cache=True)
+            cache = step.cache
+        caches.append(cache.layers)
+        logits.append(step.logits)
+    torch.testing.assert_close(logits[1], dense[:, 38:], **CLOSE)
+    (first, *_), (also_first, *_) = caches  # of later layers the input differs
+    assert "index" in first and first.keys() == also_first.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor.float(), also_first[name].float(), atol=1e-6, rtol=0)
+
+
 @torch.no_grad()
 def test_rows_of_different_lengths_with_groups(dsa_folder, tokens):
     """Padding behind a row's end enters no group's mean."""

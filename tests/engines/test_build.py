@@ -216,7 +216,7 @@ def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys
 
 
 WITHOUT_EFFECT = {
-    "--dense-slots 64 --backend tensorrt-rtx": "--dense-slots is for --backend ort",
+    "--dense-slots 64 --backend tensorrt-rtx": "--dense-slots is for --backend ort or --backend torch",
     "--dense-slots 64 --variant dense": "--dense-slots is for the sparse engine",
     "--triton-repository models --backend torch": "--triton-repository is for --backend ort or --backend tensorrt",
     "--compile": "--compile is for --backend torch",

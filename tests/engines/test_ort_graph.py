@@ -28,7 +28,6 @@ K = 16
 def branches(graph: Graph, slots: int = 1) -> list[tuple[list[str], list[str], list[str]]]:
     """Per layer: operators of the short and the long branch, and the weights of the latter."""
     model = dense_while_short(graph, slots)
-    assert model is not None
     found = []
     for node in model.graph.node:
         if node.op_type == "If":
@@ -46,7 +45,6 @@ def test_index_queries_are_computed_where_they_are_read(export: Path) -> None:
         assert long[-2:] == ["IndexTopK", "SparseAttention"] and long.count("MatMul") == 2
         assert weights == [f"{layer}.iq", f"{layer}.iw"], "the key's projection stays outside"
     model = dense_while_short(graph, 1)
-    assert model is not None
     assert not {"0.iq", "1.iw"} & {tensor.name for tensor in model.graph.initializer}
 
 
@@ -108,15 +106,13 @@ def test_every_capacity_gives_the_exported_or_the_dense_answers(
     np.testing.assert_allclose(session.decode([5]), reference.step([[5]]), atol=TOLERANCE)
 
 
-def test_a_graph_that_cannot_be_shortened_is_linked_as_it_is(export: Path, tmp_path: Path) -> None:
-    graph = open_export(export).graphs["dense"]
-    assert dense_while_short(graph, 64) is None
-    latent = onnx.load(open_export(export).graphs["sparse"].path, load_external_data=False)
-    for node in latent.graph.node:
-        if node.op_type == "SparseAttention":
-            node.input[2] = node.input[1]
-    onnx.save(latent, tmp_path / "latent.onnx")
-    assert dense_while_short(Graph(**{**vars(graph), "path": tmp_path / "latent.onnx"}), 64) is None
+def test_who_may_attend_densely_at_first(export: Path) -> None:
+    graphs = open_export(export).graphs
+    sparse = graphs["sparse"]
+    assert sparse.can_attend_densely and not graphs["dense"].can_attend_densely
+    latent = tuple(replace(tensor, name="latent") if tensor.name == "key" else tensor for tensor in sparse.cache)
+    assert not replace(sparse, cache=latent).can_attend_densely
+    assert not replace(sparse, selection={"nsa_window": 8}).can_attend_densely
 
 
 def operators(graph: onnx.GraphProto) -> list[tuple[str, str]]:

@@ -46,9 +46,15 @@ def built(real_export: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["dense", "sparse"])
-def pair(request: pytest.FixtureRequest, built: Path) -> tuple[Runner, Runner]:
-    return open_runner(built / "ort" / request.param), open_runner(built / "torch" / request.param)
+@pytest.fixture(scope="module", params=["dense", "sparse", "dense at first"])
+def pair(request: pytest.FixtureRequest, real_export: Path, built: Path) -> tuple[Runner, Runner]:
+    variant = request.param
+    if variant == "dense at first":
+        built, variant = built / "dense at first", "sparse"
+        options = ["--onnx", str(real_export), "--out", str(built), "--variant", variant, "--dense-slots", "256"]
+        for backend in ("ort", "torch"):
+            build.build(backend, build.parse_arguments([*options, "--backend", "ort", "torch"]))
+    return open_runner(built / "ort" / variant), open_runner(built / "torch" / variant)
 
 
 def prompts(lengths: list[int]) -> list[np.ndarray]:
@@ -79,6 +85,33 @@ def test_torch_computes_what_onnx_runtime_does(pair: tuple[Runner, Runner]):
     for token in range(5, 9):
         expected, found = (session.decode([token] * 3) for session in sessions)
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("slots", [None, 64])
+def test_short_caches_are_attended_to_densely(
+    real_export: Path, tmp_path: Path, slots: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    options = ["--onnx", str(real_export), "--out", str(tmp_path), "--backend", "torch"]
+    build.build("torch", build.parse_arguments([*options, *(["--dense-slots", str(slots)] if slots else [])]))
+    sparse, dense = (open_runner(tmp_path / "torch" / name) for name in ("sparse", "dense"))
+    few = slots or sparse.engine.max_topk
+    assert sparse.engine.dense_slots == few and sparse.engine.selecting_slots == few + 1
+    tokens = prompts([few - 1])
+    expected = Session(dense, capacity=few).prefill(tokens)
+
+    session = Session(sparse, capacity=few)
+    with monkeypatch.context() as patch:  # neither selection nor index queries
+        for name in ("index_topk", "round_queries", "sparse_attention"):
+            patch.setattr(f"dsa_export.model.attention.dsa.{name}", None)
+        np.testing.assert_array_equal(session.prefill(tokens), expected)
+    session.reserve(few + 1, exact=True)  # what was cached while they were short serves the selection later
+    other = Session(sparse, capacity=few + 1)
+    other.prefill(tokens)
+    if not slots:
+        np.testing.assert_allclose(session.decode([7]), other.decode([7]), atol=TOLERANCE)
+    for name, one, two in zip(sparse.engine.cache_names(), session.caches.tensors, other.caches.tensors, strict=True):
+        first_layer = name[0].startswith("0.")
+        assert not slots or not first_layer or torch.allclose(one[:, :, : few - 1], two[:, :, : few - 1], atol=1e-5)
 
 
 def test_compiled_decoding_computes_the_same(real_export: Path, built: Path, tmp_path: Path):
@@ -202,10 +235,9 @@ def test_no_memory_for_the_caches_is_said(pair: tuple[Runner, Runner]):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("variant", ["dense", "sparse"])
-def test_cuda_graphs_equal_eager(built: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
+def test_cuda_graphs_equal_eager(pair: tuple[Runner, Runner], monkeypatch: pytest.MonkeyPatch):
     """Decoding by replay equals the same calls without a graph, also after the caches grew, and for single rows."""
-    runner = open_runner(built / "torch" / variant)
+    _, runner = pair
     graphed, eager = Session(runner, 2), Session(runner, 2)
     rows = prompts([250, 30])
     for session in (graphed, eager):

@@ -54,15 +54,18 @@ class Indexer(nn.Module):
 
         queries: the tokens that the first two are of, in place of all S.
         """
-        hidden = hidden.detach()
-        index_k = rotary(self.k_norm(self.k_proj(hidden)), *call.index_rope, heads=1)
-        q_BSE, cos, sin = q_BSE.detach(), *call.index_rope
+        index_k = self.keys(hidden, call)
+        hidden, q_BSE, cos, sin = hidden.detach(), q_BSE.detach(), *call.index_rope
         if queries is not None:
             hidden, q_BSE, cos, sin = hidden[:, queries], q_BSE[:, queries], cos[:, queries], sin[:, queries]
         index_q = rotary(self.q_proj(hidden), cos, sin, heads=self.heads) if self.own_queries else q_BSE
         # Under autocast what is rotated comes out in fp32, and so must the weights.
         index_weights = self.weights_proj(hidden).to(index_q.dtype) * (self.heads**-0.5 * self.dim**-0.5)
         return index_q.unflatten(-1, (self.heads, self.dim)), index_weights, index_k
+
+    def keys(self, hidden: Tensor, call: Call) -> Tensor:
+        """hidden [B, S, E] → index_k [B, S, Di]."""
+        return rotary(self.k_norm(self.k_proj(hidden.detach())), *call.index_rope, heads=1)
 
     @torch.no_grad()
     def start_from(self, attention: DenseAttention) -> None:
@@ -90,7 +93,8 @@ class Indexer(nn.Module):
 
 
 class SparseAttention(DenseAttention):
-    """`sparse` = False lets the core see everything (warm-up: the dense teacher); the indexer is still observed."""
+    """`sparse` = False lets the core see everything (warm-up: the dense teacher; engines: while caches are short); the
+    indexer's keys are still cached, and it is observed."""
 
     ADDED: ClassVar[tuple[str, ...]] = (".indexer.",)
 
@@ -166,6 +170,10 @@ class SparseAttention(DenseAttention):
     def attend(
         self, hidden: Tensor, q_BSE: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.sparse and call.observer is None:
+            if self.leads and call.caches is not None:
+                self.cached_keys(self.indexer.keys(hidden, call), call)
+            return dense_attention(q, k, v, call.kv_lengths, self.scale), {}
         value_norms = partial(self.value_norms, v)
         if self.leads:
             trace, scored = self.index(hidden, q_BSE, q, k, value_norms, call)
@@ -222,18 +230,22 @@ class SparseAttention(DenseAttention):
         Returns: index_q [B, S, Hi, Di] and index_weights [B, S, Hi] as they are, or for keys in int8 rounded with them;
             all keys that are scored [B, G, Di]; their scales [B, G], of keys in 8 bits.
         """
-        if self.key_type == "model":
-            keys = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
-            if self.pool > 1:
-                S = index_k.shape[1]
-                means = pool_keys(keys, call.kv_lengths - S, S, call.lengths, self.pool)
-                keys = self.store("pooled", means.unsqueeze(1), call, stride=self.pool).squeeze(1)
-            return index_q, index_weights, keys, None
         if self.key_type == "int8":
             index_q, index_weights = round_queries(index_q, index_weights)
-        rounded, scales = round_keys(index_k, self.key_type)
-        scales = self.store("index_scale", scales[:, None, :, None], call).squeeze(3).squeeze(1)  # not a copy in ONNX
-        return index_q, index_weights, self.store("index", rounded.unsqueeze(1), call).squeeze(1), scales
+        return index_q, index_weights, *self.cached_keys(index_k, call)
+
+    def cached_keys(self, index_k: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Caches this call's index keys [B, S, Di]: all keys that are scored [B, G, Di], and scales, see scored()."""
+        if self.key_type != "model":
+            rounded, scales = round_keys(index_k, self.key_type)
+            scales = self.store("index_scale", scales[:, None, :, None], call).squeeze(3).squeeze(1)  # no copy in ONNX
+            return self.store("index", rounded.unsqueeze(1), call).squeeze(1), scales
+        keys = self.store("index", index_k.unsqueeze(1), call).squeeze(1)
+        if self.pool > 1:
+            S = index_k.shape[1]
+            means = pool_keys(keys, call.kv_lengths - S, S, call.lengths, self.pool)
+            keys = self.store("pooled", means.unsqueeze(1), call, stride=self.pool).squeeze(1)
+        return keys, None
 
     def select(self, scored: Scored, call: Call) -> Tensor:
         """indices [B, S, K] int32, see dsa::IndexTopK."""
