@@ -38,9 +38,9 @@ SCALE = D**-0.5
 DTYPE = torch.bfloat16
 OURS = ("index_topk", "sparse_attention", "both operators")
 Call = Callable[[dict[str, Tensor]], Any]
-CACHED_BYTES = 256 * 2**20  # input sets together exceed this: several times the L2 cache of any GPU
+CACHED_BYTES = 256 * 2**20  # what input sets read of each cache together: several times the L2 cache of any GPU
 MEMORY = 24 * 2**30  # of all input sets
-MAX_SETS, MAX_CACHES = 1024, 64
+MAX_SETS, MAX_CACHES = 1024, 256
 WARM_UP_COPIES = 400
 FLEX_CASE = (8, 128 * 1024, 2048)  # B, C, k
 MIN_CALLS = 8  # in a graph, whose launch then weighs little
@@ -73,13 +73,23 @@ class Case:
     def index_row_bytes(self) -> int:
         return DI + 4 if self.fp8 else 2 * DI
 
+    @property
+    def bytes_read(self) -> tuple[int, int]:
+        """Of index keys, and of selected rows of K and V, by one set of inputs."""
+        row = 4 * HKV * D
+        return self.B * self.index_rows * self.index_row_bytes, self.B * min(self.S * self.k, self.C) * row
+
+    def counts(self) -> tuple[int, int]:
+        """Sets of inputs, and caches that they are spread over."""
+        scored, selected = self.bytes_read
+        bytes_a_set = scored + self.B * self.C * 4 * HKV * D
+        sets = max(1, min(-(-CACHED_BYTES // min(selected, scored)), MAX_SETS))
+        return sets, max(1, min(sets, MEMORY // bytes_a_set, MAX_CACHES))
+
     def fill(self, device: str = "cuda") -> None:
         """Random inputs; all rows are as long as the capacity, since dense attention takes no lengths."""
         B, S, C = self.B, self.S, self.C
-        bytes_a_set = B * (self.index_rows * self.index_row_bytes + 2 * C * 2 * HKV * D)
-        selected = B * min(S * self.k, C) * 4 * HKV * D  # a set's smallest part that must come from memory
-        count = max(1, min(-(-CACHED_BYTES // selected), MAX_SETS))
-        caches = max(1, min(count, MEMORY // bytes_a_set, MAX_CACHES))
+        count, caches = self.counts()
         query_shapes = {"index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "q": (B, HQ, S, D)}
         cache_shapes = {"index_k": (B, self.index_rows, DI), "k": (B, HKV, C, D), "v": (B, HKV, C, D)}
 

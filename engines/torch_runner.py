@@ -120,7 +120,7 @@ class TorchRunner:
         except torch._dynamo.exc.TorchDynamoException as error:  # whatever torch.compile cannot do, at the first calls
             raise UserError(
                 f"torch.compile failed for {self.engine.folder}: {str(error).splitlines()[0]}; it needs a C++ compiler "
-                "(g++ on the PATH, or CXX): mend that, or build the engine without --compile"
+                "(g++ on the PATH, or CXX; on a GPU gcc, or CC): mend that, or build the engine without --compile"
             ) from None
         except RuntimeError as error:
             if not lacks_memory(error):

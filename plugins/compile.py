@@ -84,7 +84,9 @@ def compile_kernel(variant: Variant, arch: int) -> Any:
     signature = variant.signature()
     # Tensors are aligned to 16 bytes: checked by the callers, and what makes 16-byte loads possible.
     aligned = {
-        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in variant.kernel.params
+        if signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment
     }
     source = ASTSource(variant.kernel, signature=signature, constexprs=variant.constants_on(arch), attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ from plugins.registry import DOMAIN, PLUGIN_VERSION
 
 LIBRARY = "libdsa_plugins.so"
 PLUGINS = ("IndexTopK", "SparseAttention")
+
+
+_loaded: tuple[Path, bytes] | None = None
+"""What this process loaded, and its hash: a registry keeps the creators of its first library."""
 
 
 class LibraryNotLoaded(Exception):
@@ -28,11 +33,19 @@ def find_library(path: Path | None = None) -> Path:
 def load_library(registry: Any, path: Path | None = None) -> Path:
     """Loads the library into `registry` (tensorrt.get_plugin_registry()) and returns its path.
 
-    Loading it twice is harmless. Raises LibraryNotLoaded if it is missing, or does not register its operators.
+    Loading it twice is harmless. Raises LibraryNotLoaded if it is missing, if it does not register its operators, or if
+    this process has loaded another one.
     """
+    global _loaded
     library = find_library(path)
+    content = sha256(library.read_bytes()).digest()
     if missing_plugins(registry):
         registry.load_library(str(library))
+        _loaded = library, content
+    elif _loaded and _loaded[1] != content:
+        raise LibraryNotLoaded(
+            f"this process runs the plugin library that was {_loaded[0]}, and {library} is another: start a new process"
+        )
     if missing := missing_plugins(registry):
         raise LibraryNotLoaded(f"{library} did not register {', '.join(missing)}: run `make plugins` for this TensorRT")
     return library

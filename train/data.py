@@ -31,6 +31,9 @@ MAX_ROWS = 20_000
 POOL = 4
 """Windows are drawn at random from this many times what is needed, so that a few long documents do not fill a run."""
 
+HELD_OUT_DOCUMENTS = 8
+"""Held-out windows come from so many documents at least, where there are as many: one file is no sample of texts."""
+
 SNAPSHOT_SECONDS = 30
 """Tokens that a killed run loses at most."""
 
@@ -141,7 +144,8 @@ def load_data(
 
     Args:
         length: T, tokens per window.
-        train_windows, held_out_windows: how many windows the run uses; fewer come back if the source has fewer.
+        train_windows, held_out_windows: how many windows the run uses; fewer come back if the source has fewer. Packed
+            held-out windows take only the middle of a long text, an eighth of all windows at most.
         min_tokens: shorter documents are left out.
         max_rows: training documents at most.
         packing: "pack": documents end to end, cut every T tokens, the rest of the last window dropped;
@@ -155,10 +159,11 @@ def load_data(
     """
     malformed = Malformed(allow_malformed)
     wanted = {"train": POOL * train_windows, "held-out": POOL * held_out_windows}
+    most = -(-held_out_windows // HELD_OUT_DOCUMENTS) * length  # tokens of one held-out document
     builders = {name: _WindowBuilder(length, packing, scored) for name in wanted}
     rows = dict.fromkeys(wanted, 0)
     read = short = 0
-    options = [length, wanted, min_tokens, max_rows, packing, allow_malformed, train_on_prompt, scored]
+    options = [length, wanted, most, min_tokens, max_rows, packing, allow_malformed, train_on_prompt, scored]
     name = f"tokens-{_fingerprint(source, tokenizer, options, cache)}.pt"
     known = _load_tokens(cache, name) if cache else None
     if known:
@@ -195,6 +200,9 @@ def load_data(
                     short += 1
                     continue
                 rows[split] += 1
+                if split == "held-out" and packing == "pack" and not document.messages:
+                    start = max(len(ids) - most, 0) // 2
+                    ids, labels = ids[start : start + most], labels[start : start + most]
                 builders[split].add(ids, labels)
                 progress.update(task, completed=sum(min(len(builders[name]), wanted[name]) for name in wanted))
                 if cache and time.monotonic() - saved > SNAPSHOT_SECONDS:

@@ -20,6 +20,8 @@ SELECT_PROGRAMS = 1056
 MAX_BLOCKS = 16
 SCORE_BYTES = 128 * 2**20  # of a tile: few tiles weigh more than scores that stay in the L2 cache
 
+KEY_NUMBERS = 128 * 64  # of the keys that a program scores at a time: 16 KB for either head size
+
 HEADS_PADDED = (4, 8, 16, 64)  # 64: DeepSeek-V3.2
 HEAD_SIZES = (64, 128)  # that the plugin library holds
 TORCH_HEAD_SIZES = (16, 32, *HEAD_SIZES)
@@ -92,8 +94,8 @@ def _even_tile(count: int, most: int, step: int = 1) -> int:
 
 
 def block_c(Di: int) -> int:
-    """Tokens that a program scores at a time: 16 KB of keys for either head size."""
-    return 128 * 64 // max(Di, 64)
+    """Tokens that a program scores at a time."""
+    return KEY_NUMBERS // max(Di, 64)
 
 
 def scored_queries(heads: int, decode: bool) -> int:
@@ -120,7 +122,7 @@ def target(k: int) -> int:
     return math.isqrt(k * list_entries(k))
 
 
-def constants() -> dict[str, int]:
+def constants() -> dict[str, int | tuple[int, ...]]:
     """The numbers that the C++ shell shares with `plan`."""
     return {
         "ROW_ALIGNMENT": ROW_ALIGNMENT.value,
@@ -134,6 +136,8 @@ def constants() -> dict[str, int]:
         "SELECT_PROGRAMS": SELECT_PROGRAMS,
         "MAX_BLOCKS": MAX_BLOCKS,
         "SCORE_BYTES": SCORE_BYTES,
+        "KEY_NUMBERS": KEY_NUMBERS,
+        "HEADS_PADDED": HEADS_PADDED,
         "MAX_HEADS": MAX_HEADS,
         "MAX_K": MAX_K,
         "MAX_CAPACITY": MAX_CAPACITY,

@@ -75,7 +75,8 @@ void checkTypes(DataType q, DataType keys, DataType const* scale)
 
 int64_t paddedHeads(int64_t heads)
 {
-    return heads <= 4 ? 4 : heads <= 8 ? 8 : heads <= 16 ? 16 : 64;
+    return *std::find_if(std::begin(size::HEADS_PADDED), std::end(size::HEADS_PADDED),
+        [heads](int64_t padded) { return heads <= padded; });
 }
 
 // How a problem is cut; the same numbers as `plan` in plan.py.
@@ -115,7 +116,7 @@ Plan planOf(Shape const& shape, int64_t k)
     Plan plan{};
     int64_t const columns = shape.S == 1 ? size::DECODE_COLUMNS : size::PREFILL_COLUMNS;
     plan.blockS = std::max<int64_t>(columns / paddedHeads(shape.Hi), 1);
-    plan.blockC = 128 * 64 / shape.Di;
+    plan.blockC = size::KEY_NUMBERS / shape.Di;
     plan.capacity = paddedCapacity(shape.C);
     plan.listed = listEntries(k);
     int64_t const fitting = size::SCORE_BYTES / (4 * std::max<int64_t>(plan.capacity, 1));

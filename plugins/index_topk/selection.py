@@ -95,11 +95,11 @@ def largest_with_count(key, at_low, least, most):
     return low, at_low
 
 
-@triton.jit(do_not_specialize=[*TILE, "TARGET", "LIST"])
+@triton.jit(do_not_specialize=[*TILE, "TARGET", "LIST"], do_not_specialize_on_alignment=["threshold"])
 def guess_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
-    threshold,  # [R] int32, written
+    threshold,  # [R] int32, written; behind counts, at any address
     first_batch,
     first_query,
     query_tile,
@@ -132,7 +132,7 @@ def guess_kernel(
     tl.store(threshold + row, lowest)
 
 
-@triton.jit(do_not_specialize=[*TILE, "LIST", "P"])
+@triton.jit(do_not_specialize=[*TILE, "LIST", "P"], do_not_specialize_on_alignment=["threshold"])
 def filter_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32
@@ -222,7 +222,7 @@ def write_largest_of_row(indices, keys, visible, K, POOL, tokens_seen):
     write_in_order(indices, keys, visible, lowest, above, K, POOL, tokens_seen, EQUAL=True)
 
 
-@triton.jit(do_not_specialize=[*TILE, "K", "P"])
+@triton.jit(do_not_specialize=[*TILE, "K", "P"], do_not_specialize_on_alignment=["threshold"])
 def finish_kernel(
     kv_lengths,  # [B] int64
     keys,  # [R, C'] int32

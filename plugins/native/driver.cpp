@@ -4,6 +4,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -121,7 +122,7 @@ Kernel::Kernel(std::string const& name)
 {
     static std::mutex mutex;
     static std::map<Image const*, CUhandle> loaded; // CUkernel, good for every context
-    static std::map<std::pair<Image const*, CUdevice>, CUhandle> prepared; // with its shared memory allowed
+    static std::set<std::pair<Image const*, CUdevice>> prepared; // whose shared memory is allowed
 
     Driver const& cuda = driver();
     CUdevice device{};
@@ -138,12 +139,6 @@ Kernel::Kernel(std::string const& name)
     }
 
     std::lock_guard<std::mutex> const lock(mutex);
-    auto const key = std::make_pair(mImage, device);
-    if (auto const found = prepared.find(key); found != prepared.end())
-    {
-        mFunction = found->second;
-        return;
-    }
     CUhandle& kernel = loaded[mImage];
     if (kernel == nullptr)
     {
@@ -151,10 +146,13 @@ Kernel::Kernel(std::string const& name)
         cuda.check(cuda.libraryLoadData(&library, mImage->data, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading " + name);
         cuda.check(cuda.libraryGetKernel(&kernel, library, mImage->entry), "finding " + name);
     }
-    cuda.check(cuda.kernelSetAttribute(kMaxDynamicShared, mImage->shared, kernel, device), "shared memory of " + name);
-    CUhandle function{};
-    cuda.check(cuda.kernelGetFunction(&function, kernel), "preparing " + name); // loads it now, not at the first launch
-    prepared[key] = kernel;
+    if (auto const key = std::make_pair(mImage, device); prepared.find(key) == prepared.end())
+    {
+        cuda.check(cuda.kernelSetAttribute(kMaxDynamicShared, mImage->shared, kernel, device), "shared memory of " + name);
+        prepared.insert(key);
+    }
+    CUhandle function{}; // loads it into the current context now, not at its first launch there
+    cuda.check(cuda.kernelGetFunction(&function, kernel), "preparing " + name);
     mFunction = kernel;
 }
 

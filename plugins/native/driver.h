@@ -32,7 +32,7 @@ class Kernel
 public:
     Kernel() = default;
 
-    // Loads `name` on the device of the current context: its own machine code, else the nearest older one of the same
+    // Loads `name` into the current context: its own machine code, else the nearest older one of the same
     // generation, else PTX. Throws std::runtime_error. Not for use while a stream is captured.
     explicit Kernel(std::string const& name);
 

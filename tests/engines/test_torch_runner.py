@@ -133,6 +133,7 @@ def test_compiled_decoding_computes_the_same(real_export: Path, built: Path, tmp
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU torch.compile needs another compiler")
 def test_a_compiled_engine_without_a_compiler_is_not_built(real_export: Path, tmp_path: Path):
     options = ["--onnx", str(real_export), "--out", str(tmp_path / "engines"), "--variant", "sparse", "--compile"]
     command = [sys.executable, "-m", "engines.build", "--backend", "torch", *options]

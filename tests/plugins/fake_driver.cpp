@@ -22,6 +22,7 @@ namespace
 std::mutex gMutex;
 std::set<std::string> gNames;            // kernels asked for; a handle is the name's address
 std::map<std::string const*, int> gShared; // allowed
+bool gUploading = false; // on the null stream, which the streams of launches do not wait for
 
 int arch()
 {
@@ -57,6 +58,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute ==
 int cuGetErrorString(int, char const** text) { *text = "fake error"; return 0; }
 int cuStreamCreate(void** stream, unsigned) { *stream = std::malloc(1); return 0; }
 int cuStreamSynchronize(void*) { return 0; }
+int cuCtxSynchronize() { gUploading = false; return 0; }
 int cuMemAlloc_v2(unsigned long long* address, std::size_t bytes)
 {
     *address = reinterpret_cast<unsigned long long>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
@@ -65,15 +67,18 @@ int cuMemAlloc_v2(unsigned long long* address, std::size_t bytes)
 int cuMemsetD8_v2(unsigned long long address, unsigned char value, std::size_t bytes)
 {
     std::memset(reinterpret_cast<void*>(address), value, bytes);
+    gUploading = true;
     return 0;
 }
 int cuMemsetD8Async(unsigned long long address, unsigned char value, std::size_t bytes, void*)
 {
-    return cuMemsetD8_v2(address, value, bytes);
+    std::memset(reinterpret_cast<void*>(address), value, bytes);
+    return 0;
 }
 int cuMemcpyHtoD_v2(unsigned long long address, void const* data, std::size_t bytes)
 {
     std::memcpy(reinterpret_cast<void*>(address), data, bytes);
+    gUploading = true;
     return 0;
 }
 int cuMemcpyDtoH_v2(void* data, unsigned long long address, std::size_t bytes)
@@ -121,7 +126,7 @@ int cuLaunchKernelEx(Config const* config, void* function, void** parameters, vo
     auto const* name = static_cast<std::string const*>(function);
     auto const [x, y, threads, shared] = std::array<unsigned, 4>{config->x, config->y, config->threads, config->shared};
     std::string const letters = signature(*name);
-    if (x == 0 || y == 0 || y > 65535 || letters.empty() || static_cast<int>(shared) > gShared[name])
+    if (gUploading || x == 0 || y == 0 || y > 65535 || letters.empty() || static_cast<int>(shared) > gShared[name])
     {
         return 1;
     }

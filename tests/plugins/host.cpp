@@ -678,6 +678,8 @@ int run(Library& library, Case const& problem, int copies, int repeats, bool gra
         }
     }
 
+    cuda("cuCtxSynchronize"); // the copies went to the null stream, which non-blocking ones do not wait for
+
     auto work = [&](Context& context) {
         cuda("cuCtxSetCurrent", primary);
         auto* const* pointers = reinterpret_cast<void* const*>(context.addresses.data());

@@ -23,14 +23,14 @@ DTYPES = [torch.float16, torch.bfloat16]
 TOPK_SHAPES = [
     ([131072, 90000, 0, 5], 1, 131072, 8, 64, 2048),
     ([9000, 40], 4, 9001, 7, 128, 4096),
-    ([30000], 1024, 30000, 4, 64, 512),
+    ([30000], 200, 30000, 4, 64, 512),
     ([100], 3, 100, 16, 64, 128),
 ]
 # B, S, C, Hkv, group, D, K
 ATTENTION_SHAPES = [
     (1, 1, 50000, 2, 7, 64, 2048),
     (64, 1, 3000, 2, 7, 64, 2048),
-    (2, 300, 4000, 4, 8, 128, 512),
+    (2, 64, 4000, 4, 8, 128, 512),
     (3, 8, 900, 3, 1, 128, 4096),
     (2, 3, 5000, 1, 40, 576, 2048),
 ]
@@ -50,7 +50,7 @@ def test_topk(host: Path, library: Path, tmp_path: Path, shape, dtype: torch.dty
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("S", [1, 200])
+@pytest.mark.parametrize("S", [1, 70])
 @pytest.mark.parametrize(("sinks", "window", "pool"), [(4, 128, 1), (4, 128, 4), (0, 0, 1), (0, 0, 8)])
 def test_topk_with_options(
     host: Path, library: Path, tmp_path: Path, S: int, sinks: int, window: int, pool: int, fp8: bool, dtype: torch.dtype

@@ -38,6 +38,7 @@ from plugins.index_topk import plan as topk_plan  # noqa: E402
 from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 HEADS = st.one_of(st.integers(1, 16), st.integers(17, topk_plan.MAX_HEADS))
 

@@ -117,6 +117,31 @@ def test_held_out_documents_are_never_trained_on(tmp_path: Path, tokenizer) -> N
     assert len(train) + len(held_out) == 300
 
 
+def held_out_text(start: str) -> str:
+    """The start and a number behind it with which a text without messages is held out."""
+    return next(text for i in range(1000) if Document((), text := f"{start} {i}").is_held_out())
+
+
+def test_one_long_document_does_not_fill_the_held_out_windows(tmp_path: Path, tokenizer) -> None:
+    """An eighth of them at most, from its middle; of a document of the usual size everything."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    long = held_out_text(" ".join(f"w{i}" for i in range(3000)))
+    texts = [long, *(held_out_text(f"short text number {i}") for i in range(60))]
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    (folder / "trained.txt").write_text("and " * 500)
+    found = load(str(folder), tokenizer, held_out_windows=16)
+    ids = encode(Document((), long), tokenizer)[0]
+    middle = ids[(len(ids) - 2 * 32) // 2 :][: 2 * 32]
+    flat = [token for row in found.held_out.input_ids.tolist() for token in row]
+    assert len(found.held_out) == 16 and found.facts["documents_held_out"] == len(texts)
+    in_windows = [token for token in middle if flat.count(token)]
+    assert len(in_windows) > 32, "drawn at random, but most of them"
+    everything = load(str(folder), tokenizer, held_out_windows=10_000).held_out.input_ids.flatten().tolist()
+    assert tokenizer.decode(everything).count("w2999") == 1 and "w2999" not in tokenizer.decode(flat)
+
+
 def test_the_split_does_not_depend_on_the_order(tmp_path: Path, tokenizer) -> None:
     rows = [record(f"Unique text {i}.") for i in range(200)]
     sides = []
