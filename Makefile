@@ -21,6 +21,7 @@ demo: venv ## train, export, build and compare a small model, in minutes
 	$(BIN)/python -m dsa_export.onnx --model ckpt/
 	$(BIN)/python -m engines.build
 	$(BIN)/python bench/compare.py
+	@echo "The demo's model has seen texts of 512 tokens: beyond, the times are real, and what it says is not."
 
 plugins: venv ## build/plugins/: the operators as TensorRT plugins and as CPU kernels; needs g++, no GPU
 	$(BIN)/python -m plugins.embed

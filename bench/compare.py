@@ -32,7 +32,7 @@ import numpy as np
 from bench import layers, matrix, measure, peers, plots, profiling, prompts, report, runs, summary, tables
 from bench.matrix import Case, Group, Wish
 from bench.runs import Record, Settings
-from dsa_export.cli import UserError, console, not_negative, positive, run, thread_count, usable_cpus
+from dsa_export.cli import UserError, console, not_negative, path, positive, run, thread_count, usable_cpus
 from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, remove_partial, write_manifest
 from engines import build, huge_pages
 from engines.artifacts import BACKENDS
@@ -57,7 +57,7 @@ def main() -> None:
     skips = [{"kind": "skipped", **skip} for skip in (*skips, *alone)]
     if not groups:
         raise UserError(nothing_to_compare(args, skips))
-    matrix.check_distinct(groups)
+    matrix.check_comparable(groups)
     if args.debug_layers is not None:
         debug_layers(groups, args)
         return
@@ -105,11 +105,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is compared").add_argument
     what(
-        "--engines", type=Path, nargs="+", default=[ENGINES], metavar="DIR",
+        "--engines", type=path, nargs="+", default=[ENGINES], metavar="DIR",
         help="folders with engines of `python -m engines.build`, searched to the bottom (default: out/engines)",
     )  # fmt: skip
     what(
-        "--onnx", type=Path, metavar="DIR",
+        "--onnx", type=path, metavar="DIR",
         help="the export, for its tokenizer, and to build ONNX Runtime engines from where --engines holds none "
         "(default: where the engines came from, out/onnx for out/engines)",
     )  # fmt: skip
@@ -125,7 +125,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="computed from the text, or random values: for contexts whose prefill takes too long (no agreement, loss "
         "or measured time to first token then) (default: prefill)",
     )  # fmt: skip
-    case("--prompt-file", type=Path, metavar="FILE", help="text (default: the Python standard library's sources)")
+    case("--prompt-file", type=path, metavar="FILE", help="text (default: the Python standard library's sources)")
     case(
         "--quick",
         action="store_true",
@@ -159,11 +159,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="others on the same checkpoint, decoding one row: stock transformers, and dense scores with a top-k mask "
         "(default: both)",
     )  # fmt: skip
-    other("--genai", type=Path, nargs="+", default=[], metavar="DIR", help="models of onnxruntime-genai's builder")
-    other("--genai-python", type=Path, metavar="FILE", help="the interpreter that has it (default: this one)")
+    other("--genai", type=path, nargs="+", default=[], metavar="DIR", help="models of onnxruntime-genai's builder")
+    other("--genai-python", type=path, metavar="FILE", help="the interpreter that has it (default: this one)")
     other("--checkpoint", metavar="NAME", help="the peers' checkpoint (default: what the export came from)")
     other("--peer-context", nargs="+", type=positive, metavar="N", help="(default: all contexts of batch 1)")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--out", type=path, default=Path("out/bench"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.quick:
         if args.caches == "prefill" or args.peers not in (None, ["none"]):
@@ -349,16 +349,16 @@ def measure_peers(group: Group, contexts: Sequence[int], text: np.ndarray, args:
 def identical_operators(groups: Sequence[Group]) -> list[str]:
     """What the exports say about their own graphs: the export refuses to write graphs that differ elsewhere."""
     proofs = []
-    for path in dict.fromkeys(group.sparse.manifest["source"]["path"] for group in groups):
-        if not (Path(path) / MANIFEST).is_file():
+    for export in dict.fromkeys(group.sparse.manifest["source"]["path"] for group in groups):
+        if not (Path(export) / MANIFEST).is_file():
             continue
-        same = read_manifest(Path(path), "onnx", "python -m dsa_export.onnx").get("identical_operators")
+        same = read_manifest(Path(export), "onnx", "python -m dsa_export.onnx").get("identical_operators")
         if same:
             proofs.append(
-                f"{path}: {same['shared']} nodes and {same['weights']} weights are the same in both graphs; "
+                f"{export}: {same['shared']} nodes and {same['weights']} weights are the same in both graphs; "
                 f"{same['dense_core']} attention nodes are replaced by {same['sparse_core']} SparseAttention nodes, "
                 f"fed by {same['indexer']} nodes of the indexer; nothing else differs "
-                f"(python -m dsa_export.onnx.identical {path})"
+                f"(python -m dsa_export.onnx.identical {export})"
             )
     return proofs
 

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench import measure
 from bench.floors import cpu_bandwidth
-from dsa_export.cli import UserError, console, positive, run, usable_cpus
+from dsa_export.cli import UserError, console, path, positive, run, usable_cpus
 from dsa_export.files import write_atomically
 from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
@@ -141,7 +141,7 @@ def timings(case: Case, library: Path, threads: int, budget: measure.Budget, see
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_operators", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/bench/cpu_operators.jsonl"), metavar="FILE",
+    parser.add_argument("--out", type=path, default=Path("out/bench/cpu_operators.jsonl"), metavar="FILE",
                         help="records as JSON lines (default: %(default)s)")  # fmt: skip
     parser.add_argument("--context", type=positive, nargs="+", default=list(CONTEXTS), metavar="N",
                         help="cached tokens, 512 and more (default: %(default)s)")  # fmt: skip

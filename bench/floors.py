@@ -20,6 +20,9 @@ from engines.artifacts import Engine
 
 COPY_BYTES = 64 * 2**20
 PRODUCT = 1536
+FEW_ROWS = 8
+PACKED_BITS = {"int4": 4, "int8": 8}
+PACKED_BLOCK = 32
 TRIES = 7
 WARM_UP_CALLS = 100
 
@@ -94,15 +97,19 @@ def facts(engine_floor: Floor, dense_floor: Floor, ms: float) -> dict[str, Any]:
     }
 
 
-def rates(backend: str, dtype: str, threads: int) -> Rates:
-    """Measures the device that the backend runs on: the GPU where torch sees one and the backend uses it."""
+def rates(backend: str, dtype: str, precision: str, threads: int) -> Rates:
+    """Measures the device that the backend runs on: the GPU where torch sees one and the backend uses it.
+
+    dtype: of activations; precision: of weights.
+    """
     if runs_on_gpu(backend):
         import torch
 
         return cuda_rates({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    bandwidth, flops = cpu_bandwidth(threads), cpu_flops(threads)
-    how = f"copies and sums of {COPY_BYTES >> 20} MiB by {threads} threads; fp32 product of {PRODUCT}² in ONNX Runtime"
-    return Rates(bandwidth, flops, how)
+    bits = PACKED_BITS.get(precision) if backend == "ort" else None
+    bandwidth, flops = cpu_bandwidth(threads), cpu_flops(threads, bits)
+    product = f"{precision if bits else 'fp32'} product of {PRODUCT}² in ONNX Runtime"
+    return Rates(bandwidth, flops, f"copies and sums of {COPY_BYTES >> 20} MiB by {threads} threads; {product}")
 
 
 def runs_on_gpu(backend: str) -> bool:
@@ -127,21 +134,45 @@ def cpu_bandwidth(threads: int) -> float:
     return max(2 * COPY_BYTES * threads / copying, COPY_BYTES * threads / summing)
 
 
-def cpu_flops(threads: int) -> float:
-    """Operations per second of a large fp32 matrix product in ONNX Runtime, the best of TRIES."""
-    import onnxruntime
-    from onnx import TensorProto, helper
+def cpu_flops(threads: int, bits: int | None = None) -> float:
+    """Operations per second of a matrix product in ONNX Runtime, the best of TRIES and of few and many rows.
 
-    sizes = [PRODUCT, PRODUCT]
-    a, b, c = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name in "abc")
-    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a, b], [c])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    bits: of packed weights (None: fp32), which ONNX Runtime multiplies with activations that it rounds to 8 bits.
+    """
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    if bits is None:
+        weights = {"weights": np.ones((PRODUCT, PRODUCT), np.float32)}
+        product = helper.make_node("MatMul", ["rows", *weights], ["out"])
+    else:
+        blocks = PRODUCT // PACKED_BLOCK
+        weights = {
+            "weights": np.full((PRODUCT, blocks, PACKED_BLOCK * bits // 8), 0x77, np.uint8),
+            "scales": np.ones((PRODUCT, blocks), np.float32),
+        }
+        packing: dict[str, Any] = {
+            "K": PRODUCT,
+            "N": PRODUCT,
+            "bits": bits,
+            "block_size": PACKED_BLOCK,
+            "accuracy_level": 4,
+        }
+        product = helper.make_node("MatMulNBits", ["rows", *weights], ["out"], domain="com.microsoft", **packing)
+    rows, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", PRODUCT]) for name in ("rows", "out"))
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph([product], "product", [rows], [out], constants)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    matrix = np.ones(sizes, np.float32)
-    seconds = min(timed(lambda: session.run(None, {"a": matrix, "b": matrix})) for _ in range(TRIES))
-    return 2 * PRODUCT**3 / seconds
+    best = 0.0
+    for count in (FEW_ROWS, PRODUCT):
+        feed = {"rows": np.ones((count, PRODUCT), np.float32)}
+        seconds = min(timed(lambda: session.run(None, feed)) for _ in range(TRIES))  # noqa: B023
+        best = max(best, 2 * count * PRODUCT**2 / seconds)
+    return best
 
 
 def cuda_rates(dtype: Any) -> Rates:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dsa_export.cli import UserError, console, run
+from dsa_export.cli import UserError, console, path, run
 from dsa_export.files import write_atomically
 from train.documents import stdlib_records
 
@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.handbook", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("html", type=Path, help="folder that holds en-US and zh-CN")
-    parser.add_argument("--out", type=Path, default=Path("out/handbook"), metavar="DIR", help="[%(default)s]")
+    parser.add_argument("html", type=path, help="folder that holds en-US and zh-CN")
+    parser.add_argument("--out", type=path, default=Path("out/handbook"), metavar="DIR", help="[%(default)s]")
     args = parser.parse_args(argv)
     written: dict[str, list[str]] = {}
     for language, ask in ASK.items():

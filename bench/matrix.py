@@ -131,16 +131,29 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
     return found, skips
 
 
-def check_distinct(groups: Sequence[Group]) -> None:
-    """Raises UserError for two groups that no table could tell apart: the engines of two models."""
+def check_comparable(groups: Sequence[Group]) -> None:
+    """Raises UserError for engines of models that do not read the same tokens, and for two groups that no table could
+    tell apart."""
     seen: dict[str, Group] = {}
     for group in groups:
+        first = groups[0]
+        if (group.sparse.model, _tokenizer(group)) != (first.sparse.model, _tokenizer(first)):
+            raise UserError(
+                f"{first.sparse.folder} and {group.sparse.folder} are engines of different models, or have different "
+                "tokenizers: compare each model in a run of its own"
+            )
         other = seen.setdefault(group.name, group)
         if other is not group:
             raise UserError(
                 f"{other.sparse.folder} and {group.sparse.folder} are engines of different weights, and both "
                 f"{group.name}: compare each model in a run of its own"
             )
+
+
+def _tokenizer(group: Group) -> dict[str, str]:
+    """Hashes of the files that say how a text becomes tokens."""
+    files = group.sparse.manifest["files"]
+    return {name: facts["sha256"] for name, facts in files.items() if name in ("tokenizer.json", "tokenizer.model")}
 
 
 @dataclass(frozen=True)
@@ -193,8 +206,10 @@ def too_large(group: Group, case: Case, rows: int, limit: int, available: int, c
         return f"the engines were built for {rows} rows: build with --max-batch {case.batch}"
     if case.context > limit:
         positions = group.sparse.model.max_position_embeddings
+        beyond = " --beyond-positions" if case.context > positions else ""
         return (
-            f"beyond the engines' capacity of {limit:,} tokens: build with --max-context (the model has {positions:,})"
+            f"beyond the engines' capacity of {limit:,} tokens: build with --max-context{beyond} (the model has "
+            f"{positions:,} positions)"
         )
     needed = memory_bytes(group.sides.values(), case, caches)
     if needed > available:

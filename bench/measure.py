@@ -83,7 +83,7 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
     """
     context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, args))
+    process = context.Process(target=_answer, args=(sender, function, args, method == "fork"))
     process.start()
     sender.close()
     try:
@@ -103,8 +103,9 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
     return value
 
 
-def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    gc.freeze()  # a runtime's session among the parent's garbage would wait here for threads that a fork does not copy
+def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...], is_forked: bool) -> None:
+    if is_forked:  # a runtime's session among the parent's garbage would wait for threads that a fork does not copy
+        gc.freeze()
     try:
         sender.send(("value", function(*args)))
     except KeyboardInterrupt:

@@ -3,8 +3,8 @@
     python -m bench.operators [--out out/bench/operators.jsonl] [--minutes 8]
 
 Every case is checked first; a case that is wrong gets no time. One JSON line per timing. Shapes are those of
-Qwen2.5-0.5B (14 query heads, 2 KV heads of 64, indexer 8 x 64), bf16. A time is the median of replays of a CUDA graph
-that runs through several sets of inputs, so that they do not come from the L2 cache.
+Qwen2.5-0.5B (14 query heads, 2 KV heads of 64, indexer 8 x 64) and of 7B (28 heads, 4 of 128), bf16. A time is the
+median of replays of a CUDA graph that runs through several sets of inputs, so that they do not come from the L2 cache.
 
 Floors: the bytes that must travel (each input row read once, the output written once) at the bandwidth of a large copy
 or sum on this GPU, whichever is faster, and the floating-point operations at the rate of a large bf16 matrix product.
@@ -28,13 +28,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from dsa_export.cli import UserError, console, run
+from dsa_export.cli import UserError, console, path, run
 from plugins.index_topk import index_scores, index_topk
 from plugins.sparse_attention import sparse_attention
 from plugins.sparse_attention.op import sparse_attention_torch
 
-HQ, HKV, D, HI, DI = 14, 2, 64, 8, 64
-SCALE = D**-0.5
+HI, DI = 8, 64
 DTYPE = torch.bfloat16
 OURS = ("index_topk", "sparse_attention", "both operators")
 Call = Callable[[dict[str, Tensor]], Any]
@@ -57,12 +56,20 @@ class Case:
     window: int = 0
     pool: int = 1
     fp8: bool = False
+    Hq: int = 14
+    Hkv: int = 2
+    D: int = 64
     sets: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
     def options(self) -> dict[str, int]:
         """Attributes of IndexTopK beside k."""
         return {"sinks": self.sinks, "window": self.window, "pool": self.pool}
+
+    @property
+    def row_bytes(self) -> int:
+        """K and V of a token."""
+        return 4 * self.Hkv * self.D
 
     @property
     def index_rows(self) -> int:
@@ -76,22 +83,22 @@ class Case:
     @property
     def bytes_read(self) -> tuple[int, int]:
         """Of index keys, and of selected rows of K and V, by one set of inputs."""
-        row = 4 * HKV * D
-        return self.B * self.index_rows * self.index_row_bytes, self.B * min(self.S * self.k, self.C) * row
+        rows = min(self.S * self.k, self.C)
+        return self.B * self.index_rows * self.index_row_bytes, self.B * rows * self.row_bytes
 
     def counts(self) -> tuple[int, int]:
         """Sets of inputs, and caches that they are spread over."""
         scored, selected = self.bytes_read
-        bytes_a_set = scored + self.B * self.C * 4 * HKV * D
+        bytes_a_set = scored + self.B * self.C * self.row_bytes
         sets = max(1, min(-(-CACHED_BYTES // min(selected, scored)), MAX_SETS))
         return sets, max(1, min(sets, MEMORY // bytes_a_set, MAX_CACHES))
 
     def fill(self, device: str = "cuda") -> None:
         """Random inputs; all rows are as long as the capacity, since dense attention takes no lengths."""
-        B, S, C = self.B, self.S, self.C
+        B, S, C, Hkv, D = self.B, self.S, self.C, self.Hkv, self.D
         count, caches = self.counts()
-        query_shapes = {"index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "q": (B, HQ, S, D)}
-        cache_shapes = {"index_k": (B, self.index_rows, DI), "k": (B, HKV, C, D), "v": (B, HKV, C, D)}
+        query_shapes = {"index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "q": (B, self.Hq, S, D)}
+        cache_shapes = {"index_k": (B, self.index_rows, DI), "k": (B, Hkv, C, D), "v": (B, Hkv, C, D)}
 
         def randoms(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
             return {name: torch.randn(shape, device=device, dtype=DTYPE) for name, shape in shapes.items()}
@@ -127,7 +134,11 @@ def select_within(t: dict[str, Tensor], case: Case, budget: int) -> Tensor:
 
 
 def attend(t: dict[str, Tensor], indices: Tensor) -> Tensor:
-    return sparse_attention(t["q"], t["k"], t["v"], indices, SCALE)
+    return sparse_attention(t["q"], t["k"], t["v"], indices, scale(t))
+
+
+def scale(t: dict[str, Tensor]) -> float:
+    return t["q"].shape[-1] ** -0.5
 
 
 # ---- what is compared
@@ -138,16 +149,17 @@ def dense(backend: SDPBackend, masked: bool = True) -> Call:
         S, C = t["q"].shape[2], t["k"].shape[2]
         mask = None if S == 1 or not masked else causal_lower_right(S, C)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], mask, scale=SCALE, enable_gqa=True)
+            return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], mask, scale=scale(t), enable_gqa=True)
 
     return attention
 
 
 def gather_and_sdpa(t: dict[str, Tensor]) -> Tensor:
     """One query token a sequence: the selected rows copied together, then dense attention over them."""
-    rows = t["indices"][:, 0].long()[:, None, :, None].expand(-1, HKV, -1, D)
+    _, heads, _, size = t["k"].shape
+    rows = t["indices"][:, 0].long()[:, None, :, None].expand(-1, heads, -1, size)
     return F.scaled_dot_product_attention(
-        t["q"], t["k"].gather(2, rows), t["v"].gather(2, rows), scale=SCALE, enable_gqa=True
+        t["q"], t["k"].gather(2, rows), t["v"].gather(2, rows), scale=scale(t), enable_gqa=True
     )
 
 
@@ -167,7 +179,7 @@ def flex(case: Case) -> Call:
             chosen = torch.zeros(case.B, case.C, dtype=torch.bool, device="cuda")
             chosen.scatter_(1, t["indices"][:, 0].long(), True)
             masks[id(t)] = create_block_mask(lambda b, h, q, kv: chosen[b, kv], case.B, None, 1, case.C, device="cuda")
-        return compiled(t["q"], t["k"], t["v"], block_mask=masks[id(t)], scale=SCALE, enable_gqa=True)
+        return compiled(t["q"], t["k"], t["v"], block_mask=masks[id(t)], scale=scale(t), enable_gqa=True)
 
     return attention
 
@@ -211,8 +223,8 @@ def check(case: Case) -> str:
                 return f"index_topk: row {b},{s} {wrong}"
             one = slice(b, b + 1), slice(s, s + 1)
             q, k, v = t["q"][b : b + 1, :, s : s + 1], t["k"][b : b + 1], t["v"][b : b + 1]
-            exact = sparse_attention_torch(q.float(), k.float(), v.float(), t["indices"][one], SCALE)
-            plain = sparse_attention_torch(q, k, v, t["indices"][one], SCALE).float()
+            exact = sparse_attention_torch(q.float(), k.float(), v.float(), t["indices"][one], scale(t))
+            plain = sparse_attention_torch(q, k, v, t["indices"][one], scale(t)).float()
             error = (output[b : b + 1, :, s : s + 1].float() - exact).norm()
             if not error <= 2 * (plain - exact).norm() + 0.002 * exact.norm():
                 return f"sparse_attention: row {b},{s} has error {error:.3g}"
@@ -281,8 +293,9 @@ def floors(case: Case) -> dict[str, tuple[float, float]]:
         index = 4 * B * S * k, 0
     # In a prefill chunk many tokens select the same rows: no more than the whole cache has to travel.
     rows = min(S * k, C)
-    attention = 2 * B * (2 * HKV * rows * D + 2 * HQ * S * D) + 4 * B * S * k, 4 * B * S * HQ * k * D
-    whole = 2 * B * (2 * HKV * C * D + 2 * HQ * S * D), 4 * B * S * HQ * visible * D
+    queries = case.Hq * S * case.D
+    attention = B * (case.row_bytes * rows + 4 * queries) + 4 * B * S * k, 4 * B * queries * k
+    whole = B * (case.row_bytes * C + 4 * queries), 4 * B * queries * visible
     both = index[0] + attention[0], index[1] + attention[1]
     return {"index_topk": index, "sparse_attention": attention, "both": both, "dense": whole}
 
@@ -327,6 +340,7 @@ def cases() -> list[Case]:
         Case("pooled fp8", 32, 1, 128 * thousand, 2048, sinks=4, window=128, pool=4, fp8=True),
         Case("prefill fp8", 1, 1024, 128 * thousand, 2048, fp8=True),
         Case("prefill pooled", 1, 1024, 128 * thousand, 2048, pool=4),
+        *(Case("heads of 128", B, 1, 32 * thousand, 2048, Hq=28, Hkv=4, D=128) for B in (32, 1)),
     ]
     grid = [Case("decode", B, 1, C * thousand, k) for B in (1, 8, 32) for C in (8, 32, 64, 128) for k in (512, 2048)]
     known = {(c.B, c.C, c.k) for c in first if c.name == "decode"}
@@ -339,7 +353,7 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
 
     shape = {"case": case.name, "B": case.B, "S": case.S, "C": case.C, "k": case.k}
     shape |= case.options | {"index_k": "fp8" if case.fp8 else "bf16"}
-    shape |= {"dtype": "bf16", "gpu": machine.name}
+    shape |= {"Hq": case.Hq, "Hkv": case.Hkv, "D": case.D, "dtype": "bf16", "gpu": machine.name}
     case.fill()
     if wrong := check(case):
         yield {**shape, "error": wrong}
@@ -369,14 +383,14 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
         if name == "both operators":
             row["workspace_bytes"] = topk_workspace(
                 case.B, case.S, case.index_rows, case.k // case.pool
-            ) + attention_workspace(case.B, case.S, HQ, HKV, D, case.k)
+            ) + attention_workspace(case.B, case.S, case.Hq, case.Hkv, case.D, case.k)
             row["times_faster_than_dense"] = best_dense / row["ms"] if best_dense else None
         yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/bench/operators.jsonl"), help="(default: %(default)s)")
+    parser.add_argument("--out", type=path, default=Path("out/bench/operators.jsonl"), help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8, help="begins no case after this (default: %(default)s)")
     args = parser.parse_args()
     if not torch.cuda.is_available():

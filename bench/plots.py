@@ -80,7 +80,9 @@ def speedup(measured: Sequence[Pair]) -> Any:
                 panel.plot([crossing.tokens], [1], "x", ms=9, mew=2, color=colour)
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set(
-            title=f"Speed-up of {'decoding' if phase == 'decode' else 'prefill'}", ylabel="dense time / sparse time"
+            title=f"Speed-up of {'decoding' if phase == 'decode' else 'prefill'}",
+            ylabel="dense time / sparse time",
+            yscale="log",
         )
         _context_axis(panel, measured)
     return figure

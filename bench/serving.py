@@ -25,7 +25,7 @@ import httpx
 from rich.table import Table
 
 from bench.prompts import modules
-from dsa_export.cli import UserError, console, cpu_name, positive, run
+from dsa_export.cli import UserError, console, cpu_name, path, positive, run
 from dsa_export.files import check_output_file, write_atomically
 
 TIMEOUT = 600  # seconds of one answer
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--turns", type=positive, default=1, metavar="N", help="prompts of each request, each with all before it")
     add("--prompt-characters", type=positive, default=2000, metavar="N", help="length of the prompts")
     add("--max-tokens", type=positive, default=64, metavar="N", help="new tokens of each answer")
-    add("--out", type=Path, default=Path("out/bench/serving.jsonl"), help="JSON lines")
+    add("--out", type=path, default=Path("out/bench/serving.jsonl"), help="JSON lines")
     args = parser.parse_args(argv)
     check_output_file(args.out)
     prompts = texts(max(args.clients) * args.requests, args.prompt_characters)

@@ -182,9 +182,13 @@ def against_peers(records: Iterable[Record]) -> list[tuple[Record, Record | None
     return found
 
 
-def ms(record: Record, key: str = "ms_median") -> str:
-    value = record[key]
+def rounded(value: float) -> str:
+    """To three figures, and to a whole number from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ms(record: Record, key: str = "ms_median") -> str:
+    return rounded(record[key])
 
 
 def ms_with_spread(record: Record) -> str:

@@ -106,7 +106,7 @@ def throughput(measured: Sequence[Pair]) -> list[Table]:
         [
             *pair.series[:3],
             *_case(pair),
-            *(f"{side['tokens_per_s']:,.4g}" for side in (pair.dense, pair.sparse)),
+            *(summary.rounded(side["tokens_per_s"]) for side in (pair.dense, pair.sparse)),
             *(
                 "–" if side.get("peak_mib") is None else f"{side['peak_mib']:,.0f}"
                 for side in (pair.dense, pair.sparse)
@@ -222,13 +222,13 @@ def peers(records: Sequence[Record]) -> list[Table]:
             peer["precision"],
             f"{peer['context']:,}",
             ms_with_spread(peer),
-            f"{peer['tokens_per_s']:.3g}",
-            "–" if peer["ttft_s"] is None else f"{peer['ttft_s']:.3g}",
+            summary.rounded(peer["tokens_per_s"]),
+            "–" if peer["ttft_s"] is None else summary.rounded(peer["ttft_s"]),
             *(
                 ("–", "none in this precision", "–")
                 if ours is None
                 else (
-                    f"{ours['tokens_per_s']:.3g}",
+                    summary.rounded(ours["tokens_per_s"]),
                     f"k = {summary.describe_k(ours)}",
                     f"{ours['tokens_per_s'] / peer['tokens_per_s']:.2f}×",
                 )

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.measure import machine, timed
-from dsa_export.cli import UserError, console, progress_bar, run
+from dsa_export.cli import UserError, console, path, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output_file, write_atomically
 from dsa_export.memory import PeakMemory
@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--kl-lengths", type=int, nargs="*", default=[], metavar="T", help="also the memory of one layer's loss [none]"
     )
-    result.add_argument("--out", type=Path, default=Path("out/bench/training.jsonl"), metavar="FILE")
+    result.add_argument("--out", type=path, default=Path("out/bench/training.jsonl"), metavar="FILE")
     return result
 
 

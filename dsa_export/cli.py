@@ -94,6 +94,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def path(text: str) -> Path:
+    """The type of an argument that is a file or folder. ~ is the home folder where the shell left it: in --out=~/x."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 def positive(text: str) -> int:
     """The type of an argument that is a whole number of at least 1."""
     return _at_least(1, text)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dsa_export.cli import Terminated, UserError, errors, positive, progress_bar, run, thread_count
+from dsa_export.cli import Terminated, UserError, errors, path, positive, progress_bar, run, thread_count
 from engines.sampling import Sampler, Sampling
 from engines.session import Runner, Session, common_prefix, open_runner
 from engines.text import Answer, Text
@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="what to answer (default: standard input)")
-    source.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file")
+    source.add_argument("--file", type=path, metavar="FILE", help="read the prompt from a UTF-8 file")
     add("--system", metavar="TEXT", help="a system message before the prompt")
     add("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
     add("--chat", action="store_true", help="go on with a line of standard input as the next message, and so on")
@@ -79,7 +79,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """What generate and serve share."""
     add = parser.add_argument
     add(
-        "--engine", type=Path, default=Path("out/engines/ort/sparse"), metavar="DIR",
+        "--engine", type=path, default=Path("out/engines/ort/sparse"), metavar="DIR",
         help="an engine folder written by engines.build (default: %(default)s)",
     )  # fmt: skip
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all that may be used)")
@@ -160,12 +160,16 @@ class Speaker:
         try:
             seconds = stream(self.session, prompt[known:], answer, self.sampler, show)
         except KeyboardInterrupt as interrupt:
-            if not self.args.chat or isinstance(interrupt, Terminated):
-                raise
             write(" …\n")
+            if isinstance(interrupt, Terminated):
+                raise
+            if not self.args.chat:
+                raise KeyboardInterrupt("interrupted: the answer is not whole") from None
         else:
             write("\n")
             errors.print(figures(known, len(prompt) - known, len(answer.tokens), *seconds))
+            if answer.finish_reason == "length" and room < self.args.max_new_tokens:
+                errors.print(f"The context is full: this engine takes {limit} tokens (engines.build --max-context)")
         self.known = [*prompt, *answer.tokens][: int(self.session.lengths[0])]
         return "".join(shown)
 

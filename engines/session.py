@@ -232,14 +232,15 @@ class Session:
             raise ValueError(f"expected {self.batch} rows of at least one token")
         limit = self.engine.limits.max_context
         for b, row in enumerate(rows):
+            where = f"row {b}: " if self.batch > 1 else ""
             if self.lengths[b] + len(row) > limit:
                 raise UserError(
-                    f"row {b}: {self.lengths[b] + len(row)} tokens do not fit into {limit} "
+                    f"{where}{self.lengths[b] + len(row)} tokens do not fit into {limit} "
                     f"(the capacity that {self.engine.folder} was built for): shorten the prompt or rebuild with a "
                     f"larger --max-context (the model knows {self.engine.model.max_position_embeddings} positions)"
                 )
             if row.min() < 0 or row.max() >= self.engine.model.vocab_size:
-                raise UserError(f"row {b}: token ids must lie in 0..{self.engine.model.vocab_size - 1}")
+                raise UserError(f"{where}token ids must lie in 0..{self.engine.model.vocab_size - 1}")
 
 
 def common_prefix(known: Tokens, prompt: Tokens) -> int:

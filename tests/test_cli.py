@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 from pathlib import Path
 
 import pytest
 
-from dsa_export.cli import UserError, run
+from dsa_export.cli import UserError, path, run
 from dsa_export.files import check_output, output_folder, read_manifest, write_atomically, write_manifest
 
 
@@ -37,6 +38,13 @@ def test_errors_of_the_user_end_in_one_line(error, message, capsys):
     assert end.value.code == 1
     text = capsys.readouterr().err
     assert text.startswith(message) and len(text.strip().splitlines()) == 1
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert path("~/out") == Path("/home/someone/out") and path("a~b/~") == Path("a~b/~")
+    with pytest.raises(argparse.ArgumentTypeError, match="~nobody-here/x"):
+        path("~nobody-here/x")
 
 
 def test_errors_of_ours_are_not_hidden():

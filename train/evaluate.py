@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from dsa_export.cli import UserError, console, not_negative, positive, progress_bar, run
+from dsa_export.cli import UserError, console, not_negative, path, positive, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import (
     MANIFEST,
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--data", metavar="SOURCE", help="as in training [what the checkpoint was trained on, else stdlib]"
     )
-    where.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"output folder [{OUT}]")
+    where.add_argument("--out", type=path, default=OUT, metavar="DIR", help=f"output folder [{OUT}]")
     where.add_argument(
         "--overwrite", action="store_true", help="replace a stopped run of other arguments, and an earlier --write-topk"
     )
@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     auto.add_argument("--k-step", type=positive, metavar="N", help="every k is a multiple of this [budget / 8]")
     auto.add_argument("--k-floor", type=positive, metavar="N", help="the least k of a layer [one step]")
     auto.add_argument(
-        "--write-topk", type=Path, metavar="DIR",
+        "--write-topk", type=path, metavar="DIR",
         help="write the checkpoint with the chosen k there, its weights hard-linked: export and engines follow it",
     )  # fmt: skip
 
@@ -318,6 +318,8 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     args.task_lengths = sorted(set(args.task_lengths or args.length))
     if args.data is None:
         args.data = trained_on(args.model) or "stdlib"
+        if args.data != "stdlib" and "://" not in args.data and not Path(args.data).exists():
+            raise UserError(f"{args.model} was trained on {args.data}, which is not here: name other --data")
     if args.base == "":
         raise UserError("--base is empty: name a checkpoint, or leave it out")
     if args.seed >= options.SEEDS:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from dsa_export.cli import UserError, console
+from dsa_export.cli import UserError, console, path
 from dsa_export.files import MANIFEST, check_output, check_writable, manifest_object, read_manifest
 from dsa_export.model.checkpoint import has_indexer, load_tokenizer, model_source
 from dsa_export.selection import add_selection_arguments, selection_options
@@ -100,7 +100,7 @@ def argument_parser(
         help="deepctrl-sft-data JSON lines (a file, a folder, hf:// or https://), a folder of text or code (one "
         "document a file), or one file of text [stdlib: the Python standard library's sources]",
     )
-    where.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"output folder [{out}]")
+    where.add_argument("--out", type=path, default=Path(out), metavar="DIR", help=f"output folder [{out}]")
     where.add_argument(
         "--overwrite", action="store_true", help="replace a finished run, or a stopped one of other arguments"
     )
@@ -197,7 +197,11 @@ def argument_parser(
         "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"documents to train on, at most [{MAX_ROWS}]"
     )
     rows.add_argument(
-        "--cache", type=Path, default=CACHE, metavar="DIR", help=f"where tokens are kept for the next run [{CACHE}]"
+        "--cache",
+        type=path,
+        default=CACHE,
+        metavar="DIR",
+        help=f"where tokens are kept for the next run [{CACHE}]",
     )
     rows.add_argument(
         "--held-out",

@@ -416,7 +416,11 @@ class Trainer:
         console.print(table)
         if "loss_sparse" in after:
             change = after["loss_sparse"] / after["loss_dense"] - 1
-            console.print(f"On these windows the selection costs {change:+.2%} of the dense loss")
+            if "recall" in after:
+                console.print(f"On these windows the selection costs {change:+.2%} of the dense loss")
+            else:
+                console.print("No held-out window is longer than k: nothing was left out, and nothing is known of the "
+                              "selection (longer --length, or train.evaluate with a smaller --topk)")  # fmt: skip
 
     # ------------------------------------------------------------ state
 

@@ -7,7 +7,7 @@ has its own past length; batches padded on the left (transformers' generate) are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,10 @@ class DSAModel(DSAPreTrainedModel):
         if position_ids is not None:
             expected = past_lengths[:, None] + valid.cumsum(1) - 1
             if not bool((position_ids.expand(B, S) == expected)[valid].all()):
-                raise ValueError("position_ids must count each row's tokens from 0: packed rows are not supported")
+                raise ValueError(
+                    "position_ids must count each row's tokens from 0: packed rows, and in generate() batches that are "
+                    "padded on the right, are not supported"
+                )
 
         hidden, aux = self.run(input_ids, past_lengths, lengths, caches, observer, selector)
         if cache is not None:
@@ -255,7 +258,11 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutput(loss, logits, output.cache, output.aux_losses)
+        return CausalLMOutput(loss, logits, output.cache, output.aux_losses or None)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """transformers' continuous batching packs rows and pages the cache, which this model's cache does not do."""
+        raise NotImplementedError("continuous batching is not supported: use generate(), or engines.serve for several")
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:

@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from dsa_export.cli import UserError, console, progress_bar, run
+from dsa_export.cli import UserError, console, path, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output, output_folder, sha256, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, help="checkpoint folder or hub name (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("out/onnx"), help="output folder (default: out/onnx)")
+    parser.add_argument("--out", type=path, default=Path("out/onnx"), help="output folder (default: out/onnx)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="type of weights, activations and caches (default: fp32)"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from dsa_export.cli import UserError, console, run
+from dsa_export.cli import UserError, console, path, run
 from dsa_export.files import read_manifest
 from dsa_export.onnx.passes import read_tensor
 from dsa_export.selection import INDEX_CACHES
@@ -221,7 +221,7 @@ def compare_folder(folder: Path) -> Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dsa_export.onnx.identical", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("out/onnx"), help="the export (default: out/onnx)")
+    parser.add_argument("folder", nargs="?", type=path, default=Path("out/onnx"), help="the export (default: out/onnx)")
     console.print(str(compare_folder(parser.parse_args().folder)))
 
 

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from dsa_export.cli import UserError, positive
+from dsa_export.cli import UserError, path, positive
 from engines import triton
 from engines.artifacts import BACKENDS, VARIANTS, Export, Limits
 
@@ -29,8 +29,14 @@ OPTIONS_OF = {
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m engines.build", description="engines from an ONNX export")
     add = parser.add_argument
-    add("--onnx", type=Path, default=Path("out/onnx"), metavar="DIR", help="the export (default: %(default)s)")
-    add("--out", type=Path, default=Path("out/engines"), metavar="DIR", help="where to write (default: %(default)s)")
+    add("--onnx", type=path, default=Path("out/onnx"), metavar="DIR", help="the export (default: %(default)s)")
+    add(
+        "--out",
+        type=path,
+        default=Path("out/engines"),
+        metavar="DIR",
+        help="where to write (default: %(default)s)",
+    )
     add("--backend", nargs="+", choices=BACKENDS, default=["ort"], help="one or several (default: ort)")
     add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: both)")
     add("--max-batch", type=positive, default=DEFAULT_MAX_BATCH, metavar="N", help="rows (default: %(default)s)")
@@ -70,15 +76,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "each be tuned alone and holds the weights twice (default: %(default)s)",
     )  # fmt: skip
     add(
-        "--timing-cache", type=Path, metavar="FILE",
+        "--timing-cache", type=path, metavar="FILE",
         help="tensorrt: measured kernel times, read and written, so that the next build is faster "
         "(default: OUT/tensorrt/timing.cache)",
     )  # fmt: skip
     add(
-        "--triton-repository", type=Path, metavar="DIR",
+        "--triton-repository", type=path, metavar="DIR",
         help="also write the engines as models for Triton Inference Server (ort, tensorrt)",
     )  # fmt: skip
-    add("--plugin-library", type=Path, default=PLUGIN_LIBRARY, metavar="FILE", help="tensorrt (default: %(default)s)")
+    add(
+        "--plugin-library",
+        type=path,
+        default=PLUGIN_LIBRARY,
+        metavar="FILE",
+        help="tensorrt (default: %(default)s)",
+    )
     add("--serialize-plugins", action="store_true", help="tensorrt: put the plugin library into the plan")
     add("--print-trtexec", action="store_true", help="write the graphs for trtexec, print its commands and stop")
     args = parser.parse_args(arguments)

@@ -93,7 +93,7 @@ def compiled_kernels() -> Path:
         with console.status("g++ compiles the kernels…"):
             return cpu.build()
     except BuildFailed as error:
-        raise UserError(f"no kernels without a compiler: {error}; --standard-operators does without") from None
+        raise UserError(f"the kernels were not compiled: {error}; --standard-operators does without") from None
 
 
 def write_ort_engine(

@@ -14,7 +14,7 @@ from pathlib import Path
 from plugins.compiler import LINK_FLAGS, BuildFailed, compiler, run, run_all
 
 HERE = Path(__file__).parent
-BUILD = Path("build/plugins")
+BUILD = HERE.parents[1] / "build/plugins"
 LIBRARY = "libdsa_cpu.so"
 DOMAIN = "dsa.cpu"
 OPERATORS = ("IndexTopK", "SparseAttention", "DenseAttention", "RoundKeys", "RoundQueries")

@@ -43,9 +43,18 @@ def test_engines_are_found_and_paired(engines: Path, tmp_path: Path):
 
 def test_engines_of_two_models_are_not_mixed_in_one_table(group: Group):
     other = replace(group.sparse, folder=Path("other/sparse"))
-    matrix.check_distinct([group, replace(group, sparse=replace(other, topk=(8, 8)))])
+    matrix.check_comparable([group, replace(group, sparse=replace(other, topk=(8, 8)))])
     with pytest.raises(UserError, match=r"sparse and other/sparse are .* both ort, fp32, k = 16"):
-        matrix.check_distinct([group, replace(group, sparse=other)])
+        matrix.check_comparable([group, replace(group, sparse=other)])
+
+
+def test_models_that_read_other_tokens_are_not_compared(group: Group):
+    larger = replace(group.sparse, topk=(8, 8), model=replace(group.sparse.model, vocab_size=9))
+    files = group.sparse.manifest["files"] | {"tokenizer.json": {"sha256": "another"}}
+    other = replace(group.sparse, topk=(8, 8), manifest=group.sparse.manifest | {"files": files})
+    for engine in (larger, other):
+        with pytest.raises(UserError, match="engines of different models, or have different tokenizers: compare each"):
+            matrix.check_comparable([group, replace(group, sparse=engine)])
 
 
 def test_an_engine_of_another_version_is_skipped_with_the_reason(engines: Path, tmp_path: Path):
@@ -140,8 +149,10 @@ def test_a_floor_is_the_larger_of_both_times(group: Group):
     assert by_flops.ms == pytest.approx(by_flops.flops / 1e6)
 
 
-def test_rates_are_plausible():
-    measured = floors.rates("ort", "fp32", 1)
+@pytest.mark.parametrize("precision", ["fp32", "int4", "int8"])
+def test_rates_are_plausible(precision: str):
+    measured = floors.rates("ort", "fp32", precision, 1)
+    assert f"; {precision} product" in measured.how
     assert 1e8 < measured.bytes_per_s < 1e12
     assert 1e8 < measured.flops_per_s < 1e13
     assert np.isfinite(measured.flops_per_s)

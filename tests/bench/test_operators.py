@@ -14,4 +14,4 @@ def test_no_input_comes_from_the_cache_of_the_gpu(case: Case) -> None:
     scored, selected = case.bytes_read
     assert 1 <= caches <= min(sets, MAX_CACHES) and sets <= MAX_SETS
     assert caches * scored >= CACHED_BYTES and sets * selected >= CACHED_BYTES
-    assert caches * (scored + case.B * case.C * 512) <= MEMORY
+    assert caches * (scored + case.B * case.C * case.row_bytes) <= MEMORY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -308,6 +309,12 @@ def test_peak_memory_is_never_below_nothing():
         return memory.mib()
 
     assert measure.in_child(peak) == 0
+
+
+def test_only_a_forked_child_freezes_its_parents_garbage():
+    """A spawned one has none, and nanobind would call everything frozen a leak."""
+    assert measure.in_child(gc.get_freeze_count) > 0
+    assert measure.in_child(gc.get_freeze_count, method="spawn") == 0
 
 
 def test_a_child_that_dies_is_reported():

@@ -39,3 +39,15 @@ def test_cores_of_layers_without_an_indexer_are_cores() -> None:
     parts = by_part([*step(0), *step(1000)], skip=1)
     expected = {PROJECTIONS: 0.030, SELECTION: 0.029, CORE: 0.030 + 0.039, HEAD: 0.010, OTHER: 0.0}
     assert {part: round(ms, 6) for part, ms in parts.items()} == expected
+
+
+def test_a_dense_engine_selects_nothing() -> None:
+    """Its If holds our kernel for single tokens beside Attention."""
+    events = [
+        node("Add_1", "Add", 0, 10),
+        node(f"{ATTENTION.format(0)}/Attention", "DenseAttention", 10, 30),
+        node("If_1", "If", 10, 31),
+        {"cat": "Session", "name": "model_run", "ts": 0, "dur": 40},
+    ]
+    parts = by_part(events, skip=0, selects=False)
+    assert parts[SELECTION] == 0 and parts[OTHER] == 0.010

@@ -122,6 +122,16 @@ def test_outputs_and_inputs_that_there_are_not_are_refused(dsa_model, tokens, op
 
 
 @torch.no_grad()
+def test_an_output_without_losses_of_layers_has_none(dsa_model, tokens):
+    """transformers' Trainer takes whatever stands beside the logits for predictions."""
+    assert dsa_model(tokens, use_cache=False).to_tuple()[1:] == ()
+
+
+def test_continuous_batching_is_refused(dsa_model):
+    with pytest.raises(NotImplementedError, match=r"engines\.serve"):
+        dsa_model.generate_batch([[1, 2]])
+
+
 def test_a_cache_of_another_batch_is_refused(dsa_model, tokens):
     cache = dsa_model(tokens, use_cache=True).cache
     with pytest.raises(ValueError, match="the cache holds 2 rows, the input 1"):

@@ -276,6 +276,24 @@ def test_an_interrupt_ends_an_answer_and_not_the_conversation(engines: Path, cap
     assert error.count("time to first token") == 1
 
 
+def test_an_interrupted_answer_says_that_it_is_not_whole(engines: Path, capsys, monkeypatch):
+    monkeypatch.setattr(Session, "decode", lambda *_: raise_error(KeyboardInterrupt()))
+    monkeypatch.setattr(Text, "__init__", endless(Text.__init__))
+    command = ["--engine", str(engines / "ort/sparse"), "--prompt", "Hi"]
+    code, output, error = run_command(generate.main, command, capsys)
+    assert code == 1 and output.endswith(" …\n")
+    assert one_line(error) == "error: interrupted: the answer is not whole"
+
+
+def test_a_full_context_is_said(engines: Path, capsys, monkeypatch):
+    monkeypatch.setattr(Text, "__init__", endless(Text.__init__))
+    limit = open_engine(engines / "ort/sparse").limits.max_context
+    for tokens, full in ((limit, True), (2, False)):
+        command = ["--engine", str(engines / "ort/sparse"), "--prompt", "Hi", "--max-new-tokens", str(tokens)]
+        code, _, error = run_command(generate.main, command, capsys)
+        assert code == 0 and (f"The context is full: this engine takes {limit} tokens" in error) == full
+
+
 def test_a_termination_ends_the_conversation(engines: Path, capsys, monkeypatch):
     monkeypatch.setattr(Session, "prefill", lambda *_: raise_error(Terminated()))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\nbye\n")))

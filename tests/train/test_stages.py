@@ -253,6 +253,15 @@ def test_the_warm_up_learns(tiny: Path, records: Path, tmp_path: Path) -> None:
     assert after["loss_dense"] == before["loss_dense"]
 
 
+@pytest.mark.parametrize(("k", "said"), [("8", "the selection costs +"), ("48", "nothing is known of the selection")])
+def test_windows_that_select_everything_tell_nothing(
+    tiny: Path, records: Path, tmp_path: Path, capsys, k: str, said: str
+):
+    trained(tiny, records, tmp_path / "w", "--steps", "1", "--topk", k)
+    assert said.rstrip("+") in (shown := " ".join(capsys.readouterr().out.split()))
+    assert ("the selection costs" in shown) == (k == "8")
+
+
 # ---------------------------------------------------------------- joint
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsa_export.cli import UserError, console, progress_bar, run
+from dsa_export.cli import UserError, console, path, progress_bar, run
 from dsa_export.files import (
     MANIFEST,
     as_in_manifest,
@@ -102,8 +102,8 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--allow-malformed", action="store_true", help="leave out lines that cannot be read")
     where.add_argument("--vocabulary", type=int, metavar="N", help="tokens of the tokenizer trained on it [4096]")
     where.add_argument("--held-out", type=int, metavar="N", help="windows to measure on [64]")
-    where.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help=f"where tokens are kept [{CACHE}]")
-    where.add_argument("--out", type=Path, metavar="DIR", help=f"output folder [{OUT}; --quick: {OUT}-quick]")
+    where.add_argument("--cache", type=path, default=CACHE, metavar="DIR", help=f"where tokens are kept [{CACHE}]")
+    where.add_argument("--out", type=path, metavar="DIR", help=f"output folder [{OUT}; --quick: {OUT}-quick]")
     where.add_argument("--overwrite", action="store_true", help="train everything again")
     return result
 
