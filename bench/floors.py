@@ -109,7 +109,7 @@ def rates(backend: str, dtype: str, precision: str, threads: int) -> Rates:
     bits = PACKED_BITS.get(precision) if backend == "ort" else None
     bandwidth, flops = cpu_bandwidth(threads), cpu_flops(threads, bits)
     product = f"{precision if bits else 'fp32'} product of {PRODUCT}² in ONNX Runtime"
-    return Rates(bandwidth, flops, f"copies and sums of {COPY_BYTES >> 20} MiB by {threads} threads; {product}")
+    return Rates(bandwidth, flops, f"copies and sums of {COPY_BYTES >> 20} MiB, {threads} at a time; {product}")
 
 
 def runs_on_gpu(backend: str) -> bool:
@@ -151,14 +151,10 @@ def cpu_flops(threads: int, bits: int | None = None) -> float:
             "weights": np.full((PRODUCT, blocks, PACKED_BLOCK * bits // 8), 0x77, np.uint8),
             "scales": np.ones((PRODUCT, blocks), np.float32),
         }
-        packing: dict[str, Any] = {
-            "K": PRODUCT,
-            "N": PRODUCT,
-            "bits": bits,
-            "block_size": PACKED_BLOCK,
-            "accuracy_level": 4,
-        }
-        product = helper.make_node("MatMulNBits", ["rows", *weights], ["out"], domain="com.microsoft", **packing)
+        product = helper.make_node(
+            "MatMulNBits", ["rows", *weights], ["out"], domain="com.microsoft",
+            K=PRODUCT, N=PRODUCT, bits=bits, block_size=PACKED_BLOCK, accuracy_level=4,
+        )  # fmt: skip
     rows, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", PRODUCT]) for name in ("rows", "out"))
     constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     graph = helper.make_graph([product], "product", [rows], [out], constants)
@@ -167,12 +163,13 @@ def cpu_flops(threads: int, bits: int | None = None) -> float:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    best = 0.0
-    for count in (FEW_ROWS, PRODUCT):
+
+    def rate(count: int) -> float:
         feed = {"rows": np.ones((count, PRODUCT), np.float32)}
-        seconds = min(timed(lambda: session.run(None, feed)) for _ in range(TRIES))  # noqa: B023
-        best = max(best, 2 * count * PRODUCT**2 / seconds)
-    return best
+        seconds = min(timed(lambda: session.run(None, feed)) for _ in range(TRIES))
+        return 2 * count * PRODUCT**2 / seconds
+
+    return max(rate(FEW_ROWS), rate(PRODUCT))
 
 
 def cuda_rates(dtype: Any) -> Rates:

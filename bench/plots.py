@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.ticker import LogLocator
 
 from bench import summary
 from bench.summary import Pair, Record, Series
@@ -34,7 +35,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     for name, make in figures.items():
         figure = make()
         if figure is not None:
-            figure.savefig(folder / name, dpi=DPI)
+            figure.savefig(folder / name, dpi=DPI, bbox_inches="tight")  # legends of long names are wider
             plt.close(figure)
             paths.append(folder / name)
     return paths
@@ -47,7 +48,8 @@ def latency(measured: Sequence[Pair], peers: Sequence[Record]) -> Any:
         if phase == "decode":
             _draw_peers(panel, peers)
         call = "decoding step" if phase == "decode" else "prefill call"
-        panel.set(title=f"Time of one {call}", ylabel="ms (median, p10–p90)", yscale="log")
+        panel.set(title=f"Time of one {call}", ylabel="ms (median, p10–p90)")
+        _log_axis(panel, "{x:,g}")
         _context_axis(panel, measured)
     return figure
 
@@ -82,8 +84,8 @@ def speedup(measured: Sequence[Pair]) -> Any:
         panel.set(
             title=f"Speed-up of {'decoding' if phase == 'decode' else 'prefill'}",
             ylabel="dense time / sparse time",
-            yscale="log",
         )
+        _log_axis(panel, "{x:g}×")
         _context_axis(panel, measured)
     return figure
 
@@ -156,6 +158,12 @@ def _draw_sides(
 
 def _colours(lines: dict[Series, list[Pair]]) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(len(lines))]
+
+
+def _log_axis(panel: Any, form: str) -> None:
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
+    panel.yaxis.set_major_formatter(form)
 
 
 def _context_axis(panel: Any, measured: Sequence[Pair]) -> None:

@@ -69,9 +69,8 @@ def timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Set
 
 
 def _timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings) -> list[Record]:
-    rates = floors.rates(
-        group.backend, group.sparse.dtype, group.sparse.precision, settings.threads
-    )  # takes memory that engines will need
+    types = group.sparse.dtype, group.sparse.precision
+    rates = floors.rates(group.backend, *types, settings.threads)  # takes memory that engines will need
     runners = open_runners(group.sides, settings.threads)
     records: list[Record] = []
     sessions: dict[str, Session] = {}

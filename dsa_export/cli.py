@@ -160,4 +160,4 @@ def cpu_name() -> str:
     if cpuinfo.is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
         name = found.group(1) if found else name
-    return f"{name}, {usable_cpus()} cores"
+    return f"{name}, {usable_cpus()} core{'s' * (usable_cpus() > 1)}"
