@@ -45,7 +45,8 @@ def main() -> None:
             messages.append({"role": "assistant", "content": speaker.answer(text.chat(messages))})
             message = next_message() if args.chat else None
     if runner.engine.random_indexer and runner.engine.variant == "sparse":
-        errors.print(f"The indexer is random: do not trust answers beyond {min(runner.engine.topk)} tokens of context")
+        trusted = max(min(runner.engine.topk), runner.engine.dense_slots)
+        errors.print(f"The indexer is random: do not trust answers beyond {trusted} tokens of context")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
