@@ -6,7 +6,7 @@ token per row after n - 1 others; prefill times one call with the last S tokens 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,9 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
         by_weights.setdefault(key, []).append(engine)
     found, skips = [], []
     for (backend, precision, _), members in by_weights.items():
-        dense = {core_of(engine): engine for engine in reversed(members) if engine.variant != "sparse"}
+        dense = {
+            (core_of(engine), engine.kv_cache): engine for engine in reversed(members) if engine.variant != "sparse"
+        }
         sparse = {(e.topk, str(e.selection)): e for e in reversed(members) if e.variant == "sparse"}
         for engine in members:
             chosen = sparse[engine.topk, str(engine.selection)] if engine.variant == "sparse" else engine
@@ -126,9 +128,17 @@ def groups(engines: Iterable[Engine]) -> tuple[list[Group], list[Skip]]:
             else:
                 continue
             skips.append({"backend": backend, "precision": precision, "engine": str(engine.folder), "reason": reason})
-        cores = tuple(dense[name] for name in sorted(dense))
-        found += [Group(backend, precision, cores, sparse[key]) for key in sorted(sparse) if cores]
+        for engine in (sparse[selected] for selected in sorted(sparse) if dense):
+            found.append(Group(backend, precision, tuple(_partners(dense, engine)), engine))
     return found, skips
+
+
+def _partners(dense: Mapping[tuple[str, str | None], Engine], sparse: Engine) -> Iterator[Engine]:
+    """For every dense operator the engine that caches keys and values as the sparse one does, or as exported."""
+    for core in sorted({core for core, _ in dense}):
+        partner = dense.get((core, sparse.kv_cache)) or dense.get((core, None))
+        if partner is not None:
+            yield partner
 
 
 def check_comparable(groups: Sequence[Group]) -> None:

@@ -114,8 +114,8 @@ def _gate(
     if engine.precision != "fp32" and len(other_operators):
         between = float(np.abs(other_operators - dense).max())
         rounding = max(rounding, min(between, most if engine.dtype != "fp32" else most / PACKED_OPERATORS))
-    if engine.dtype != "fp32":
-        of_type = TYPE_ROUNDINGS * EPSILON[engine.dtype] * float(np.abs(dense).max())
+    if engine.narrowest_dtype != "fp32":
+        of_type = TYPE_ROUNDINGS * EPSILON[engine.narrowest_dtype] * float(np.abs(dense).max())
     tolerance = max(TOLERANCE, of_type, OWN_ROUNDING * rounding)
     worst = 0.0
     for position, (one, other) in enumerate(zip(dense, sparse, strict=True), start=first):
@@ -124,7 +124,7 @@ def _gate(
         if error > tolerance:
             problem = f"logits differ by {error:.2g} after {position} tokens, at most {tolerance:.2g} is rounding"
             return Gate(position, worst, tolerance, problem)
-        if one.argmax() != other.argmax() and engine.precision == "fp32":
+        if one.argmax() != other.argmax() and engine.precision == engine.narrowest_dtype == "fp32":
             return Gate(position, worst, tolerance, f"the greedy tokens differ after {position} tokens")
     return Gate(first + len(dense) - 1, worst, tolerance, None)
 

@@ -108,7 +108,7 @@ class Variant:
     dtype: str  # fp32 | fp16 | bf16: activations, caches, and weights that are not quantised
     precision: str  # of the weights: fp32 | fp16 | bf16 | int8 | int4
     topk: tuple[int, ...]  # k of every layer
-    selection: dict[str, Any]  # its options that are not as by default: fields of DSAConfig, and --dense-slots
+    selection: dict[str, Any]  # options that are not as by default: fields of DSAConfig, --dense-slots, --kv-cache
     random_indexer: bool
     model: Model
     cache: tuple[CacheTensor, ...]
@@ -136,6 +136,11 @@ class Variant:
         """
         names = {tensor.name for tensor in self.cache}
         return self.variant == "sparse" and self.reduces_to_dense and {"key", "value"} <= names
+
+    @property
+    def kv_cache(self) -> str | None:
+        """The type in which keys and values are cached, if it is not the activations'."""
+        return self.selection.get("kv_cache")
 
     @property
     def has_kernels(self) -> bool:
@@ -258,6 +263,11 @@ class Engine(Variant):
     def cpu_library(self) -> Path | None:
         """The library of our CPU kernels that its graph needs; None: it has standard operators only."""
         return self.folder / cpu.LIBRARY if cpu.LIBRARY in self.manifest["files"] else None
+
+    @property
+    def narrowest_dtype(self) -> str:
+        """Of the activations, and of the caches of keys and values: fp32 | fp16 | bf16."""
+        return self.kv_cache or self.dtype
 
     @property
     def attention_operator(self) -> str | None:
@@ -415,6 +425,7 @@ def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:
         "--variant": manifest.get("variant"),
         **{f"--{name.replace('_', '-')}": told("limits").get(name) for name in Limits.__dataclass_fields__},
         "--dense-slots": told("selection").get("dense_slots"),
+        "--kv-cache": told("selection").get("kv_cache"),
         "--plans": "two" if "decode.plan" in told("files") else None,
         "--plugin-library": told("plugin").get("path"),
     }

@@ -274,6 +274,52 @@ def with_cpu_kernels(model: onnx.ModelProto) -> bool:
     return bool(taken)
 
 
+HALVED = ("key", "value")
+"""Caches that the kernels read in fp16 too."""
+
+
+def with_half_caches(model: onnx.ModelProto) -> None:
+    """Keeps keys and values in fp16. Our kernels read them so; for Attention, in calls of many tokens, they are raised.
+
+    For graphs that with_cpu_kernels() changed.
+    """
+    ends = [*model.graph.input, *model.graph.output]
+    halved = {end.name for end in ends if end.name.rpartition(".")[2] in HALVED}
+    for end in ends:
+        if end.name in halved:
+            end.type.tensor_type.elem_type = TensorProto.FLOAT16
+    del model.graph.value_info[:]
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "TensorScatter" and node.input[0] in halved:
+            update = f"{node.input[1]}/half"
+            nodes.append(helper.make_node("Cast", [node.input[1]], [update], to=TensorProto.FLOAT16))
+            node.input[1] = update
+            halved.add(node.output[0])
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    _raise_before_attention(model.graph, halved)
+
+
+def _raise_before_attention(graph: onnx.GraphProto, halved: set[str]) -> None:
+    """Casts what every Attention reads of the caches to fp32, in the branch where it stands."""
+    nodes = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _raise_before_attention(attribute.g, halved)
+        if node.op_type == "Attention":
+            for place in (1, 2):
+                if node.input[place] in halved:
+                    wide = f"{node.output[0]}/wide_{place}"
+                    nodes.append(helper.make_node("Cast", [node.input[place]], [wide], to=TensorProto.FLOAT))
+                    node.input[place] = wide
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def _take_kernels(graph: onnx.GraphProto) -> set[str]:
     """The operators that the library takes over, by their names in the graph."""
     taken: set[str] = set()

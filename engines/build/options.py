@@ -15,6 +15,7 @@ DEFAULT_MAX_BATCH = 8
 OPTIONS_OF = {
     "dense_slots": ["--backend ort", "--backend torch"],
     "standard_operators": ["--backend ort"],
+    "kv_cache": ["--backend ort"],
     "triton_repository": [f"--backend {name}" for name in triton.PLATFORMS],
     "compile": ["--backend torch"],
     "compute_capability": ["--backend tensorrt-rtx"],
@@ -60,6 +61,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="ort on CPUs, torch: attend to everything while the caches have at most N slots per row, which is faster "
         "up to some thousand (one row on a GPU: up to 128K and more); with N above k that is more than the k best "
         "tokens, and an answer may change with the size of the caches (default: k, where nothing else changes)",
+    )  # fmt: skip
+    add(
+        "--kv-cache", choices=("fp16",),
+        help="ort on CPUs, with this project's kernels: keep keys and values in 16 bits, in half of the memory; the "
+        "dense engine with those kernels too (default: the graph's type)",
     )  # fmt: skip
     add(
         "--standard-operators", action="store_true",

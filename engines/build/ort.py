@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
 
     runtime_version("ort")
     for_cpu = not ort_cuda.usable()
-    for option in ("--dense-slots", "--standard-operators"):
+    for option in ("--dense-slots", "--standard-operators", "--kv-cache"):
         if not for_cpu and getattr(args, option[2:].replace("-", "_")):
             raise UserError(f"{option} is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
     for variant in args.variant:  # all are checked before the first is written
         check_types(export.graphs[variant])
-    adapted: onnx.ModelProto | None = None
-    facts: dict[str, Any] = {}
+    adapted: Adapted | None = None
     if "sparse" in args.variant and for_cpu:
-        adapted, facts = sparse_for_cpus(export.graphs["sparse"], args)
+        adapted = sparse_for_cpus(export.graphs["sparse"], args)
     with_kernels = [variant for variant in args.variant if uses_kernels("ort", export.graphs[variant], args)]
     compiled = compiled_kernels() if with_kernels else None
+    if args.kv_cache and len(with_kernels) < len(args.variant):
+        raise UserError("--kv-cache fp16 is read by this project's kernels alone, which this graph, or processor, or "
+                        "--standard-operators, leaves out: build without it")  # fmt: skip
     for variant in args.variant:
         graph = export.graphs[variant]
         library = compiled if variant in with_kernels else None
@@ -43,8 +46,8 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
                 link_or_copy(graph.path, folder / "model.onnx")
                 write_ort_engine(folder, graph, export, limits, graph.sha256)
             else:
-                onnx.save(adapted, folder / "model.onnx")
-                write_ort_engine(folder, graph, export, limits, None, library, **facts)
+                onnx.save(adapted.model, folder / "model.onnx")
+                write_ort_engine(folder, adapted.graph, export, limits, None, library, **adapted.facts)
         report(args.out / "ort" / variant)
         if variant == "sparse" or not for_cpu:
             continue
@@ -58,9 +61,21 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
                 others.append(("dense-kernels", OWN_OPERATOR, own, library))
         for name, operator, model, its_library in others:
             with output_folder(args.out / "ort" / name) as folder:
+                its_graph = keep_caches(model, graph, args) if its_library else graph
                 onnx.save(model, folder / "model.onnx")
-                write_ort_engine(folder, graph, export, limits, None, its_library, attention_operator=operator)
+                write_ort_engine(folder, its_graph, export, limits, None, its_library, attention_operator=operator)
             report(args.out / "ort" / name)
+
+
+def keep_caches(model: onnx.ModelProto, graph: Graph, args: argparse.Namespace) -> Graph:
+    """Gives the model the caches that were asked for; returns what its manifest is to say."""
+    from engines.ort_graph import HALVED, with_half_caches
+
+    if not args.kv_cache:
+        return graph
+    with_half_caches(model)
+    halved = (replace(tensor, dtype="float16") if tensor.name in HALVED else tensor for tensor in graph.cache)
+    return replace(graph, cache=tuple(halved), selection=graph.selection | {"kv_cache": args.kv_cache})
 
 
 def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
@@ -72,19 +87,30 @@ def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
     return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not ort_cuda.usable()
 
 
-def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> tuple[onnx.ModelProto | None, dict[str, Any]]:
-    """The sparse graph as CPUs run it fastest (None: as exported), and facts for its manifest."""
+@dataclass(frozen=True)
+class Adapted:
+    """A graph as CPUs run it fastest: the model, what the manifest is to say of it, and facts beside."""
+
+    model: onnx.ModelProto
+    graph: Graph
+    facts: dict[str, Any]
+
+
+def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> Adapted | None:
+    """The sparse graph as CPUs run it fastest; None: as exported."""
     from engines.ort_graph import dense_while_short, with_cpu_kernels
 
+    attends_densely = graph.can_attend_densely
+    if attends_densely:
+        model = dense_while_short(graph, args.dense_slots or min(graph.topk))
+    else:
+        model = onnx.load(graph.path, load_external_data=False)
+    takes_kernels = uses_kernels("ort", graph, args) and with_cpu_kernels(model)
+    if not (attends_densely or takes_kernels):
+        return None
+    graph = keep_caches(model, graph, args)
     facts: dict[str, Any] = {"standard_operators": True} if args.standard_operators else {}
-    adapted: onnx.ModelProto | None = None
-    if graph.can_attend_densely:
-        adapted = dense_while_short(graph, args.dense_slots or min(graph.topk))
-        facts |= dense_slots_facts(graph, args.dense_slots)
-    if uses_kernels("ort", graph, args):
-        model = adapted or onnx.load(graph.path, load_external_data=False)
-        adapted = model if with_cpu_kernels(model) else adapted
-    return adapted, facts
+    return Adapted(model, graph, facts | (dense_slots_facts(graph, args.dense_slots) if attends_densely else {}))
 
 
 def compiled_kernels() -> Path:

@@ -61,12 +61,11 @@ int64_t ceil_div(int64_t a, int64_t b)
 class Fetch
 {
 public:
-    /// `count` rows (none if it is negative) of so many words of 4 bytes.
-    template <class Row>
-    Fetch(Row const* const* rows, int64_t count, int64_t words, int64_t steps)
-        : mRows(reinterpret_cast<char const* const*>(rows))
+    /// `count` rows (none if it is negative) of so many bytes.
+    Fetch(void const* const* rows, int64_t count, int64_t bytes, int64_t steps)
+        : mRows(rows)
         , mEnd(mRows + std::max<int64_t>(count, 0))
-        , mBytes(4 * words)
+        , mBytes(bytes)
         , mLinesPerStep(ceil_div((mEnd - mRows) * ceil_div(mBytes, kLine), steps))
     {
     }
@@ -75,7 +74,7 @@ public:
     {
         for (int64_t i = 0; i < mLinesPerStep && mRows < mEnd; ++i)
         {
-            __builtin_prefetch(*mRows + mAt, 0, 2);
+            __builtin_prefetch(static_cast<char const*>(*mRows) + mAt, 0, 2);
             mAt += kLine;
             if (mAt >= mBytes)
                 mAt = 0, ++mRows;
@@ -84,13 +83,46 @@ public:
 
 private:
     static constexpr int64_t kLine = 64;
-    char const* const* mRows;
-    char const* const* mEnd;
+    void const* const* mRows;
+    void const* const* mEnd;
     int64_t mBytes, mLinesPerStep, mAt = 0;
 };
 
-/// columns[w][t] = rows[t][w], words of 4 bytes; the rows from `count` to kTile become zeros.
-void transpose(uint32_t const* const* rows, int64_t count, int64_t words, uint32_t* columns)
+/// A number in fp16 as fp32.
+float widened(uint16_t half)
+{
+    uint32_t const sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 1023u;
+    if (exponent == 0)
+        return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f));
+    return std::bit_cast<float>(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13);
+}
+
+/// Element `at` of a row of fp32, or of fp16.
+template <bool half>
+float number(void const* row, int64_t at)
+{
+    return half ? widened(static_cast<uint16_t const*>(row)[at]) : static_cast<float const*>(row)[at];
+}
+
+/// kLanes of them.
+template <bool half>
+Floats numbers(void const* row, int64_t at)
+{
+    if constexpr (!half)
+        return floats(static_cast<float const*>(row) + at);
+    [[maybe_unused]] auto const* const place = static_cast<uint16_t const*>(row) + at;
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<__m256i const*>(place)));
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<__m128i const*>(place)));
+#else
+    return Floats{widened(place[0]), widened(place[1]), widened(place[2]), widened(place[3])};
+#endif
+}
+
+/// columns[w][t] = rows[t][w], words of 4 bytes or, with `half`, of fp16 as fp32; rows from `count` to kTile become zeros.
+template <bool half = false>
+void transpose(void const* const* rows, int64_t count, int64_t words, uint32_t* columns)
 {
     int64_t w = 0;
 #if defined(__AVX512F__)
@@ -99,7 +131,7 @@ void transpose(uint32_t const* const* rows, int64_t count, int64_t words, uint32
         {
             __m512i r[16], s[16];
             for (int i = 0; i < 16; ++i)
-                r[i] = first + i < count ? _mm512_loadu_si512(rows[first + i] + w) : _mm512_setzero_si512();
+                r[i] = first + i < count ? (__m512i)numbers<half>(rows[first + i], w) : _mm512_setzero_si512();
             for (int i = 0; i < 16; i += 2)
             {
                 s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -130,8 +162,7 @@ void transpose(uint32_t const* const* rows, int64_t count, int64_t words, uint32
         {
             __m256 r[8], s[8];
             for (int i = 0; i < 8; ++i)
-                r[i] = first + i < count ? _mm256_loadu_ps(reinterpret_cast<float const*>(rows[first + i] + w))
-                                         : _mm256_setzero_ps();
+                r[i] = first + i < count ? (__m256)numbers<half>(rows[first + i], w) : _mm256_setzero_ps();
             for (int i = 0; i < 8; i += 2)
             {
                 s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -154,7 +185,7 @@ void transpose(uint32_t const* const* rows, int64_t count, int64_t words, uint32
 #endif
     for (; w < words; ++w)
         for (int64_t t = 0; t < kTile; ++t)
-            columns[w * kTile + t] = t < count ? rows[t][w] : 0;
+            columns[w * kTile + t] = t < count ? std::bit_cast<uint32_t>(number<half>(rows[t], w)) : 0;
 }
 
 /// acc + the products of four unsigned bytes of each lane of a and four signed ones of b.
@@ -426,8 +457,8 @@ Floats exp_negative(Floats x)
 }
 
 /// sums[r][d] += weights[r][i] * rows[i][d] for n heads and `vectors` vectors of d, over `count` rows.
-template <int n, int vectors>
-void add_weighted(float const* const* rows, int64_t count, float const* const* weights, float* const* sums,
+template <int n, int vectors, bool half>
+void add_weighted(void const* const* rows, int64_t count, float const* const* weights, float* const* sums,
     int64_t first, Fetch& ahead)
 {
     Floats acc[n][vectors] = {}; // of these rows alone: sums of sums round less
@@ -436,7 +467,7 @@ void add_weighted(float const* const* rows, int64_t count, float const* const* w
         ahead.step();
         for (int v = 0; v < vectors; ++v)
         {
-            Floats const value = floats(rows[i] + first + v * kLanes);
+            Floats const value = numbers<half>(rows[i], first + v * kLanes);
             for (int r = 0; r < n; ++r)
                 acc[r][v] += value * weights[r][i];
         }
@@ -446,21 +477,21 @@ void add_weighted(float const* const* rows, int64_t count, float const* const* w
             floats(sums[r] + first + v * kLanes) += acc[r][v];
 }
 
-template <int n>
-void add_weighted_rows(float const* const* rows, int64_t count, float const* const* weights, float* const* sums,
+template <int n, bool half>
+void add_weighted_rows(void const* const* rows, int64_t count, float const* const* weights, float* const* sums,
     int64_t D, Fetch& ahead)
 {
     int64_t d = 0;
     for (; d + kLanes * kVectors <= D; d += kLanes * kVectors)
-        add_weighted<n, kVectors>(rows, count, weights, sums, d, ahead);
+        add_weighted<n, kVectors, half>(rows, count, weights, sums, d, ahead);
     for (; d + kLanes <= D; d += kLanes)
-        add_weighted<n, 1>(rows, count, weights, sums, d, ahead);
+        add_weighted<n, 1, half>(rows, count, weights, sums, d, ahead);
     for (; d < D; ++d)
         for (int r = 0; r < n; ++r)
         {
             float sum = 0;
             for (int64_t i = 0; i < count; ++i)
-                sum += weights[r][i] * rows[i][d];
+                sum += weights[r][i] * number<half>(rows[i], d);
             sums[r][d] += sum;
         }
 }
@@ -501,11 +532,11 @@ void select(IndexTopK const& call, int64_t task)
     for (int64_t tile = tiles * slice / call.slices; tile < tiles * (slice + 1) / call.slices; ++tile)
     {
         int64_t const first = tile * kTile, count = std::min<int64_t>(stop - first, kTile);
-        uint32_t const* rows[2 * kTile];
+        void const* rows[2 * kTile];
         for (int64_t i = 0; i < std::min<int64_t>(stop - first, 2 * kTile); ++i)
             rows[i] = keys + (first + i) * words;
         transpose(rows, count, words, columns);
-        Fetch ahead(rows + kTile, std::min<int64_t>(stop - first - kTile, kTile), words, dot_steps(call.Hi, words));
+        Fetch ahead(rows + kTile, std::min<int64_t>(stop - first - kTile, kTile), 4 * words, dot_steps(call.Hi, words));
         for (int64_t t = t0; t < t1; ++t)
         {
             Sight const& sight = sights[t - t0];
@@ -572,7 +603,8 @@ void finish(IndexTopK const& call, int64_t query)
     std::fill(out, end, -1);
 }
 
-void attend(SparseAttention const& call, int64_t task)
+template <bool half>
+void attend_to_rows(SparseAttention const& call, int64_t task)
 {
     int64_t const part = task % call.parts, h = task / call.parts % call.Hkv, query = task / call.parts / call.Hkv;
     int64_t const b = query / call.S, t = query % call.S, G = call.Hq / call.Hkv, D = call.D;
@@ -583,11 +615,12 @@ void attend(SparseAttention const& call, int64_t task)
 
     thread_local std::vector<float> scores_memory, sums_memory;
     thread_local std::vector<uint32_t> columns_memory;
-    thread_local std::vector<float const*> rows_memory;
+    thread_local std::vector<void const*> rows_memory;
     float* const scores = scratch(scores_memory, G * room);
     uint32_t* const columns = scratch(columns_memory, D * kTile);
-    float const** const k_rows = scratch(rows_memory, 2 * (end - begin));
-    float const** const v_rows = k_rows + (end - begin);
+    void const** const k_rows = scratch(rows_memory, 2 * (end - begin));
+    void const** const v_rows = k_rows + (end - begin);
+    int64_t const row_bytes = D * (half ? 2 : 4);
     int64_t const cache = (b * call.Hkv + h) * call.C;
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i)
@@ -595,17 +628,17 @@ void attend(SparseAttention const& call, int64_t task)
         int64_t const slot = call.indices ? call.indices[query * call.K + i] : i;
         if (slot < 0 || slot >= call.C)
             continue;
-        k_rows[count] = call.k_cache + (cache + slot) * D;
-        v_rows[count++] = call.v_cache + (cache + slot) * D;
+        k_rows[count] = static_cast<char const*>(call.k_cache) + (cache + slot) * row_bytes;
+        v_rows[count++] = static_cast<char const*>(call.v_cache) + (cache + slot) * row_bytes;
     }
 
     auto q_row = [&](int64_t g) { return call.q + ((b * call.Hq + h * G + g) * call.S + t) * D; };
     for (int64_t first = 0; first < count; first += kTile)
     {
         int64_t const rows = std::min<int64_t>(count - first, kTile);
-        transpose(reinterpret_cast<uint32_t const* const*>(k_rows + first), rows, D, columns);
+        transpose<half>(k_rows + first, rows, D, columns);
         int64_t const left = count - first - kTile; // after the last keys, the first values
-        Fetch ahead(left > 0 ? k_rows + first + kTile : v_rows, std::min<int64_t>(left > 0 ? left : count, kTile), D,
+        Fetch ahead(left > 0 ? k_rows + first + kTile : v_rows, std::min<int64_t>(left > 0 ? left : count, kTile), row_bytes,
             dot_steps(G, D));
         for (int64_t g = 0; g < G; g += kRowsAtOnce)
         {
@@ -659,7 +692,7 @@ void attend(SparseAttention const& call, int64_t task)
     {
         int64_t const rows = std::min<int64_t>(count - first, kTile);
         int64_t const steps = ceil_div(D, kLanes * kVectors) * ceil_div(G, kRowsAtOnce) * rows;
-        Fetch ahead(v_rows + first + rows, std::min<int64_t>(count - first - rows, kTile), D, steps);
+        Fetch ahead(v_rows + first + rows, std::min<int64_t>(count - first - rows, kTile), row_bytes, steps);
         for (int64_t g = 0; g < G; g += kRowsAtOnce)
         {
             float const* weights[kRowsAtOnce];
@@ -671,10 +704,10 @@ void attend(SparseAttention const& call, int64_t task)
             }
             switch (std::min<int64_t>(kRowsAtOnce, G - g))
             {
-            case 1: add_weighted_rows<1>(v_rows + first, rows, weights, heads, D, ahead); break;
-            case 2: add_weighted_rows<2>(v_rows + first, rows, weights, heads, D, ahead); break;
-            case 3: add_weighted_rows<3>(v_rows + first, rows, weights, heads, D, ahead); break;
-            default: add_weighted_rows<kRowsAtOnce>(v_rows + first, rows, weights, heads, D, ahead);
+            case 1: add_weighted_rows<1, half>(v_rows + first, rows, weights, heads, D, ahead); break;
+            case 2: add_weighted_rows<2, half>(v_rows + first, rows, weights, heads, D, ahead); break;
+            case 3: add_weighted_rows<3, half>(v_rows + first, rows, weights, heads, D, ahead); break;
+            default: add_weighted_rows<kRowsAtOnce, half>(v_rows + first, rows, weights, heads, D, ahead);
             }
         }
     }
@@ -687,6 +720,11 @@ void attend(SparseAttention const& call, int64_t task)
         for (int64_t d = 0; d < D; ++d)
             out[d] = count ? sums[g * width + d] / weight : 0.0f;
     }
+}
+
+void attend(SparseAttention const& call, int64_t task)
+{
+    call.half ? attend_to_rows<true>(call, task) : attend_to_rows<false>(call, task);
 }
 
 void merge_parts(SparseAttention const& call, int64_t task)

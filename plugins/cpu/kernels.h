@@ -30,8 +30,9 @@ struct SparseAttention
     int64_t B, Hq, Hkv, S, C, D, K;
     float scale;
     float const* q;
-    float const* k_cache;
-    float const* v_cache;
+    bool half;                  // the caches are fp16, else fp32
+    void const* k_cache;
+    void const* v_cache;
     int32_t const* indices;     // or null, and kv_lengths [B] given: query t stands at kv_lengths - S + t
     int64_t const* kv_lengths;
     float* output;

@@ -71,7 +71,7 @@ Kernels const& chosen_kernels()
         {"avx512", &avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
                 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
                 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")},
-        {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+        {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
                 && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")},
 #endif
         {"baseline", &baseline::kernels, true},
@@ -238,7 +238,7 @@ template <bool sparse>
 struct AttentionKernel
 {
     static constexpr char const* kName = sparse ? "SparseAttention" : "DenseAttention";
-    static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, sparse ? ort::kInt32 : ort::kInt64};
+    static constexpr int kInputs[] = {ort::kFloat, ort::kUndefined, ort::kUndefined, sparse ? ort::kInt32 : ort::kInt64};
     static constexpr size_t kRequiredInputs = 4;
     static constexpr int kOutputs[] = {ort::kFloat};
 
@@ -263,6 +263,9 @@ struct AttentionKernel
         require(call.Hq % call.Hkv == 0, "query heads must be a multiple of KV heads");
         std::vector<int64_t> const cache{call.B, call.Hkv, call.C, call.D};
         require(k_cache.dims == cache && v_cache.dims == cache, "B, Hkv, C, D differ between the inputs");
+        call.half = k_cache.type == ort::kFloat16;
+        require((call.half || k_cache.type == ort::kFloat) && v_cache.type == k_cache.type,
+            "the caches must both be fp32, or both fp16");
         if constexpr (sparse)
         {
             require(which.dims.size() == 3 && which.dims[0] == call.B && which.dims[1] == call.S,
@@ -277,8 +280,7 @@ struct AttentionKernel
             call.kv_lengths = static_cast<int64_t const*>(which.data);
         }
         call.q = static_cast<float const*>(q.data);
-        call.k_cache = static_cast<float const*>(k_cache.data);
-        call.v_cache = static_cast<float const*>(v_cache.data);
+        call.k_cache = k_cache.data, call.v_cache = v_cache.data;
         call.output = output<float>(context, 0, q.dims);
         int64_t const tasks = call.B * call.S * call.Hkv;
         if (tasks == 0)

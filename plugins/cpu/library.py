@@ -24,7 +24,7 @@ CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 # As library.cpp names them, and asks the processor for them.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() == "x86_64":
-    avx2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
+    avx2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
     INSTRUCTION_SETS["avx2"] = avx2
     INSTRUCTION_SETS["avx512"] = (*avx2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")))
 

@@ -19,7 +19,7 @@ namespace ort
 
 constexpr uint32_t kApiVersion = 17;
 constexpr int kFail = 1, kInvalidArgument = 2; // OrtErrorCode
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 struct CustomOp;

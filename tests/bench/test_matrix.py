@@ -12,6 +12,7 @@ from bench import floors, matrix
 from bench.matrix import Case, Group, Wish
 from dsa_export.cli import UserError
 from engines.artifacts import open_engine
+from plugins import cpu
 from tests.engines import toy
 from tests.engines.commands import copy_tree
 
@@ -46,6 +47,24 @@ def test_engines_of_two_models_are_not_mixed_in_one_table(group: Group):
     matrix.check_comparable([group, replace(group, sparse=replace(other, topk=(8, 8)))])
     with pytest.raises(UserError, match=r"sparse and other/sparse are .* both ort, fp32, k = 16"):
         matrix.check_comparable([group, replace(group, sparse=other)])
+
+
+@pytest.mark.skipif(not cpu.fast_here(), reason="this processor has no AVX2")
+def test_a_sparse_engine_meets_the_dense_ones_that_cache_as_it_does(engines: Path):
+    """Or, of an operator that no engine with such caches has, the one as exported."""
+    found, _ = matrix.discover([engines])
+    halved = [
+        replace(engine, folder=engine.folder / "half", selection=engine.selection | {"kv_cache": "fp16"})
+        for engine in found
+        if matrix.core_of(engine) in ("SparseAttention", "DenseAttention")
+    ]
+    groups, skips = matrix.groups([*found, *halved])
+    assert not skips and len(groups) == 2
+    for group in groups:
+        caches = {core: engine.kv_cache for core, engine in group.sides.items()}
+        own = group.sparse.kv_cache
+        assert caches == {"Attention": None, "GroupQueryAttention": None, "DenseAttention": own, "SparseAttention": own}
+    assert {group.name for group in groups} == {"ort, fp32, k = 16", "ort, fp32, k = 16, kv cache fp16"}
 
 
 def test_models_that_read_other_tokens_are_not_compared(group: Group):

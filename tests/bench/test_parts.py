@@ -119,6 +119,15 @@ def test_the_gate_allows_twice_the_rounding_between_dense_engines(runners, dtype
         assert gates["first"].problem == problem and gates["other"].problem is None
 
 
+def test_the_gate_allows_the_rounding_of_caches_in_fp16(runners):
+    off = Off(runners["sparse"], lambda logits: logits + 2e-3)
+    assert gate_of(runners, off).problem
+    off.engine = replace(off.engine, selection=off.engine.selection | {"kv_cache": "fp16"})
+    loud = Off(runners["dense"], lambda logits: logits + 3)  # of logits around 3 an fp16 number keeps 11 bits
+    off = Off(off, lambda logits: logits + 3)
+    assert gate_of({"dense": loud}, off).problem is None
+
+
 @pytest.mark.parametrize(("dtype", "precision"), [("fp32", "fp32"), ("fp32", "int4"), ("fp16", "fp16")])
 def test_a_broken_dense_engine_excuses_nothing(runners, dtype: str, precision: str):
     dense = {"first": runners["dense"], "broken": Off(runners["dense"], lambda logits: logits + 5)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,40 @@ def test_every_capacity_gives_the_exported_or_the_dense_answers(
     np.testing.assert_allclose(session.decode([5]), reference.step([[5]]), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("slots", [None, 64])
+def test_caches_in_fp16_give_nearly_the_same_answers(tmp_path: Path, slots: int | None) -> None:
+    """In calls of many tokens and of one, while caches are short and when they are long, of one row and of two."""
+    export = toy.write_export(tmp_path / "onnx", topk=K)
+    more = ["--dense-slots", str(slots)] if slots else []
+    for name, options in (("fp32", []), ("fp16", ["--kv-cache", "fp16"])):
+        arguments = ["--onnx", str(export), "--out", str(tmp_path / name), *more, *options]
+        build.build("ort", build.parse_arguments(arguments))
+    rows = [tokens(40), tokens(23, seed=1)]
+    for side in ("sparse", "dense-kernels"):
+        wide, half = (open_runner(tmp_path / name / "ort" / side, threads=1) for name in ("fp32", "fp16"))
+        kept = {tensor.name: tensor.dtype for tensor in half.engine.cache}
+        assert kept["key"] == kept["value"] == "float16" and kept.get("index", "float32") == "float32"
+        assert half.engine.cache_bytes_per_token() < wide.engine.cache_bytes_per_token()
+        assert half.engine.cache_bytes_read(60) < wide.engine.cache_bytes_read(60)
+        for capacity in (K, 50, CAPACITY):
+            sessions = [Session(runner, 2, capacity=capacity, prefill_chunk=16) for runner in (wide, half)]
+            expected, found = (session.prefill(rows) for session in sessions)
+            assert 0 < np.abs(expected - found).max() < 2e-2
+            expected, found = (session.decode([5, 6]) for session in sessions)
+            assert 0 < np.abs(expected - found).max() < 2e-2
+    assert "--kv-cache fp16" in rebuild_command(half.engine.folder, half.engine.manifest)
+    theirs = open_runner(tmp_path / "fp16" / "ort" / "dense", threads=1)
+    assert {tensor.dtype for tensor in theirs.engine.cache} == {"float32"}, "ONNX Runtime's operators are as exported"
+
+
+def test_caches_in_fp16_need_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = toy.write_export(tmp_path / "onnx")
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--kv-cache", "fp16", "--standard-operators"]
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1 and "--kv-cache fp16 is read by this project's kernels alone" in one_line(error)
+    assert not (tmp_path / "engines").exists()
+
+
 def test_who_may_attend_densely_at_first(export: Path) -> None:
     graphs = open_export(export).graphs
     sparse = graphs["sparse"]
@@ -166,9 +201,9 @@ def test_graphs_in_16_bits_and_old_processors_keep_the_bodies(export: Path, tmp_
 
 @pytest.mark.skipif(not cpu.fast_here(), reason="this processor has no AVX2")
 def test_without_a_compiler_the_build_says_what_to_do(export: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plugins.cpu.build", partial(cpu.build, tmp_path / "build"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    options = ["--onnx", str(export), "--out", "engines"]
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines")]
     assert run_command(build.main, [*options, "--variant", "dense"], capsys)[0] == 1
     assert not (tmp_path / "engines").exists()
     code, _, error = run_command(build.main, options, capsys)

@@ -17,7 +17,11 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 def model(operator: str, float_type: int, keys: str = "model", **attributes: int | float) -> onnx.ModelProto:
-    """One node of `operator`, with its function body appended; every dimension is dynamic."""
+    """One node of `operator`, with its function body appended; every dimension is dynamic.
+
+    keys: type of the index keys; "half": caches of keys and values in fp16, for the CPU kernels.
+    """
+    cache_type = TensorProto.FLOAT16 if keys == "half" else float_type
     if operator == "IndexTopK":
         inputs = {"index_q": (float_type, "B S Hi Di"), "index_weights": (float_type, "B S Hi"),
                   "index_k": (float_type, "B G Di"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
@@ -39,19 +43,21 @@ def model(operator: str, float_type: int, keys: str = "model", **attributes: int
         outputs = [helper.make_tensor_value_info("rounded", TensorProto.INT8, ["B", "S", "Hi", "Di"]),
                    helper.make_tensor_value_info("scaled_weights", TensorProto.FLOAT, ["B", "S", "Hi"])]  # fmt: skip
     elif operator == "DenseAttention":  # of the CPU kernels, without a body
-        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
-                  "v_cache": (float_type, "B Hkv C D"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
+        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (cache_type, "B Hkv C D"),
+                  "v_cache": (cache_type, "B Hkv C D"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
         outputs = [helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])]
     else:
-        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (float_type, "B Hkv C D"),
-                  "v_cache": (float_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip
+        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (cache_type, "B Hkv C D"),
+                  "v_cache": (cache_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip
         outputs = [helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])]
     names = [output.name for output in outputs]
     node = helper.make_node(operator, list(inputs), names, domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
     infos = [helper.make_tensor_value_info(name, kind, dims.split()) for name, (kind, dims) in inputs.items()]
     return helper.make_model(
         helper.make_graph([node], operator, infos, outputs),
-        functions=[f for f in function_protos("pool" in attributes, keys) if f.name == operator],
+        functions=[]
+        if keys == "half"
+        else [f for f in function_protos("pool" in attributes, keys) if f.name == operator],
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )

@@ -66,6 +66,8 @@ def run_all(
     kernels: str, operator: str, tensors: list[Tensor], threads: int = 2, **attributes: int | float
 ) -> list[Tensor]:
     keys = "int8" if operator == "IndexTopK" and tensors[2].dtype == torch.uint8 else "model"
+    if "Attention" in operator and tensors[1].dtype == torch.float16:
+        keys = "half"
     runner = session(kernels, threads, operator, keys, **attributes)
     names = [value.name for value in runner.get_inputs()]
     feeds = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
@@ -212,6 +214,33 @@ def test_dense_attention_is_attention_to_every_visible_row(kernels: str, lengths
             torch.testing.assert_close(got[b, :, t], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("shape", ATTENTION_CASES)
+def test_caches_in_fp16_are_the_same_numbers(kernels: str, shape: tuple[int, ...]) -> None:
+    problem = attention_problem(*shape, torch.float32, seed=4)
+    q, *caches, indices, scale = problem.arguments()
+    halves = [cache.half() for cache in caches]
+    halves[0][:, :, 7] = 6e-8  # a number below the smallest normal one, and the smallest there is
+    expected = run(kernels, "SparseAttention", [q, *(half.float() for half in halves), indices], scale=scale)
+    assert torch.equal(run(kernels, "SparseAttention", [q, *halves, indices], scale=scale), expected)
+    lengths = torch.full((shape[0],), shape[2])
+    for half in halves:
+        half.nan_to_num_()
+    expected = run(kernels, "DenseAttention", [q, *(half.float() for half in halves), lengths], scale=scale)
+    assert torch.equal(run(kernels, "DenseAttention", [q, *halves, lengths], scale=scale), expected)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_every_number_in_fp16_is_widened_exactly(kernels: str) -> None:
+    """Through the sum of one row of values: all 65,536, NaN and infinities among them."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = every.view(1, 1024, 1, 64)
+    q = torch.zeros(1, 1024, 1, 64)
+    zero = torch.zeros(1, 1, 1, dtype=torch.int32)
+    got = run(kernels, "SparseAttention", [q, torch.zeros_like(values), values, zero], scale=1.0)
+    torch.testing.assert_close(got.flatten(), every.float(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800000])
 @pytest.mark.parametrize("K", [1, 60, 256])
 def test_attention_to_nan_is_nan_however_it_is_cut(bits: int, K: int) -> None:
@@ -307,6 +336,8 @@ def wrong_inputs() -> Iterator[tuple[str, dict[str, float], list[Tensor], str]]:
     yield "SparseAttention", {"scale": 1.0}, [attention[0][:, :3], *attention[1:]], "multiple of KV heads"
     yield "SparseAttention", {"scale": 1.0}, [attention[0][:, :0], *attention[1:]], "Hq, Hkv and D must be positive"
     yield "SparseAttention", {"scale": 1.0}, [*attention[:2], attention[2][:, :, :5], attention[3]], "differ"
+    mixed = [attention[0], attention[1].half(), attention[2].half(), attention[3]]
+    yield "DenseAttention", {"scale": 1.0}, [*mixed[:3], torch.tensor([8, 8])], r"kv_lengths must be \[B\]"
 
 
 @pytest.mark.parametrize(("operator", "attributes", "tensors", "message"), list(wrong_inputs()))
