@@ -215,12 +215,14 @@ def test_a_row_that_has_ended_keeps_what_it_holds(runner: Runner):
 
 def test_a_prompt_beyond_the_capacity_is_refused_before_anything_is_computed(runner: Runner):
     session = Session(runner)
-    with pytest.raises(UserError, match=r"row 0: 4097 tokens do not fit into 4096 .*--max-context"):
+    with pytest.raises(UserError, match=r"^4097 tokens do not fit into 4096 .*--max-context"):
         session.prefill([tokens(toy.MAX_POSITIONS + 1)])
     assert session.lengths.tolist() == [0]
     session.pretend(toy.MAX_POSITIONS)
     with pytest.raises(UserError, match="do not fit"):
         session.decode([1])
+    with pytest.raises(UserError, match="^row 1: 4097 tokens do not fit"):
+        Session(runner, 2).prefill([tokens(3), tokens(toy.MAX_POSITIONS + 1)])
 
 
 @pytest.mark.parametrize("token", [-1, toy.V])
