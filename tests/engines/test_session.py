@@ -221,7 +221,7 @@ def test_a_prompt_beyond_the_capacity_is_refused_before_anything_is_computed(run
     session.pretend(toy.MAX_POSITIONS)
     with pytest.raises(UserError, match="do not fit"):
         session.decode([1])
-    with pytest.raises(UserError, match="^row 1: 4097 tokens do not fit"):
+    with pytest.raises(UserError, match=r"^row 1: 4097 tokens do not fit"):
         Session(runner, 2).prefill([tokens(3), tokens(toy.MAX_POSITIONS + 1)])
 
 
