@@ -34,6 +34,7 @@ from train import options, plots, precision
 from train.allocation import allocate, check_budget, check_topk_output, write_topk
 from train.data import TrainingData, check_tokenizer, load_data
 from train.distributed import pick_device
+from train.documents import check_source
 from train.ladder import RUNGS
 from train.study import Choice, Record, Study
 from train.tables import show, task_table, text_table
@@ -318,8 +319,10 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     args.task_lengths = sorted(set(args.task_lengths or args.length))
     if args.data is None:
         args.data = trained_on(args.model) or "stdlib"
-        if args.data != "stdlib" and "://" not in args.data and not Path(args.data).exists():
-            raise UserError(f"{args.model} was trained on {args.data}, which is not here: name other --data")
+        try:
+            check_source(args.data)
+        except UserError as error:
+            raise UserError(f"{error} (on which {args.model} was trained): name other --data") from None
     if args.base == "":
         raise UserError("--base is empty: name a checkpoint, or leave it out")
     if args.seed >= options.SEEDS:

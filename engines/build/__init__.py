@@ -22,7 +22,7 @@ from dsa_export.files import check_output
 from engines import memory, triton
 from engines.artifacts import open_export, read_engine
 from engines.build.options import limits_of, parse_arguments
-from engines.build.ort import build_ort, uses_kernels
+from engines.build.ort import as_cached, build_ort, uses_kernels
 from engines.build.tensorrt import build_tensorrt, print_trtexec
 from engines.build.tensorrt_rtx import build_tensorrt_rtx
 from engines.build.torch import build_torch
@@ -54,6 +54,8 @@ def build(backend: str, args: argparse.Namespace) -> None:
             check_output(triton.model_folder(args.triton_repository, variant, backend), triton.KIND)
             triton.check_types(export.graphs[variant])
         graph = replace(export.graphs[variant], for_kernels=uses_kernels(backend, export.graphs[variant], args))
+        if variant == "sparse" and graph.for_kernels:
+            graph = as_cached(graph, args)
         needed = memory.estimate(graph, limits, export.manifest["weights"]["bytes"])
         console.print(f"{backend} {variant} will need {needed} at {limits.max_batch} x {limits.max_context:,} tokens")
         memory.check(backend, needed)

@@ -69,11 +69,19 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
 
 def keep_caches(model: onnx.ModelProto, graph: Graph, args: argparse.Namespace) -> Graph:
     """Gives the model the caches that were asked for; returns what its manifest is to say."""
-    from engines.ort_graph import HALVED, with_half_caches
+    from engines.ort_graph import with_half_caches
+
+    if args.kv_cache:
+        with_half_caches(model)
+    return as_cached(graph, args)
+
+
+def as_cached(graph: Graph, args: argparse.Namespace) -> Graph:
+    """The graph as an engine with our kernels caches its keys and values."""
+    from engines.ort_graph import HALVED
 
     if not args.kv_cache:
         return graph
-    with_half_caches(model)
     halved = (replace(tensor, dtype="float16") if tensor.name in HALVED else tensor for tensor in graph.cache)
     return replace(graph, cache=tuple(halved), selection=graph.selection | {"kv_cache": args.kv_cache})
 

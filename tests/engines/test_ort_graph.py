@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,13 +109,15 @@ def test_every_capacity_gives_the_exported_or_the_dense_answers(
 
 
 @pytest.mark.parametrize("slots", [None, 64])
-def test_caches_in_fp16_give_nearly_the_same_answers(tmp_path: Path, slots: int | None) -> None:
+def test_caches_in_fp16_give_nearly_the_same_answers(tmp_path: Path, slots: int | None, capsys) -> None:
     """In calls of many tokens and of one, while caches are short and when they are long, of one row and of two."""
     export = toy.write_export(tmp_path / "onnx", topk=K)
     more = ["--dense-slots", str(slots)] if slots else []
     for name, options in (("fp32", []), ("fp16", ["--kv-cache", "fp16"])):
         arguments = ["--onnx", str(export), "--out", str(tmp_path / name), *more, *options]
         build.build("ort", build.parse_arguments(arguments))
+    wide, half = (build_needs(options, tmp_path, capsys) for options in ([], ["--kv-cache", "fp16"]))
+    assert wide["dense"] == half["dense"] and wide["sparse"] != half["sparse"], "what the sparse engine needs is less"
     rows = [tokens(40), tokens(23, seed=1)]
     for side in ("sparse", "dense-kernels"):
         wide, half = (open_runner(tmp_path / name / "ort" / side, threads=1) for name in ("fp32", "fp16"))
@@ -131,6 +134,14 @@ def test_caches_in_fp16_give_nearly_the_same_answers(tmp_path: Path, slots: int 
     assert "--kv-cache fp16" in rebuild_command(half.engine.folder, half.engine.manifest)
     theirs = open_runner(tmp_path / "fp16" / "ort" / "dense", threads=1)
     assert {tensor.dtype for tensor in theirs.engine.cache} == {"float32"}, "ONNX Runtime's operators are as exported"
+
+
+def build_needs(options: list[str], tmp_path: Path, capsys) -> dict[str, str]:
+    """What the build says that its engines will need, by variant."""
+    folder = ["--onnx", str(tmp_path / "onnx"), "--out", str(tmp_path / "engines")]
+    code, shown, _ = run_command(build.main, [*folder, "--max-context", "4096", "--max-batch", "64", *options], capsys)
+    assert code == 0
+    return dict(re.findall(r"ort (\w+) will need (.*) at ", shown))
 
 
 def test_caches_in_fp16_need_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

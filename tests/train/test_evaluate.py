@@ -690,6 +690,13 @@ def test_an_edited_manifest_is_refused_where_the_data_is_left_to_it(tmp_path) ->
         command.trained_on(str(tmp_path))
 
 
+def test_data_that_moved_away_is_named_with_its_checkpoint(checkpoint, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "trained_on", lambda model: "book.txt")
+    with pytest.raises(UserError, match=r"no such data: book.txt \(on which .* was trained\): name other --data"):
+        command.main(["--model", str(checkpoint), "--length", "96", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_an_empty_name_is_no_data(checkpoint, tmp_path) -> None:
     """An unset variable of a script, not "what the checkpoint was trained on"."""
     with pytest.raises(UserError, match="no such data: ''"):
