@@ -325,7 +325,8 @@ def measure_group(
 def measure_peers(group: Group, contexts: Sequence[int], text: np.ndarray, args: argparse.Namespace) -> list[Record]:
     """Every peer that was asked for: timed at the contexts, or skipped with the reason."""
     checkpoint = args.checkpoint or "CHECKPOINT"  # genai needs none
-    task = peers.Task(checkpoint, contexts, text, args.caches, group.k, budget_of(args), args.threads)
+    options = group.sparse.model_options
+    task = peers.Task(checkpoint, contexts, text, args.caches, group.k, options, budget_of(args), args.threads)
 
     def in_torch(name: str) -> list[Record]:
         return peers.measure_torch(name, replace(task, checkpoint=args.checkpoint or peers.checkpoint_of(group)))

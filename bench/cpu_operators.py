@@ -28,7 +28,7 @@ from rich.table import Table
 from bench import measure
 from bench.floors import cpu_bandwidth
 from dsa_export.cli import UserError, console, path, positive, run, usable_cpus
-from dsa_export.files import write_atomically
+from dsa_export.files import check_output_file, write_atomically
 from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
 from plugins.compiler import BuildFailed
@@ -157,8 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.context) < 512:
         parser.error("--context must be 512 or more: the operators select 512 tokens")
-    if args.out.is_dir():
-        parser.error(f"--out: {args.out} is a folder: name a file")
+    check_output_file(args.out)
     try:
         library = cpu.build()
     except BuildFailed as error:

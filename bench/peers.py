@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ class Task:
     text: np.ndarray
     caches: str  # prefill | random
     k: int | list[int]
+    selection: dict[str, Any]  # its other options, by field of DSAConfig
     budget: measure.Budget
     threads: int
 
@@ -189,8 +191,7 @@ class MaskedPeer:
         from dsa_export.model.attention import DenseAttention
         from dsa_export.model.cache import DSACache
 
-        self.model = load_model(task.checkpoint)
-        self.model.set_topk(task.k)
+        self.model = load_model(task.checkpoint, index_topk=task.k, **task.selection)
         for module in self.model.modules():
             if isinstance(module, DenseAttention):
                 module.train()
@@ -205,11 +206,11 @@ class MaskedPeer:
     def randomise(self, tokens: int) -> None:
         import torch
 
+        from dsa_export.model.cache import fill_randomly
+
         self.cache.reset()
         self.cache.begin(1, tokens, torch.float32, torch.device("cpu"))
-        for tensors in self.cache.layers:
-            for tensor in tensors.values():
-                tensor.normal_()
+        fill_randomly((tensor for tensors in self.cache.layers for tensor in tensors.values()), seed=0)
         self.cache.advance(torch.tensor([tokens]), tokens)
 
 
@@ -271,16 +272,13 @@ def measure_genai(model: Path, python: str, task: Task) -> list[Record]:
     }
     with (
         progress_bar() as progress,
+        tempfile.TemporaryFile("w+") as complaints,  # a pipe that is not read would fill, and stop the worker
         subprocess.Popen(
-            [python, "-I", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [python, "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
         ) as worker,
     ):
         bar = progress.add_task(peer, total=contexts[-1])
-        assert worker.stdin and worker.stdout and worker.stderr
+        assert worker.stdin and worker.stdout
         try:
             worker.stdin.write(json.dumps(order))
             worker.stdin.close()
@@ -301,12 +299,14 @@ def measure_genai(model: Path, python: str, task: Task) -> list[Record]:
                     facts["versions"],
                 )
                 records.append(found)
-            complaint = worker.stderr.read().strip().splitlines()
         except BrokenPipeError:
-            complaint = worker.stderr.read().strip().splitlines()
+            pass  # it has ended: with what exit code is seen below
         except BaseException:
             worker.terminate()
             raise
+        worker.wait()
+        complaints.seek(0)
+        complaint = complaints.read().strip().splitlines()
     if worker.returncode:
         raise UserError(f"{peer} failed: {complaint[-1] if complaint else f'exit code {worker.returncode}'}")
     return records

@@ -136,9 +136,9 @@ def sha256(path: Path) -> str:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system allows none."""
+    """A hard link, or a copy where the file system allows none; of what a symbolic link leads to, not of the link."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 

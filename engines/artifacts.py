@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import shlex
 import subprocess
 from collections.abc import Collection, Mapping
@@ -26,6 +27,8 @@ from plugins import cpu
 VARIANTS = ("dense", "sparse")
 DTYPES = ("fp32", "fp16", "bf16")
 BACKENDS = ("ort", "tensorrt-rtx", "tensorrt", "torch")
+BUILD_OPTIONS = ("dense_slots", "kv_cache")
+"""Of the selection in an engine's manifest: what the build chose; the rest are fields of DSAConfig."""
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 
 # The distribution whose version an engine depends on, and how many parts of the version must agree: ONNX Runtime reads
@@ -141,6 +144,11 @@ class Variant:
     def kv_cache(self) -> str | None:
         """The type in which keys and values are cached, if it is not the activations'."""
         return self.selection.get("kv_cache")
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """The options of the selection that are fields of DSAConfig: what the model itself is loaded with."""
+        return {name: value for name, value in self.selection.items() if name not in BUILD_OPTIONS}
 
     @property
     def has_kernels(self) -> bool:
@@ -400,8 +408,16 @@ def check_source(engine: Engine, again: str) -> None:
 
 
 def installed_gpu() -> str | None:
-    """Compute capability of the first GPU, e.g. "9.0"; None where nvidia-smi names none."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    """Compute capability of the first GPU that programs see here, e.g. "9.0"; None where there is none."""
+    return nvidia_smi("compute_cap")
+
+
+def nvidia_smi(field: str) -> str | None:
+    """What nvidia-smi says of the first GPU that CUDA_VISIBLE_DEVICES leaves visible; None where it names none."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        query += ["-i", visible.split(",")[0]]  # an index or a UUID; of an empty one it names none
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):

@@ -6,13 +6,12 @@ make their workspace exceed WORKSPACE_BYTES.
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 
 import psutil
 
 from dsa_export.cli import UserError, console
-from engines.artifacts import Limits, Variant
+from engines.artifacts import Limits, Variant, nvidia_smi
 
 HOST_BYTES_PER_WEIGHT_BYTE = 4
 """TensorRT-RTX holds several copies while it builds: 9 GB for the 2.4 GB of Qwen2.5-0.5B in fp32."""
@@ -91,10 +90,6 @@ def available_memory() -> int:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of the first GPU; None where nvidia-smi does not say."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-        return int(answer[0]) * MIB
-    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
-        return None
+    """Bytes of the first visible GPU; None where nvidia-smi does not say."""
+    total = nvidia_smi("memory.total")
+    return int(total) * MIB if total and total.isdecimal() else None

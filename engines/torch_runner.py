@@ -7,8 +7,6 @@ torch.compile, which fuses the small operators around attention.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsa_export.cli import UserError
-from dsa_export.files import checkpoint_hash, weight_files
+from dsa_export.files import checkpoint_hash, link_or_copy, weight_files
 from dsa_export.model import load_model
 from dsa_export.model.cache import fill_randomly
 from dsa_export.onnx.export import StepGraph
@@ -66,7 +64,7 @@ class TorchRunner:
             attention="dense" if engine.variant == "dense" else None,
             dtype=DTYPES[engine.dtype],
             index_topk=compact_topk(engine.topk),
-            **{name: value for name, value in engine.selection.items() if name != "dense_slots"},
+            **engine.model_options,
         )
         try:
             self.step = StepGraph(model.requires_grad_(False).to(self.device)).eval()
@@ -172,7 +170,7 @@ def lacks_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
-def link_checkpoint(export: Export, folder: Path, link: Callable[[Path, Path], None]) -> list[str]:
+def link_checkpoint(export: Export, folder: Path) -> list[str]:
     """Puts the checkpoint that an export was made from into an engine folder; returns the names of its files.
 
     Raises UserError if it is not a local folder, if it changed since the export, or if its type cannot be run.
@@ -189,5 +187,5 @@ def link_checkpoint(export: Export, folder: Path, link: Callable[[Path, Path], N
         raise UserError(f"{source} has changed since it was exported: run `python -m dsa_export.onnx` again")
     files = [path for pattern in CHECKPOINT_FILES for path in sorted(source.glob(pattern))] + weight_files(source)
     for path in files:
-        link(Path(os.path.realpath(path)), folder / path.name)
+        link_or_copy(path, folder / path.name)
     return [path.name for path in files]

@@ -145,7 +145,7 @@ def random_indexers(model: DSAForCausalLM, seed: int = 0) -> Iterator[None]:
         for attention in layers:
             fresh = Indexer(model.config)
             fresh.apply(model._init_weights)
-            attention.indexer = fresh.to(attention.o_proj.weight)
+            attention.indexer = fresh.to(attention.o_proj.weight).requires_grad_(False)  # or autocast keeps copies
     try:
         yield
     finally:

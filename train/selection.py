@@ -78,7 +78,7 @@ class SelectionMeter:
             # A stable sort keeps the lower of two equal indices first, as the operator does.
             order = scores.masked_fill_(~visible, -torch.inf).argsort(stable=True, dim=-1, descending=True)
             caught = mass.gather(-1, order).cumsum(-1)
-            best = mass.sort(-1, descending=True).values.cumsum(-1)
+            best = mass.topk(min(max(self.ks), T), dim=-1).values.cumsum(-1)
             behind = mass.cumsum(-1)
             curve += caught.sum(0)
             for number, k in enumerate(self.ks):

@@ -15,6 +15,9 @@ import torch
 from dsa_export.model import DSAForCausalLM, dense_twin
 from dsa_export.model.cache import DSACache, fill_randomly
 
+TOKENS = 8
+"""Decoded to see how long one takes."""
+
 
 def decode_call(model: DSAForCausalLM, length: int) -> Callable[[], Any]:
     """A call that decodes the token after `length` others, the same one each time."""
@@ -54,9 +57,14 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, floa
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def decoding_speed(model: DSAForCausalLM, length: int, tokens: int = 8) -> dict[str, float]:
-    """Tokens per second of dense and sparse decoding after `length` tokens, in turn."""
+def decoding_speed(model: DSAForCausalLM, length: int) -> dict[str, float]:
+    """Tokens per second of dense and sparse decoding after `length` tokens, in turn, in the type of the weights.
+
+    Not in autocast's: it keeps its copies of weights that require a gradient and makes those of frozen ones anew at
+    every call, and the twin's weights are never frozen.
+    """
     model.eval()
     model.sparse = True
     calls = {name: decode_call(one, length) for name, one in (("dense", dense_twin(model)), ("sparse", model))}
-    return {f"tokens_per_s_{name}": 1e3 / ms for name, ms in in_turn(calls, tokens).items()}
+    with torch.autocast(model.device.type, enabled=False):
+        return {f"tokens_per_s_{name}": 1e3 / ms for name, ms in in_turn(calls, TOKENS).items()}

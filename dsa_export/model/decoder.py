@@ -208,22 +208,27 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
 
     @sparse.setter
     def sparse(self, value: bool) -> None:
-        for layer in self.model.layers:
-            if not hasattr(layer.self_attn, "sparse"):
-                raise ValueError(f"attention={self.config.attention!r} has no selection to switch")
-            layer.self_attn.sparse = value
+        for layer in self._selecting():
+            layer.sparse = value
 
     def set_topk(self, topk: TopK) -> None:
         """Sets k, for all layers or one per layer. Raises ValueError for k that the configuration cannot have."""
-        values = topk_per_layer(topk, len(self.model.layers))
+        selecting, values = self._selecting(), topk_per_layer(topk, len(self.model.layers))
         before, self.config.index_topk = self.config.index_topk, compact_topk(values)
         try:
             self.config.check()
         except ValueError:
             self.config.index_topk = before
             raise
-        for layer, k in zip(self.model.layers, values, strict=True):
-            setattr(layer.self_attn, "topk", k)  # noqa: B010 (torch types modules' attributes as modules)
+        for layer, k in zip(selecting, values, strict=True):
+            layer.topk = k
+
+    def _selecting(self) -> list[Any]:
+        """Every layer's attention. Raises ValueError unless it goes over a selection of k tokens."""
+        attentions: list[Any] = [layer.self_attn for layer in self.model.layers]
+        if not all(hasattr(attention, "sparse") for attention in attentions):
+            raise ValueError(f"attention={self.config.attention!r} has no selection of k tokens")
+        return attentions
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(

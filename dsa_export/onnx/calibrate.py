@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,14 @@ def calibrate(
     rounded: dict[str, Rounded] = {}
 
     def round_weights(measured: dict[nn.Linear, Tensor]) -> None:
+        shared: dict[int, Factors] = {}
         for module, sums in measured.items():
             weight, name = module.weight, names[module]
             if not sums.isfinite().all():
                 raise UserError(f"the inputs of {name} are not finite in {weight.dtype}: export with --dtype fp32")
-            result = gptq(weight.float(), sums, scheme.block_size, weight.dtype)
+            if id(sums) not in shared:
+                shared[id(sums)] = factors(sums)
+            result = gptq(weight.float(), shared[id(sums)], scheme.block_size, weight.dtype)
             rounded[name] = result
             weight.copy_(dequantise(result.integers, result.scales, scheme.block_size).T)
         on_layer()
@@ -168,29 +171,40 @@ def moments(linear: Sequence[nn.Linear]) -> Iterator[dict[nn.Linear, Tensor]]:
         sums.update({module: sums[first] for module, first in followed.items() if first in sums})
 
 
-def gptq(weight: Tensor, second_moments: Tensor, block_size: int, dtype: torch.dtype) -> Rounded:
-    """weight [N, K] fp32, second_moments [K, K] of its inputs → integers and scales, which are values of `dtype`.
+class Factors(NamedTuple):
+    """What gptq() needs of the inputs, of which some weights share theirs: it is most of the work for wide ones."""
 
-    Minimises Σ (x wᵀ − x ŵᵀ)² greedily: column by column, left to right.
-    """
+    rest: Tensor
+    """[K, K] fp32; row i: what an error of column i has to change in the columns after it."""
+    sizes: Tensor
+    """[K] of the inputs, squared: see best_scales()."""
+
+
+def factors(second_moments: Tensor) -> Factors:
+    """second_moments [K, K] of the inputs of a weight."""
     curvature = second_moments.to(torch.float64, copy=True)
     diagonal = curvature.diagonal()
     diagonal += DAMPING * diagonal.mean()
     diagonal[diagonal == 0] = 1  # all inputs were zero
-    # Row i: what an error of column i has to change in the columns after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
     rest = torch.linalg.cholesky(inverse, upper=True).float()
-    sizes = (diagonal + diagonal.mean()).float()  # the mean: other texts have other small inputs
-    parts = [_round_rows(rows.clone(), rest, sizes, block_size, dtype) for rows in weight.split(ROWS)]
+    return Factors(rest, (diagonal + diagonal.mean()).float())  # the mean: other texts have other small inputs
+
+
+def gptq(weight: Tensor, inputs: Factors, block_size: int, dtype: torch.dtype) -> Rounded:
+    """weight [N, K] fp32 and factors() of its inputs → integers and scales, which are values of `dtype`.
+
+    Minimises Σ (x wᵀ − x ŵᵀ)² greedily: column by column, left to right.
+    """
+    parts = [_round_rows(rows.clone(), inputs, block_size, dtype) for rows in weight.split(ROWS)]
     integers, scales = (torch.cat(tensors).T.contiguous() for tensors in zip(*parts, strict=True))
     return Rounded(integers, scales)
 
 
-def _round_rows(
-    weight: Tensor, rest: Tensor, sizes: Tensor, block_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """weight [N, K], which is used up; sizes [K]: see best_scales() → integers [N, K] int8, scales [N, G]."""
+def _round_rows(weight: Tensor, inputs: Factors, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """weight [N, K], which is used up → integers [N, K] int8, scales [N, G]."""
     N, K = weight.shape
+    rest, sizes = inputs
     integers = torch.empty(N, K, dtype=torch.int8)
     scales = torch.empty(N, -(-K // block_size))
     for start in range(0, K, COLUMNS):

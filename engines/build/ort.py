@@ -11,17 +11,20 @@ from typing import Any
 import onnx
 
 from dsa_export.cli import UserError, console, cpu_name
-from dsa_export.files import link_or_copy, output_folder
+from dsa_export.files import link_or_copy, manifest_kind, output_folder
 from engines.artifacts import Export, Graph, Limits, runtime_version
 from engines.build.folder import check_engine, dense_slots_facts, report, write_engine_manifest
 from plugins import cpu
 from plugins.compiler import BuildFailed
 
+WITH_GQA, WITH_KERNELS = "dense-gqa", "dense-kernels"
+"""Folders of the dense engines whose attention is ONNX Runtime's other operator, and ours."""
+
 
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     from engines import ort_cuda
     from engines.ort import check_types
-    from engines.ort_graph import OPERATOR, OWN_OPERATOR, group_query, with_cpu_kernels
+    from engines.ort_graph import HALVED, OPERATOR, OWN_OPERATOR, group_query, with_cpu_kernels
 
     runtime_version("ort")
     for_cpu = not ort_cuda.usable()
@@ -35,9 +38,10 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
         adapted = sparse_for_cpus(export.graphs["sparse"], args)
     with_kernels = [variant for variant in args.variant if uses_kernels("ort", export.graphs[variant], args)]
     compiled = compiled_kernels() if with_kernels else None
-    if args.kv_cache and len(with_kernels) < len(args.variant):
-        raise UserError("--kv-cache fp16 is read by this project's kernels alone, which this graph, or processor, or "
-                        "--standard-operators, leaves out: build without it")  # fmt: skip
+    halved = [v for v in with_kernels if any(tensor.name in HALVED for tensor in export.graphs[v].cache)]
+    if args.kv_cache and len(halved) < len(args.variant):
+        raise UserError("--kv-cache fp16 is of keys and values and read by this project's kernels alone, which this "
+                        "graph, or processor, or --standard-operators, leaves out: build without it")  # fmt: skip
     for variant in args.variant:
         graph = export.graphs[variant]
         library = compiled if variant in with_kernels else None
@@ -49,17 +53,19 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
                 onnx.save(adapted.model, folder / "model.onnx")
                 write_ort_engine(folder, adapted.graph, export, limits, None, library, **adapted.facts)
         report(args.out / "ort" / variant)
-        if variant == "sparse" or not for_cpu:
+        if variant == "sparse":
             continue
-        others: list[tuple[str, str, onnx.ModelProto, Path | None]] = []
-        grouped = group_query(graph)
-        if grouped is not None:
-            others.append(("dense-gqa", OPERATOR, grouped, None))
+        others: dict[str, tuple[str, onnx.ModelProto, Path | None]] = {}
+        if for_cpu and (grouped := group_query(graph)) is not None:
+            others[WITH_GQA] = OPERATOR, grouped, None
         if library is not None:
             own = onnx.load(graph.path, load_external_data=False)
             if with_cpu_kernels(own):
-                others.append(("dense-kernels", OWN_OPERATOR, own, library))
-        for name, operator, model, its_library in others:
+                others[WITH_KERNELS] = OWN_OPERATOR, own, library
+        for name in {WITH_GQA, WITH_KERNELS} - others.keys():  # an earlier build's, of other options
+            if manifest_kind(args.out / "ort" / name) == "engine":
+                shutil.rmtree(args.out / "ort" / name)
+        for name, (operator, model, its_library) in others.items():
             with output_folder(args.out / "ort" / name) as folder:
                 its_graph = keep_caches(model, graph, args) if its_library else graph
                 onnx.save(model, folder / "model.onnx")

@@ -16,7 +16,7 @@ from dsa_export.files import read_manifest
 from dsa_export.model import load_model
 from dsa_export.onnx import __main__ as export_main
 from dsa_export.onnx import calibrate as module
-from dsa_export.onnx.calibrate import best_scales, calibrate, calibration_windows, gptq, moments
+from dsa_export.onnx.calibrate import best_scales, calibrate, calibration_windows, factors, gptq, moments
 from dsa_export.onnx.export import export_graph
 from dsa_export.onnx.parity import parity_text
 from dsa_export.onnx.quantise import Scheme, dequantise, quantise, untie
@@ -61,7 +61,7 @@ def test_rounding_in_pieces_is_the_obvious_rounding(N: int, K: int, block: int, 
     """But for integers that rounding errors decide: almost all are the same, and the loss is."""
     weight, inputs = case(N, K, 300, seed)
     second = module.second_moments(inputs)
-    result = gptq(weight, second, block, FP32)
+    result = gptq(weight, factors(second), block, FP32)
     assert result.integers.shape == (K, N) and result.scales.shape == (-(-K // block), N)
     assert result.integers.min() >= -8 and result.integers.max() <= 7
     expected, ours = obvious(weight, second, block), dequantise(result.integers, result.scales, block).T.double()
@@ -72,7 +72,7 @@ def test_rounding_in_pieces_is_the_obvious_rounding(N: int, K: int, block: int, 
 
 def test_it_loses_less_than_rounding_to_the_nearest():
     weight, inputs = case(64, 192, 1000, 0)
-    result = gptq(weight, module.second_moments(inputs), 32, FP32)
+    result = gptq(weight, factors(module.second_moments(inputs)), 32, FP32)
     nearest = torch.cat([rounded_to_nearest(block) for block in weight.split(32, 1)], 1)
     ours = dequantise(result.integers, result.scales, 32).T
     assert (inputs @ (ours - weight).T).square().sum() < 0.6 * (inputs @ (nearest - weight).T).square().sum()
@@ -87,9 +87,9 @@ def test_inputs_that_are_always_zero_and_weights_of_zeros():
     weight, inputs = case(8, 64, 100, 1)
     inputs[:, 5:9] = 0
     weight[3] = 0
-    result = gptq(weight, module.second_moments(inputs), 32, FP32)
+    result = gptq(weight, factors(module.second_moments(inputs)), 32, FP32)
     assert torch.isfinite(result.scales).all() and not result.integers[:, 3].any()
-    nothing = gptq(weight, torch.zeros(64, 64), 32, FP32)
+    nothing = gptq(weight, factors(torch.zeros(64, 64)), 32, FP32)
     assert torch.isfinite(nothing.scales).all()
 
 
@@ -104,7 +104,7 @@ def test_no_weight_is_clipped_that_large_inputs_meet():
 
 def test_scales_are_values_of_the_exported_type():
     weight, inputs = case(8, 64, 100, 2)
-    scales = gptq(weight, module.second_moments(inputs), 32, torch.bfloat16).scales
+    scales = gptq(weight, factors(module.second_moments(inputs)), 32, torch.bfloat16).scales
     assert torch.equal(scales, scales.bfloat16().float())
 
 
@@ -168,12 +168,12 @@ def test_every_weight_is_rounded_on_what_the_rounded_layers_before_it_give(dsa_f
             dict(model.named_parameters())[name].copy_(original[name])
     model.train()(ids, use_cache=False)
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"):
-        expected = gptq(original[f"{name}.weight"], module.second_moments(inputs[name]), 32, FP32)
+        expected = gptq(original[f"{name}.weight"], factors(module.second_moments(inputs[name])), 32, FP32)
         assert (rounded[f"{name}.weight"].integers == expected.integers).float().mean() > 0.98
     for name, result in rounded.items():
         dict(model.named_parameters())[name].copy_(dequantise(result.integers, result.scales, 32).T)
     model(ids, use_cache=False)
-    expected = gptq(original["lm_head.weight"], module.second_moments(inputs["lm_head"]), 32, FP32)
+    expected = gptq(original["lm_head.weight"], factors(module.second_moments(inputs["lm_head"])), 32, FP32)
     assert (rounded["lm_head.weight"].integers == expected.integers).float().mean() > 0.98
 
 
@@ -181,7 +181,7 @@ def test_weights_too_small_for_the_type_and_inputs_that_are_not_finite(dsa_folde
     weight, inputs = case(4, 64, 100, 3)
     weight[1, :32] = 1e-9
     weight[1, 3] = 0
-    result = gptq(weight, module.second_moments(inputs), 32, torch.float16)
+    result = gptq(weight, factors(module.second_moments(inputs)), 32, torch.float16)
     assert torch.isfinite(result.scales).all() and not result.integers[:32, 1].any()
     model = load_model(dsa_folder).requires_grad_(False)
     model.model.layers[1].input_layernorm.weight.fill_(torch.inf)

@@ -149,6 +149,8 @@ def test_a_k_that_the_configuration_cannot_have_is_not_set(qwen_folder, options,
     assert model.config.index_topk == 16 and [layer.self_attn.topk for layer in model.model.layers] == [16, 16]
     model.set_topk([8, 8])
     assert model.config.index_topk == 8
+    with pytest.raises(ValueError, match="attention='dense' has no selection"):
+        dense_twin(model).set_topk(8)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dsa_export.files import MANIFEST, link_or_copy
 from engines import build, nvidia, ort
 from engines.artifacts import open_engine, open_export
 from engines.text import TOKENIZER_FILES
+from plugins import cpu
 from tests.engines import toy
 from tests.engines.commands import copy_tree, one_line, run_command
 
@@ -46,12 +47,28 @@ def test_weights_are_copied_where_links_are_impossible(tmp_path: Path, monkeypat
     assert (tmp_path / "b").read_bytes() == b"weights"
 
 
+def test_of_a_symbolic_link_the_file_is_linked(tmp_path: Path):
+    """As in the hub's cache, whose snapshots are relative links."""
+    blob, snapshot = tmp_path / "blobs/f00", tmp_path / "snapshots/1/model.safetensors"
+    for path in (blob, snapshot):
+        path.parent.mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    snapshot.symlink_to("../../blobs/f00")
+    link_or_copy(snapshot, tmp_path / "b")
+    assert not (tmp_path / "b").is_symlink() and (tmp_path / "b").samefile(blob)
+
+
 def test_a_second_build_replaces_the_first(export: Path, tmp_path: Path, capsys):
     options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "sparse"]
     assert run_command(build.main, options, capsys)[0] == 0
     assert run_command(build.main, [*options, "--max-context", "100"], capsys)[0] == 0
     assert open_engine(tmp_path / "engines/ort/sparse").limits.max_context == 100
     assert sorted(path.name for path in (tmp_path / "engines/ort").iterdir()) == ["sparse"]
+    options = options[:-1]
+    kernels = {"dense-kernels"} if cpu.fast_here() else set()
+    for more, dense in ([], {"dense", "dense-gqa"} | kernels), (["--standard-operators"], {"dense", "dense-gqa"}):
+        assert run_command(build.main, [*options, "dense", *more], capsys)[0] == 0
+        assert {path.name for path in (tmp_path / "engines/ort").iterdir()} == {"sparse", *dense}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

@@ -15,7 +15,7 @@ import pytest
 
 from dsa_export.cli import UserError
 from engines import artifacts, build, nvidia
-from engines.artifacts import CacheTensor, Limits, open_engine, open_export
+from engines.artifacts import CacheTensor, Limits, installed_gpu, open_engine, open_export
 from engines.profiles import profiles
 from engines.text import TOKENIZER_FILES
 from engines.trtexec import parse_version
@@ -297,6 +297,19 @@ def test_an_engine_for_another_gpu_is_refused(opened: Path, monkeypatch):
     monkeypatch.setattr("engines.artifacts.installed_gpu", lambda: "8.9")
     with pytest.raises(UserError, match=r"for compute capability 9\.0, this GPU has 8\.9: run `python -m engines"):
         open_engine(opened)
+
+
+def test_the_gpu_is_the_first_that_is_visible(tmp_path: Path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ncase "$*" in *"-i 1") echo 9.0;; *"-i"*) exit 6;; *) printf "8.6\\n9.0\\n";; esac\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for visible, capability in ((None, "8.6"), ("1,0", "9.0"), ("", None)):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert installed_gpu() == capability
 
 
 def test_an_engine_with_another_plugin_library_is_refused(opened: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ from bench import compare
 from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM, load_model
 from engines import build as engines_build
-from engines.artifacts import open_engine
+from engines.artifacts import open_engine, open_export
 from engines.session import Session, open_runner
 from tests.conftest import VOCABULARY, build_tokenizer
 from tests.dsa_export.conftest import export_command
@@ -50,6 +50,13 @@ def test_an_engine_computes_what_torch_does(exported: tuple[Path, Path], tmp_pat
             with torch.no_grad():
                 expected = model(text).logits[0, -1]
             torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-3, rtol=0)
+
+
+def test_latent_rows_are_not_kept_in_fp16(exported: tuple[Path, Path], tmp_path: Path, capsys):
+    options = ["--onnx", str(exported[1]), "--out", str(tmp_path), "--kv-cache", "fp16"]
+    code, _, error = run_command(engines_build.main, options, capsys)
+    latent = any(tensor.name == "latent" for tensor in open_export(exported[1]).graphs["sparse"].cache)
+    assert code == int(latent) and (not latent or "--kv-cache fp16 is of keys and values" in error)
 
 
 def test_tensorrt_rtx_builds_without_a_gpu(exported: tuple[Path, Path], tmp_path: Path, capsys):

@@ -508,8 +508,12 @@ def test_what_is_lost_from_the_base_is_held_against_the_base(model, tiny, ids) -
 )
 def test_decoding_is_timed_with_every_kind_of_cache(checkpoint, options: dict) -> None:
     model = load_model(checkpoint, **options)
-    speeds = timing.decoding_speed(model, T, tokens=1)
+    seen = set()
+    model.model.embed_tokens.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):  # as training and evaluation in bf16 call it
+        speeds = timing.decoding_speed(model, T)
     assert set(speeds) == {"tokens_per_s_dense", "tokens_per_s_sparse"} and min(speeds.values()) > 0
+    assert seen == {False}
 
 
 def test_speeds_are_tokens_per_second(model, monkeypatch) -> None:
