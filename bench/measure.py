@@ -91,7 +91,7 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
     except EOFError:
         process.join()
         killed = (process.exitcode or 0) < 0
-        hint = " (out of memory?): try a shorter --context" if killed else ": its error stands above"
+        hint = " (out of memory?): try fewer tokens" if killed else ": its error stands above"
         raise UserError(f"the measuring process ended with exit code {process.exitcode}{hint}") from None
     except BaseException:
         process.terminate()

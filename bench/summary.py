@@ -187,8 +187,8 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def ms(record: Record, key: str = "ms_median") -> str:
-    return rounded(record[key])
+def ms(record: Record) -> str:
+    return rounded(record["ms_median"])
 
 
 def ms_with_spread(record: Record) -> str:

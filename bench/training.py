@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from bench.measure import machine, timed
+from bench.measure import Budget, alternate, in_child, machine
 from dsa_export.cli import UserError, console, path, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output_file, write_atomically
@@ -150,8 +148,7 @@ def _kl_inputs(T: int) -> list[Tensor]:
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a new interpreter, whose memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+    return in_child(function, *args, method="spawn")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -191,16 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {way: build(way, args.model, args.layers) for way in ("original", "ours")}
     batch = batch_of(models["ours"], args.length)
     calls = {name: partial(steps, way, passes, models[way], batch) for name, (way, passes) in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     with progress_bar() as progress:
-        task = progress.add_task("steps", total=len(ways) * (args.runs + 1))
-        for number in range(args.runs + 1):
-            for name, (_, passes) in list(ways.items())[:: 1 if number % 2 else -1]:
-                taken = timed(calls[name]) / passes
-                if number:  # the first is a warm-up
-                    seconds[name].append(taken)
-                progress.advance(task)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        task = progress.add_task("steps of each way", total=args.runs)
+        times = alternate(calls, Budget(args.runs, at_least=0), lambda: progress.advance(task))
+    medians = {name: float(np.median(times[name])) / 1e3 / passes for name, (_, passes) in ways.items()}
 
     facts = {
         "model": args.model or "random weights, shape of Qwen2.5-0.5B",

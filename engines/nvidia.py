@@ -21,9 +21,7 @@ from rich.progress import Progress, TaskID
 from dsa_export.cli import UserError, progress_bar
 from engines.artifacts import runtime_version
 from engines.profiles import Profile
-from plugins.load import LibraryNotLoaded, load_library
-
-PLUGINS = ("IndexTopK", "SparseAttention")
+from plugins.load import PLUGINS, LibraryNotLoaded, load_library
 
 
 def build_plan(

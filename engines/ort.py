@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: a runner with bound buffers, and the build of its engine folders.
+"""ONNX Runtime on the CPU: a runner with bound buffers.
 
 Input and output of each cache are one buffer: TensorScatter then writes the new rows in place and copies nothing.
 """

@@ -196,10 +196,10 @@ class Session:
             raise ValueError(f"cannot truncate rows of {self.lengths.tolist()} tokens to {shorter.tolist()}")
         self.lengths = shorter.copy()
 
-    def pretend(self, length: int, seed: int = 0) -> None:
+    def pretend(self, length: int) -> None:
         """Fills the caches with random values and claims `length` tokens in every row: for timing, not for answers."""
         self.reserve(length)
-        self.runner.randomise(self.caches, seed)
+        self.runner.randomise(self.caches, seed=0)
         self.lengths[:] = length
 
     def reserve(self, tokens: int, *, exact: bool = False) -> None:

@@ -20,24 +20,16 @@ class LibraryNotLoaded(Exception):
     """One line: what is wrong with the library, and what to do."""
 
 
-def find_library(path: Path | None = None) -> Path:
-    """`path`, else build/plugins/ of the working directory, else of the checkout. Raises LibraryNotLoaded."""
-    checkout = Path(__file__).resolve().parent.parent
-    candidates = [path] if path else [folder / "build/plugins" / LIBRARY for folder in (Path.cwd(), checkout)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
-    raise LibraryNotLoaded(f"no plugin library at {candidates[0]}: run `make plugins`")
-
-
-def load_library(registry: Any, path: Path | None = None) -> Path:
-    """Loads the library into `registry` (tensorrt.get_plugin_registry()) and returns its path.
+def load_library(registry: Any, path: Path) -> Path:
+    """Loads the library at `path` into `registry` (tensorrt.get_plugin_registry()) and returns its absolute path.
 
     Loading it twice is harmless. Raises LibraryNotLoaded if it is missing, if it does not register its operators, or if
     this process has loaded another one.
     """
     global _loaded
-    library = find_library(path)
+    if not path.is_file():
+        raise LibraryNotLoaded(f"no plugin library at {path}: run `make plugins`")
+    library = path.resolve()
     content = sha256(library.read_bytes()).digest()
     if missing_plugins(registry):
         registry.load_library(str(library))

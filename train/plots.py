@@ -8,7 +8,7 @@ from typing import Any
 
 
 def plot_metrics(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws every loss of the steps, and the shares of attention mass, over the step: one panel each."""
+    """Draws distillation, cross-entropy, KL and the shares of attention mass over the step: one panel each."""
     from matplotlib.figure import Figure
 
     steps = [m for m in metrics if "evaluation" not in m]

@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--calibrate",
         nargs="?",
+        type=path,
         const=STANDARD_LIBRARY,
         metavar="FILE",
         help="with --weights int4: choose the integers by GPTQ on a UTF-8 text (without FILE: the standard library's "
@@ -90,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not arguments.weights and (arguments.block_size or arguments.keep_lm_head or arguments.int8_indexer):
         parser.error("--block-size, --keep-lm-head and --int8-indexer say how to quantise: they need --weights")
-    if arguments.calibrate == "":
+    if arguments.calibrate == Path():
         parser.error("--calibrate: name a file, or leave the name out")
     if arguments.calibrate and arguments.weights != "int4":
         parser.error("--calibrate is for --weights int4: int8 loses nothing worth it")
@@ -120,6 +121,12 @@ def main() -> None:
         )
     tokenizer = load_tokenizer(arguments.model)
     check_vocabulary(tokenizer, config.vocab_size)
+    windows, calibration = None, None
+    if arguments.calibrate:
+        source = None if arguments.calibrate == STANDARD_LIBRARY else arguments.calibrate
+        windows = calibration_windows(tokenizer, source, config.max_position_embeddings)
+        tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        calibration = {"text": str(arguments.calibrate), "tokens": windows.numel(), "sha256": tokens}
     torch.manual_seed(0)
     console.print(f"Loading {arguments.model}")
     model = load_model(
@@ -130,12 +137,6 @@ def main() -> None:
     if arguments.weights:
         lm_head, indexer = not arguments.keep_lm_head, arguments.int8_indexer
         scheme = Scheme(arguments.weights, arguments.block_size or BLOCK_SIZES[0], lm_head, indexer)
-    windows, calibration = None, None
-    if arguments.calibrate:
-        path = None if arguments.calibrate == STANDARD_LIBRARY else Path(arguments.calibrate)
-        windows = calibration_windows(tokenizer, path, model.config.max_position_embeddings)
-        tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        calibration = {"text": arguments.calibrate, "tokens": windows.numel(), "sha256": tokens}
     if scheme and scheme.lm_head:
         untie(model)
 

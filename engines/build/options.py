@@ -9,8 +9,9 @@ from pathlib import Path
 from dsa_export.cli import UserError, path, positive
 from engines import triton
 from engines.artifacts import BACKENDS, VARIANTS, Export, Limits
+from plugins.load import LIBRARY
 
-PLUGIN_LIBRARY = Path("build/plugins/libdsa_plugins.so")
+PLUGIN_LIBRARY = Path("build/plugins", LIBRARY)
 DEFAULT_MAX_BATCH = 8
 OPTIONS_OF = {
     "dense_slots": ["--backend ort", "--backend torch"],

@@ -32,7 +32,7 @@ constexpr int64_t kKeysPerSlice = 1024, kRowsPerPart = 128, kMostRowsPerPart = 4
 
 ort::Api const* api = nullptr;
 
-/// Processors that this process may use: what the work is cut for. The result does not depend on it.
+/// Processors that this process may use: what the work is cut for. Results depend on it by rounding alone.
 int64_t processors()
 {
     cpu_set_t set;

@@ -76,7 +76,7 @@ def workspace_bytes(B: int, S: int, Hq: int, Hkv: int, D: int, k: int) -> int:
     return 4 * B * S * Hq * splits * (D + 2) if splits > 1 else 0
 
 
-def largest_workspace(B: int, S: int, Hq: int, Hkv: int, D: int, k: int) -> int:
+def largest_workspace(B: int, S: int, Hq: int, Hkv: int, D: int) -> int:
     """What any call of at most this shape needs: B * S * splits never exceeds the larger of the two terms."""
     rows = min(B * S * MAX_SPLITS.value, max(attend_programs(D) // (Hkv * head_blocks(Hq, Hkv)), 1))
     return 4 * rows * Hq * (D + 2)

@@ -274,7 +274,7 @@ def test_workspace_of_the_largest_shape_is_enough(data: st.DataObject) -> None:
     Hkv, group = data.draw(st.integers(1, 16)), data.draw(st.integers(1, attention_kernel.MAX_GROUP))
     D = data.draw(st.sampled_from(attention_kernel.HEAD_SIZES))
     used = attention_kernel.workspace_bytes(smaller[0], smaller[1], Hkv * group, Hkv, D, k)
-    assert used <= attention_kernel.largest_workspace(B, S, Hkv * group, Hkv, D, k)
+    assert used <= attention_kernel.largest_workspace(B, S, Hkv * group, Hkv, D)
 
 
 # B, S, C, Hkv, group, D, K

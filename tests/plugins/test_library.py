@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plugins.index_topk.op import check_options
-from plugins.load import LibraryNotLoaded, find_library, load_library
+from plugins.load import LibraryNotLoaded, load_library
 from tests.plugins.cases import run_host, write_case
 from tests.plugins.conftest import ROOT, compile_cpp
 
@@ -87,7 +87,7 @@ def test_exports_are_the_two_entry_points(library: Path) -> None:
 
 def test_missing_library_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(LibraryNotLoaded, match=r"^no plugin library at .*: run `make plugins`$"):
-        find_library(tmp_path / "libdsa_plugins.so")
+        load_library(None, tmp_path / "libdsa_plugins.so")
 
 
 def test_headers_come_from_the_folder_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,9 +236,9 @@ def test_workspace_is_the_documented_formula(
         case = topk_case(tmp_path, B, S, C // 4, 8, 64, k, torch.float16, fp8=True, pool=4)
         assert int(run_host(host, "workspace", library, case)) == topk_plan.largest_workspace(B, S, C // 4, k // 4)
     case = attention_case(tmp_path, B, S, C, 2, 7, 64, k)
-    assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 14, 2, 64, k)
+    assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 14, 2, 64)
     case = attention_case(tmp_path, B, S, C, 1, 40, 576, k)
-    assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 40, 1, 576, k)
+    assert int(run_host(host, "workspace", library, case)) == attention_kernel.largest_workspace(B, S, 40, 1, 576)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dsa_export.config import DSAConfig
+from plugins.block_topk.op import FORCED_BLOCKS
 
-NSA_BLOCK, NSA_LEAST_BLOCKS = 16, 3
+NSA_BLOCK = 16
 """Tokens of NSA's compressed and selected blocks; the first block and the two most recent are always selected."""
 
 
@@ -69,7 +70,7 @@ class Preset:
             nsa_block_size=NSA_BLOCK,
             nsa_stride=NSA_BLOCK // 2,
             nsa_selection_size=NSA_BLOCK,
-            nsa_selected_blocks=max(NSA_LEAST_BLOCKS, self.mean_topk // NSA_BLOCK),
+            nsa_selected_blocks=max(FORCED_BLOCKS, self.mean_topk // NSA_BLOCK),
             nsa_window=max(NSA_BLOCK, self.mean_topk // 2),
         )
 
