@@ -1,4 +1,4 @@
-"""Caches in device memory, which is torch's: what the runners share that compute on a GPU outside torch.
+"""Caches that are torch's tensors: what the runners share that compute in torch, or on a GPU outside it.
 
 Shapes: B rows, C capacity, S tokens of one call, V vocabulary.
 """
@@ -6,6 +6,7 @@ Shapes: B rows, C capacity, S tokens of one call, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 from dsa_export.model.cache import fill_randomly
 from engines.artifacts import Engine
 from engines.memory import OutOfMemory
+from engines.session import check_room
+
+NO_MEMORY = ("allocate", "out of memory", "ALLOC_FAILED")
+"""In errors of the CPU's allocator, of a CUDA graph that is instantiated or launched, and of cuBLAS."""
 
 
 @dataclass
@@ -21,6 +26,7 @@ class DeviceCaches:
     batch: int
     capacity: int
     tensors: dict[str, Tensor]  # "{layer}.{name}" -> [B, H, C, D]
+    capture: Any = None  # of TorchRunner: the decode call on these tensors
 
 
 class DeviceRunner:
@@ -39,16 +45,19 @@ class DeviceRunner:
                 )
                 for name, tensor in self.engine.cache_names()
             }
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
-            what = f"{gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)"
-            raise OutOfMemory(f"the GPU has no memory for {what}") from None
+            raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
         return DeviceCaches(batch, capacity, tensors)
 
     def rows(self, caches: DeviceCaches, start: int, stop: int) -> DeviceCaches:
         return DeviceCaches(stop - start, caches.capacity, {n: t[start:stop] for n, t in caches.tensors.items()})
 
     def copy(self, source: DeviceCaches, target: DeviceCaches, tokens: int, *, release: bool = False) -> None:
+        if release:
+            source.capture = None
         for name, tensor in target.tensors.items():
             rows = min(tokens, source.tensors[name].shape[2], tensor.shape[2])
             tensor[:, :, :rows] = source.tensors[name][:, :, :rows]
@@ -62,8 +71,7 @@ class DeviceRunner:
         self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The graph's inputs and outputs on the device: one buffer for past and present, new logits [B, 1, V]."""
-        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
-            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        check_room(caches, input_ids, past_lengths)
         step = {"input_ids": input_ids, "past_lengths": past_lengths, "input_lengths": input_lengths}
         try:
             inputs = {n: torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device) for n, a in step.items()}
@@ -72,3 +80,8 @@ class DeviceRunner:
             raise OutOfMemory(f"the GPU has no memory for the logits of {caches.batch} rows") from None
         inputs |= {f"past_key_values.{name}": tensor for name, tensor in caches.tensors.items()}
         return inputs, {"logits": logits} | {f"present.{name}": tensor for name, tensor in caches.tensors.items()}
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether torch says in any of its ways that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY)

@@ -20,6 +20,7 @@ from engines import ort_graph
 from engines.artifacts import Engine, Variant, rebuild_command
 from engines.huge_pages import huge_pages
 from engines.memory import OutOfMemory
+from engines.session import check_room
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "uint8": np.uint8}
@@ -102,8 +103,7 @@ class OrtRunner:
     def run(
         self, caches: OrtCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
     ) -> np.ndarray:
-        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
-            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        check_room(caches, input_ids, past_lengths)
         if self.row_by_row and caches.batch > 1 and input_ids.shape[1] > 1:
             for b in range(caches.batch):
                 row = slice(b, b + 1)

@@ -35,6 +35,12 @@ class Caches(Protocol):
     capacity: int
 
 
+def check_room(caches: Caches, input_ids: np.ndarray, past_lengths: np.ndarray) -> None:
+    """Raises ValueError if a row of a call would reach beyond its caches."""
+    if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
+        raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+
+
 class Runner(Protocol):
     """One loaded engine. A backend is a class with these members."""
 

@@ -17,16 +17,15 @@ from torch import Tensor
 from dsa_export.cli import UserError
 from dsa_export.files import checkpoint_hash, link_or_copy, weight_files
 from dsa_export.model import load_model
-from dsa_export.model.cache import fill_randomly
 from dsa_export.onnx.export import StepGraph
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
+from engines.device import DeviceCaches, DeviceRunner, lacks_memory
 from engines.memory import OutOfMemory
+from engines.session import check_room
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.index.json")  # and the weights
-NO_MEMORY = ("allocate", "out of memory", "ALLOC_FAILED")
-"""In errors of the CPU's allocator, of a CUDA graph that is instantiated or launched, and of cuBLAS."""
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled and library workspaces allocated
 
 
@@ -39,19 +38,11 @@ class Capture:
     logits: Tensor
 
 
-@dataclass
-class TorchCaches:
-    batch: int
-    capacity: int
-    tensors: list[Tensor]  # in the order of Engine.cache_names(): [B, H, C, D]
-    capture: Capture | None = None
-
-
-class TorchRunner:
+class TorchRunner(DeviceRunner):
     """Runs an engine folder of backend `torch` on the first GPU, or on the CPU where there is none."""
 
     def __init__(self, engine: Engine, *, threads: int | None = None):
-        self.engine = engine
+        super().__init__(engine)
         self.compiles = bool(engine.manifest.get("compiled"))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if threads and self.device.type == "cpu":
@@ -72,39 +63,10 @@ class TorchRunner:
         except torch.OutOfMemoryError:
             raise UserError(f"the GPU has no memory for the weights of {engine.folder}") from None
 
-    def allocate(self, batch: int, capacity: int) -> TorchCaches:
-        try:
-            tensors = [
-                torch.zeros(tensor.concrete(batch, capacity), dtype=getattr(torch, tensor.dtype), device=self.device)
-                for _, tensor in self.engine.cache_names()
-            ]
-        except RuntimeError as error:
-            if not lacks_memory(error):
-                raise
-            gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
-            raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
-        return TorchCaches(batch, capacity, tensors)
-
-    def rows(self, caches: TorchCaches, start: int, stop: int) -> TorchCaches:
-        return TorchCaches(stop - start, caches.capacity, [tensor[start:stop] for tensor in caches.tensors])
-
-    def copy(self, source: TorchCaches, target: TorchCaches, tokens: int, *, release: bool = False) -> None:
-        if release:
-            source.capture = None
-        for i, tensor in enumerate(target.tensors):
-            rows = min(tokens, source.tensors[i].shape[2], tensor.shape[2])
-            tensor[:, :, :rows] = source.tensors[i][:, :, :rows]
-            if release:
-                source.tensors[i] = torch.empty(0)
-
-    def randomise(self, caches: TorchCaches, seed: int) -> None:
-        fill_randomly(caches.tensors, seed)
-
     def run(
-        self, caches: TorchCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
+        self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
     ) -> np.ndarray:
-        if (past_lengths + input_ids.shape[1]).max() > caches.capacity:
-            raise ValueError(f"{input_ids.shape[1]} tokens after {past_lengths.max()} exceed {caches.capacity} slots")
+        check_room(caches, input_ids, past_lengths)
         inputs = [torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (input_ids, past_lengths, input_lengths)]
         try:
             with torch.inference_mode():
@@ -127,7 +89,7 @@ class TorchRunner:
                 f"no memory for a call of {self.engine.folder}: fewer or shorter rows need less"
             ) from None
 
-    def _call(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
+    def _call(self, caches: DeviceCaches, inputs: list[Tensor]) -> Tensor:
         if self.engine.dense_while_short:
             for layer, k in zip(self.step.model.model.layers, self.engine.topk, strict=True):
                 selects = caches.capacity > max(k, self.engine.dense_slots)
@@ -136,13 +98,13 @@ class TorchRunner:
         if decodes and self.compiles:  # one compilation for all batches and capacities, and one for a single row
             for tensor in inputs:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            for tensor in caches.tensors:
+            for tensor in caches.tensors.values():
                 torch._dynamo.maybe_mark_dynamic(tensor, (0, 2))
         step = self.decode_step if decodes else self.step
-        logits, *_ = step(*inputs, caches.tensors)  # outside an export the caches are updated in place
+        logits, *_ = step(*inputs, list(caches.tensors.values()))  # outside an export the caches are updated in place
         return logits
 
-    def _replay(self, caches: TorchCaches, inputs: list[Tensor]) -> Tensor:
+    def _replay(self, caches: DeviceCaches, inputs: list[Tensor]) -> Tensor:
         """The decode call as a CUDA graph, recorded at the first call on these caches.
 
         Warming up writes the same tokens to the same slots again and again, which changes nothing.
@@ -163,11 +125,6 @@ class TorchRunner:
             static_input.copy_(tensor)
         caches.capture.graph.replay()
         return caches.capture.logits
-
-
-def lacks_memory(error: RuntimeError) -> bool:
-    """Whether torch says in any of its ways that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 def link_checkpoint(export: Export, folder: Path) -> list[str]:

@@ -109,7 +109,9 @@ def test_short_caches_are_attended_to_densely(
     other.prefill(tokens)
     if not slots:
         np.testing.assert_allclose(session.decode([7]), other.decode([7]), atol=TOLERANCE)
-    for name, one, two in zip(sparse.engine.cache_names(), session.caches.tensors, other.caches.tensors, strict=True):
+    for name, one, two in zip(
+        sparse.engine.cache_names(), session.caches.tensors.values(), other.caches.tensors.values(), strict=True
+    ):
         first_layer = name[0].startswith("0.")
         assert not slots or not first_layer or torch.allclose(one[:, :, : few - 1], two[:, :, : few - 1], atol=1e-5)
 
