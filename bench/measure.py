@@ -6,9 +6,11 @@ import gc
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from dsa_export.cli import UserError, cpu_name, user_message
 
 WARM_UP = 2
+TASKS = Path("/proc/self/task")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,34 @@ def alternate(
         if number < budget.runs:
             on_run()
     return {name: np.array(values) * 1e3 for name, values in times.items()}
+
+
+@dataclass
+class Contention:
+    """What other programs took meanwhile: of the time in which this process's threads wanted a processor, the share in
+    which they had none. It lengthens long calls more than short ones. None where the system does not tell."""
+
+    share: float | None = None
+
+
+@contextmanager
+def contention() -> Iterator[Contention]:
+    """Sets the share at the end of the context."""
+    found = Contention()
+    waited, used = _waited(), time.process_time()
+    yield found
+    if waited is not None and (still := _waited()) is not None:
+        waited, used = still - waited, time.process_time() - used
+        found.share = waited / (waited + used) if waited + used > 0 else 0.0
+
+
+def _waited() -> float | None:
+    """Seconds that the threads of this process have waited for a processor; None where there is no schedstat."""
+    waited = []
+    for file in TASKS.glob("*/schedstat"):
+        with suppress(OSError):  # the thread has ended
+            waited.append(int(file.read_text().split()[1]))
+    return sum(waited) / 1e9 if waited else None
 
 
 def timed(call: Callable[[], Any]) -> float:

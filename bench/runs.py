@@ -91,14 +91,16 @@ def _timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Se
                     filled = fill(sessions, case, text, settings, filled, progress)
                 calls = {name: call_of(session, case, text) for name, session in sessions.items()}
                 budget = measure.Budget(rounds(case, settings), settings.budget.at_least, settings.budget.at_most)
-                times = measure.alternate(calls, budget, lambda: progress.advance(task))
+                with measure.contention() as contention:
+                    times = measure.alternate(calls, budget, lambda: progress.advance(task))
             except OutOfMemory as error:
                 sessions, filled = {}, None
                 where = {"phase": case.phase, "batch": case.batch, "context": case.context}
                 records.append({"kind": "skipped", **group.facts(), **where, "reason": str(error)})
                 continue
             capacity = next(iter(sessions.values())).capacity
-            records += _records(group, case, times, filled, rates, settings, capacity)
+            found = _records(group, case, times, filled, rates, settings, capacity)
+            records += [record | {"contention": contention.share} for record in found]
     return records
 
 

@@ -13,6 +13,8 @@ from dsa_export.selection import describe_selection
 Record = dict[str, Any]
 Series = tuple[str, str, str, int]
 """backend, precision, k as text, batch: what one line of a plot or one crossover belongs to."""
+CONTENDED = 0.1
+"""Share of their time that threads wait for a processor (bench.measure.Contention) from which on a reader is told."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,9 @@ def sentence(measured: Sequence[Pair]) -> str:
         share, tokens = sparse["agreement"]["top1"], sparse["agreement"]["tokens"]
         agreement = f"; both prefer the same next token in {share:.0%} of {tokens} cases"
     warning = "; the indexer is random, so only the timing means anything" if sparse["random_indexer"] else ""
+    if (share := max(pair.sparse.get("contention") or 0 for pair in measured)) > CONTENDED:
+        warning += f"; but other programs kept our threads from running for up to {share:.0%} of their time, which "
+        warning += "lengthens long calls most: measure again on an idle machine"
     return (
         f"At {longest:,} tokens of context (batch {batch}, {sparse['backend']}, {sparse['precision']}) {call} takes "
         f"{ms(dense)} ms dense ({dense['core']}) and {ms(sparse)} ms sparse (k = {describe_k(sparse)}{among}): "

@@ -26,8 +26,8 @@ TIMING = {
     "kind", "variant", "core", "strongest", "backend", "on_gpu", "precision", "k", "selection", "phase", "context",
     "batch", "queries", "capacity", "caches", "random_indexer", "ms_median", "ms_p10", "ms_p90", "runs", "tokens_per_s",
     "speedup", "speedup_paired", "speedup_predicted", "floor_bytes", "floor_flops", "floor_ms", "floor_ms_by_bytes",
-    "floor_ms_by_flops", "floor_fraction", "rates", "ttft_s", "loss", "agreement", "peak_mib", "peak_mib_is", "engine",
-    "source", "machine", "versions", "command", "time",
+    "floor_ms_by_flops", "floor_fraction", "rates", "ttft_s", "loss", "agreement", "contention", "peak_mib",
+    "peak_mib_is", "engine", "source", "machine", "versions", "command", "time",
 }  # fmt: skip
 
 

@@ -66,6 +66,12 @@ def test_the_sentence_says_what_was_measured():
     assert "prefer" not in slower
 
 
+def test_the_sentence_says_when_the_machine_was_busy():
+    calm, busy = (pair(30, 10, contention=share, context=n) for share, n in ((0.03, 8192), (0.4, 512)))
+    assert "measure again" not in summary.sentence(summary.pairs(calm))
+    assert "from running for up to 40% of their time" in summary.sentence(summary.pairs([*calm, *busy]))
+
+
 def test_peers_are_held_against_the_same_precision_and_context():
     ours = [*pair(30, 10), *pair(20, 5, precision="int4")]
     ours += pair(30, 1, precision="bf16", backend="torch", on_gpu=True)

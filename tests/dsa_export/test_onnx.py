@@ -104,15 +104,16 @@ def test_weights_keep_the_checkpoints_names(export, dsa_folder):
     assert set(load_model(dsa_folder).state_dict()) <= names
 
 
-def test_no_later_token_leaks_into_earlier_outputs(graph):
+@pytest.mark.parametrize("length", [10, 30])  # fewer than k, which leaves places that later tokens could take; more
+def test_no_later_token_leaks_into_earlier_outputs(graph, length):
     """Logits after a prefix do not depend on what a longer chunk holds behind it, padding included."""
-    expected = graph().step([TOKENS[:30]])
+    expected = graph().step([TOKENS[:length]])
     # The prefix as a short row beside a longer one: its padding stands where later tokens would.
-    beside = graph(2).step([TOKENS[:30], TOKENS[:60]])[:1]
+    beside = graph(2).step([TOKENS[:length], TOKENS[:60]])[:1]
     np.testing.assert_allclose(beside, expected, **EXACT)
-    other_row = graph(2).step([TOKENS[:30], TOKENS[::-1]])[:1]
+    other_row = graph(2).step([TOKENS[:length], TOKENS[::-1]])[:1]
     np.testing.assert_allclose(other_row, expected, **EXACT)
-    changed = graph().step([[*TOKENS[:29], 5]])
+    changed = graph().step([[*TOKENS[: length - 1], 5]])
     assert np.abs(changed - expected).max() > 1e-3
 
 
