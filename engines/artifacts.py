@@ -449,6 +449,7 @@ def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:
         "--beyond-positions": "beyond_positions",
         "--compile": "compiled",
         "--standard-operators": "standard_operators",
+        "--serialize-plugins": "plugins_serialized",
     }
     words = ["python", "-m", "engines.build"]
     words += [word for option, value in options.items() if value for word in (option, str(value))]

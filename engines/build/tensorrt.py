@@ -56,6 +56,7 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
                 runtime=version, compute_capability=[gpu],
                 plugin={"path": str(library.resolve()), "sha256": content_hash(library)}
                 if variant == "sparse" else None,
+                plugins_serialized=args.serialize_plugins,
                 profiles=profile_table({job.plan.name: job.profiles for job in jobs}),
             )  # fmt: skip
         report(args.out / "tensorrt" / variant)

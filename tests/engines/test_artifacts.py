@@ -77,6 +77,7 @@ def test_the_advice_builds_the_same_engine_again(export: Path, tmp_path: Path, o
         ({"backend": "torch", "compiled": True}, "--compile"),
         ({"files": {"decode.plan": {}, "prefill.plan": {}}}, "--plans two"),
         ({"plugin": {"path": "/a b/lib.so"}}, "--plugin-library '/a b/lib.so'"),
+        ({"plugins_serialized": True}, "--serialize-plugins"),
     ],
 )
 def test_the_advice_names_options_of_other_backends(facts: dict[str, object], options: str):

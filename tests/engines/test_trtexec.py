@@ -274,9 +274,12 @@ def test_the_timing_cache_is_read_and_replaced_by_a_build_that_succeeds(trtexec,
 
 def test_two_plans_hold_one_profile_each(trtexec, options, tmp_path: Path, capsys):
     trtexec()
-    code, _, error = run_command(build.main, [*options, "--plans", "two", "--variant", "sparse"], capsys)
+    options = [*options, "--plans", "two", "--variant", "sparse", "--serialize-plugins"]
+    code, _, error = run_command(build.main, options, capsys)
     assert (code, error) == (0, "")
-    manifest = json.loads((tmp_path / "engines/tensorrt/sparse/manifest.json").read_text())
+    folder = tmp_path / "engines/tensorrt/sparse"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {"--plans", "two", "--serialize-plugins"} <= set(artifacts.rebuild_command(folder, manifest).split())
     assert set(manifest["files"]) - set(TOKENIZER_FILES) == {"decode.plan", "prefill.plan"}
     table = [(entry["name"], entry["plan"], entry["number"]) for entry in manifest["profiles"]]
     assert table == [("decode", "decode.plan", 0), ("prefill", "prefill.plan", 0)]
