@@ -61,6 +61,7 @@ class Recipe:
     kl_queries: int | None = None
     """Of each window in a step, dealt out to its passes."""
     passes: int = 1
+    position_span: int = 0
 
 
 def argument_parser(
@@ -241,6 +242,14 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
         "a 0.5B, of every micro-batch "
         f"[{real.passes}; small models, and with fsdp, which cannot: {small.passes}]",
     )
+    group.add_argument(
+        "--position-span",
+        type=int,
+        metavar="N",
+        help="let the tokens of a window stand at positions up to N, with gaps between some of them: teaches the "
+        "distances of longer texts at the cost of short ones; 0: without gaps "
+        f"[{real.position_span}; small models: {small.position_span}]",
+    )
     add_selection_arguments(parser)
 
 
@@ -272,7 +281,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
     training = "steps max_tokens batch_size accumulation kl_queries passes lora_rank save_every max_rows"
     at_least_one = f"{training} topk index_heads index_dim".split()
-    at_least_zero = ("warmup_steps", "seed", "min_tokens", "held_out")
+    at_least_zero = ("warmup_steps", "seed", "min_tokens", "held_out", "position_span")
     for name, least in [*((name, 0) for name in at_least_zero), *((name, 1) for name in at_least_one)]:
         value = getattr(args, name, None)
         _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -331,7 +340,7 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     for name in ("batch_size", "lr", "min_tokens", "held_out"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
-    for name in ("indexer_lr", "passes"):
+    for name in ("indexer_lr", "passes", "position_span"):
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
     if hasattr(args, "kl_queries") and args.kl_queries is None and recipe.kl_queries:
@@ -354,7 +363,11 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     _require(rank <= config.hidden_size, f"--lora-rank {rank} is more than the model's {config.hidden_size} dimensions")
     idle = without_updates(args, args.length)
     _require(not idle, f"{budget} leaves no update for windows of {' and '.join(map(str, idle))} tokens (--length)")
-    for name, tokens in (("length", args.length[-1]), ("topk", getattr(args, "topk", None) or 1)):
+    for name, tokens in {
+        "length": args.length[-1],
+        "topk": getattr(args, "topk", None) or 1,
+        "position-span": getattr(args, "position_span", 0),
+    }.items():
         _require(
             tokens <= config.max_position_embeddings,
             f"--{name} {tokens} is beyond the model's {config.max_position_embeddings} positions",

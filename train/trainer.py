@@ -311,7 +311,10 @@ class Trainer:
         recorded = batches
         if self.stage.record:
             with torch.no_grad(), precision.autocast(self.device, settings.dtype):
-                recorded = [self.stage.record(self.spread.model, batch) for batch in batches]
+                recorded = []
+                for i, batch in zip(mine, batches, strict=True):
+                    torch.manual_seed(settings.seed_of(self.step * self.stage.passes, i))
+                    recorded.append(self.stage.record(self.spread.model, batch))
         parts = list(zip(mine, recorded, counts, strict=True))
         updates = [self._update(number, parts, totals, rows) for number in range(self.stage.passes)]
         means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}

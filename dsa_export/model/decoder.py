@@ -105,15 +105,18 @@ class DSAModel(DSAPreTrainedModel):
         caches: list[LayerCache] | None = None,
         observer: Observer | None = None,
         selector: Selector | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The step that the exported graphs hold: input_ids [B, S], padded on the right, after past_lengths [B] tokens.
 
-        `lengths` [B] are the valid tokens of this call. Returns the hidden states [B, S, E] (after the final norm)
-        and the scalars of the observer and the feed-forwards, averaged over the layers.
+        `lengths` [B] are the valid tokens of this call; `positions` [B, S] where RoPE takes the tokens to stand (None:
+        one after the other). Returns the hidden states [B, S, E] (after the final norm) and the scalars of the observer
+        and the feed-forwards, averaged over the layers.
         """
         S = input_ids.shape[1]
         hidden = self.embed_tokens(input_ids)
-        positions = past_lengths.unsqueeze(1) + torch.arange(S, device=input_ids.device)
+        if positions is None:
+            positions = past_lengths.unsqueeze(1) + torch.arange(S, device=input_ids.device)
         call = Call(
             rope=self.rotary(positions, hidden.dtype),
             index_rope=self.index_rotary(positions, hidden.dtype),
@@ -141,7 +144,10 @@ class DSAModel(DSAPreTrainedModel):
         selector: Selector | None = None,
         **kwargs: Any,
     ) -> DecoderOutput:
-        """transformers' calling convention. attention_mask [B, past + S], 1 = token; 4-D masks are refused."""
+        """transformers' calling convention. attention_mask [B, past + S], 1 = token; 4-D masks are refused.
+
+        position_ids [B, S] count each row's tokens; without a cache they may have gaps.
+        """
         for option in UNSUPPORTED:
             value = kwargs.get(option, getattr(self.config, option, None))
             if value is not None and value is not False:
@@ -165,15 +171,19 @@ class DSAModel(DSAPreTrainedModel):
                 raise ValueError(f"cache must be a DSACache, got {type(cache).__name__}")
             caches = cache.begin(B, S, self.dtype, input_ids.device)
             past_lengths = caches[0].past_lengths
+        positions = None
         if position_ids is not None:
-            expected = past_lengths[:, None] + valid.cumsum(1) - 1
-            if not bool((position_ids.expand(B, S) == expected)[valid].all()):
-                raise ValueError(
-                    "position_ids must count each row's tokens from 0: packed rows, and in generate() batches that are "
-                    "padded on the right, are not supported"
-                )
+            position_ids, expected = position_ids.expand(B, S), past_lengths[:, None] + valid.cumsum(1) - 1
+            if not bool((position_ids == expected)[valid].all()):
+                positions = position_ids.gather(1, order) if padded else position_ids
+                within = torch.arange(1, S, device=lengths.device) < lengths[:, None]
+                if caches is not None or bool((positions[:, 1:] <= positions[:, :-1])[within].any()):
+                    raise ValueError(
+                        "position_ids must count each row's tokens, from 0 with a cache and upwards without one: "
+                        "packed rows, and in generate() batches that are padded on the right, are not supported"
+                    )
 
-        hidden, aux = self.run(input_ids, past_lengths, lengths, caches, observer, selector)
+        hidden, aux = self.run(input_ids, past_lengths, lengths, caches, observer, selector, positions)
         if cache is not None:
             cache.advance(lengths, S)
         if padded:

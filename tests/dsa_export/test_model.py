@@ -340,6 +340,21 @@ def test_positions_that_do_not_count_the_tokens_are_refused(dsa_model, tokens):
         dsa_model(tokens, position_ids=torch.arange(60) % 30)
 
 
+@torch.no_grad()
+def test_positions_may_have_gaps_without_a_cache(dsa_model, qwen_folder, tokens):
+    """As stock models take them; with a cache the next token's position would not be the number of tokens."""
+    positions = torch.arange(60) + 100 * (torch.arange(60) >= 30)
+    padded = torch.ones_like(tokens)
+    padded[1, :20] = 0
+    stock = AutoModelForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32)
+    for mask in (torch.ones_like(tokens), padded):
+        expected = stock(tokens, attention_mask=mask, position_ids=positions.expand(2, 60), use_cache=False).logits
+        ours = dense_twin(dsa_model)(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(ours[mask.bool()], expected[mask.bool()], **EXACT)
+    with pytest.raises(ValueError, match="from 0 with a cache and upwards without one"):
+        dsa_model(tokens, position_ids=positions, use_cache=True)
+
+
 @pytest.mark.parametrize("topk", [16, [8, 24]])
 def test_round_trip_through_transformers(dsa_model, tmp_path, topk):
     dsa_model.set_topk(topk)

@@ -8,10 +8,13 @@ import json
 import math
 import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Qwen2Config
@@ -83,15 +86,20 @@ def test_the_warm_up_trains_the_indexer_and_leaves_the_base_bitwise(tiny: Path, 
 @pytest.mark.parametrize(
     "options", [{}, {"index_share": 2}, {"index_pool": 2}, {"index_keys": "int8"}, {"kl_target": "output"}], ids=str
 )
-def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(tiny: Path, options: dict) -> None:
+@pytest.mark.parametrize("span", [0, 200])
+def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(
+    tiny: Path, options: dict, span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The values and the indexers' gradients; and those of the indexers as they are now, not as they were recorded."""
     target = {"kl_target": options.get("kl_target", "rms")}
     model = load_model(tiny, **INDEXER, **{name: value for name, value in options.items() if name != "kl_target"})
     parameters = warmup.indexer_parameters(model)["indexer"]
-    recorded = warmup.record(model, batch())
+    spread = warmup.spread(batch()["input_ids"], span) if span else None
+    monkeypatch.setattr(warmup, "spread", lambda *_: spread)  # the same for both
+    recorded = warmup.record(model, batch(), span)
     for _ in range(2):
         values, gradients = [], []
-        for terms, of in ((warmup.warmup_terms, batch()), (warmup.replayed_terms, recorded)):
+        for terms, of in ((partial(warmup.warmup_terms, span=span), batch()), (warmup.replayed_terms, recorded)):
             torch.manual_seed(3)
             values.append(terms(model, of, topk=8, kl_queries=10, **target))
             gradients.append(torch.autograd.grad(values[-1]["kl"], parameters))
@@ -101,6 +109,21 @@ def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(tiny: Path, options: 
         with torch.no_grad():
             for parameter in parameters:
                 parameter += 0.1 * torch.randn_like(parameter)
+
+
+@given(length=st.integers(2, 40), more=st.integers(1, 1000))
+def test_a_window_is_spread_over_positions(length: int, more: int) -> None:
+    positions = warmup.spread(torch.zeros(50, length), length + more)
+    steps = positions.diff(dim=1)
+    assert positions[:, 0].eq(0).all() and positions.max() < length + more
+    assert steps.min() >= 1 and (steps > 1).sum(1).max() <= warmup.GAPS
+    assert length < 20 or more < 20 or (positions.diff(dim=0) != 0).any(), "every row has gaps of its own"
+
+
+def test_what_a_window_attends_to_is_what_its_positions_say(tiny: Path) -> None:
+    model = load_model(tiny, **INDEXER)
+    near, far, again = (warmup.warmup_terms(model, batch(), 8, span=span)["kl"].item() for span in (0, 400, 40))
+    assert again == near != pytest.approx(far, rel=1e-3)
 
 
 def test_what_was_recorded_is_freed_without_the_garbage_collector(tiny: Path) -> None:
