@@ -19,9 +19,9 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 def model(operator: str, float_type: int, keys: str = "model", **attributes: int | float) -> onnx.ModelProto:
     """One node of `operator`, with its function body appended; every dimension is dynamic.
 
-    keys: type of the index keys; "half": caches of keys and values in fp16, for the CPU kernels.
+    keys: type of the index keys; for the CPU kernels "half", "half k", "half v": caches in fp16, both or one of them.
     """
-    cache_type = TensorProto.FLOAT16 if keys == "half" else float_type
+    k_type, v_type = (TensorProto.FLOAT16 if keys in ("half", f"half {one}") else float_type for one in "kv")
     if operator == "IndexTopK":
         inputs = {"index_q": (float_type, "B S Hi Di"), "index_weights": (float_type, "B S Hi"),
                   "index_k": (float_type, "B G Di"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
@@ -43,12 +43,12 @@ def model(operator: str, float_type: int, keys: str = "model", **attributes: int
         outputs = [helper.make_tensor_value_info("rounded", TensorProto.INT8, ["B", "S", "Hi", "Di"]),
                    helper.make_tensor_value_info("scaled_weights", TensorProto.FLOAT, ["B", "S", "Hi"])]  # fmt: skip
     elif operator == "DenseAttention":  # of the CPU kernels, without a body
-        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (cache_type, "B Hkv C D"),
-                  "v_cache": (cache_type, "B Hkv C D"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
+        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (k_type, "B Hkv C D"),
+                  "v_cache": (v_type, "B Hkv C D"), "kv_lengths": (TensorProto.INT64, "B")}  # fmt: skip
         outputs = [helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])]
     else:
-        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (cache_type, "B Hkv C D"),
-                  "v_cache": (cache_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip
+        inputs = {"q": (float_type, "B Hq S D"), "k_cache": (k_type, "B Hkv C D"),
+                  "v_cache": (v_type, "B Hkv C D"), "indices": (TensorProto.INT32, "B S K")}  # fmt: skip
         outputs = [helper.make_tensor_value_info("output", float_type, ["B", "Hq", "S", "D"])]
     names = [output.name for output in outputs]
     node = helper.make_node(operator, list(inputs), names, domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
@@ -56,7 +56,7 @@ def model(operator: str, float_type: int, keys: str = "model", **attributes: int
     return helper.make_model(
         helper.make_graph([node], operator, infos, outputs),
         functions=[]
-        if keys == "half"
+        if keys.startswith("half")
         else [f for f in function_protos("pool" in attributes, keys) if f.name == operator],
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,

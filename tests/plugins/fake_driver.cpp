@@ -5,6 +5,9 @@
 // attribute: the id of the launch attribute, 0 if there is none.
 // Pointers print as p<address>, 32-bit values as integers (of a float: its bits). FAKE_DRIVER_SIGNATURES names a file with
 // "<kernel> <letters>" lines: p for a pointer, i for 32 bits. FAKE_DRIVER_ARCH is the compute capability (default 90).
+// There are FAKE_DRIVER_DEVICES (default 1), and every stream that is made goes to the next of them. FAKE_DRIVER_IMAGES
+// names a file for a line per loaded image: the two bytes of machine code's flags that may hold its architecture, of PTX
+// "0 0".
 #include <array>
 #include <cstdint>
 #include <cstdio>
@@ -15,20 +18,25 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 
 namespace
 {
 
 std::mutex gMutex;
 std::set<std::string> gNames;            // kernels asked for; a handle is the name's address
-std::map<std::string const*, int> gShared; // allowed
+std::map<std::pair<std::string const*, int>, int> gShared; // allowed to a kernel on a device
+std::map<void*, int> gStreams; // their devices
+int gDevice = 0; // the current one
 bool gUploading = false; // on the null stream, which the streams of launches do not wait for
 
-int arch()
+int number(char const* name, int otherwise)
 {
-    char const* given = std::getenv("FAKE_DRIVER_ARCH");
-    return given != nullptr ? std::atoi(given) : 90;
+    char const* given = std::getenv(name);
+    return given != nullptr ? std::atoi(given) : otherwise;
 }
+
+int arch() { return number("FAKE_DRIVER_ARCH", 90); }
 
 std::string signature(std::string const& kernel)
 {
@@ -53,10 +61,17 @@ int cuInit(unsigned) { return 0; }
 int cuDeviceGet(int* device, int) { *device = 0; return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int) { *context = &gMutex; return 0; }
 int cuCtxSetCurrent(void*) { return 0; }
-int cuCtxGetDevice(int* device) { *device = 0; return 0; }
+int cuCtxGetDevice(int* device) { *device = gDevice; return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute == 75 ? arch() / 10 : arch() % 10; return 0; }
 int cuGetErrorString(int, char const** text) { *text = "fake error"; return 0; }
-int cuStreamCreate(void** stream, unsigned) { *stream = std::malloc(1); return 0; }
+int cuStreamCreate(void** stream, unsigned)
+{
+    std::lock_guard<std::mutex> const lock(gMutex);
+    *stream = std::malloc(1);
+    gDevice = static_cast<int>(gStreams.size()) % number("FAKE_DRIVER_DEVICES", 1);
+    gStreams[*stream] = gDevice;
+    return 0;
+}
 int cuStreamSynchronize(void*) { return 0; }
 int cuCtxSynchronize() { gUploading = false; return 0; }
 int cuMemAlloc_v2(unsigned long long* address, std::size_t bytes)
@@ -90,9 +105,14 @@ int cuMemcpyDtoH_v2(void* data, unsigned long long address, std::size_t bytes)
 // Machine code is an ELF file, PTX a string that begins with a comment.
 int cuLibraryLoadData(void** library, void const* data, int*, void**, unsigned, int*, void**, unsigned)
 {
-    bool const known = std::memcmp(data, "\177ELF", 4) == 0 || std::memcmp(data, "//", 2) == 0;
+    bool const isElf = std::memcmp(data, "\177ELF", 4) == 0;
+    if (char const* file = std::getenv("FAKE_DRIVER_IMAGES"))
+    {
+        auto const* bytes = static_cast<unsigned char const*>(data);
+        std::ofstream(file, std::ios::app) << (isElf ? bytes[48] : 0) << " " << (isElf ? bytes[49] : 0) << "\n";
+    }
     *library = const_cast<void*>(data);
-    return known ? 0 : 200;
+    return isElf || std::memcmp(data, "//", 2) == 0 ? 0 : 200;
 }
 int cuLibraryGetKernel(void** kernel, void* library, char const* name)
 {
@@ -104,10 +124,10 @@ int cuLibraryGetKernel(void** kernel, void* library, char const* name)
     *kernel = const_cast<std::string*>(&*gNames.insert(name).first);
     return 0;
 }
-int cuKernelSetAttribute(int, int value, void* kernel, int)
+int cuKernelSetAttribute(int, int value, void* kernel, int device)
 {
     std::lock_guard<std::mutex> const lock(gMutex);
-    gShared[static_cast<std::string const*>(kernel)] = value;
+    gShared[{static_cast<std::string const*>(kernel), device}] = value;
     return value > 99 * 1024 && arch() % 10 != 0 ? 1 : 0; // sm_86 and sm_89 allow 99 KB
 }
 int cuKernelGetFunction(void** function, void* kernel) { *function = kernel; return 0; }
@@ -126,7 +146,8 @@ int cuLaunchKernelEx(Config const* config, void* function, void** parameters, vo
     auto const* name = static_cast<std::string const*>(function);
     auto const [x, y, threads, shared] = std::array<unsigned, 4>{config->x, config->y, config->threads, config->shared};
     std::string const letters = signature(*name);
-    if (gUploading || x == 0 || y == 0 || y > 65535 || letters.empty() || static_cast<int>(shared) > gShared[name])
+    int const allowed = gShared[{name, gStreams[config->stream]}];
+    if (gUploading || x == 0 || y == 0 || y > 65535 || letters.empty() || static_cast<int>(shared) > allowed)
     {
         return 1;
     }

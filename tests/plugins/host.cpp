@@ -416,7 +416,7 @@ void checkPlugin(
     IPluginV3OneRuntime* a = runtime(attached);
     expectError(a->enqueue(good.data(), &good[n], none, nothing, nullptr, nullptr) != 0, "has no address", "null pointers");
     alignas(16) char memory[64];
-    void const* const shifted[5] = {memory + 2, memory, memory, memory, memory};
+    void const* const shifted[5] = {memory + 8, memory, memory, memory, memory};
     void* const target[1] = {memory};
     expectError(a->enqueue(good.data(), &good[n], shifted, target, memory, nullptr) != 0, "aligned to 16 bytes", "alignment");
     void const* const pointers[5] = {memory, memory, memory, memory, memory};

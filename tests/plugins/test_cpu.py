@@ -35,6 +35,7 @@ from tests.plugins.problems import (
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
 KERNELS = ["baseline", *(name for name, flag in {"avx2": "avx2", "avx512": "avx512_vnni"}.items() if flag in FLAGS)]
+HALVED = {(True, True): "half", (True, False): "half k", (False, True): "half v"}
 REFUSED = (state.InvalidArgument, state.RuntimeException)
 
 
@@ -66,8 +67,8 @@ def run_all(
     kernels: str, operator: str, tensors: list[Tensor], threads: int = 2, **attributes: int | float
 ) -> list[Tensor]:
     keys = "int8" if operator == "IndexTopK" and tensors[2].dtype == torch.uint8 else "model"
-    if "Attention" in operator and tensors[1].dtype == torch.float16:
-        keys = "half"
+    if "Attention" in operator:
+        keys = HALVED.get(tuple(cache.dtype == torch.float16 for cache in tensors[1:3]), keys)
     runner = session(kernels, threads, operator, keys, **attributes)
     names = [value.name for value in runner.get_inputs()]
     feeds = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
@@ -338,6 +339,9 @@ def wrong_inputs() -> Iterator[tuple[str, dict[str, float], list[Tensor], str]]:
     yield "SparseAttention", {"scale": 1.0}, [*attention[:2], attention[2][:, :, :5], attention[3]], "differ"
     mixed = [attention[0], attention[1].half(), attention[2].half(), attention[3]]
     yield "DenseAttention", {"scale": 1.0}, [*mixed[:3], torch.tensor([8, 8])], r"kv_lengths must be \[B\]"
+    for operator, last in (("SparseAttention", attention[3]), ("DenseAttention", torch.tensor([8]))):
+        for caches in ((mixed[1], attention[2]), (attention[1], mixed[2])):
+            yield operator, {"scale": 1.0}, [attention[0], *caches, last], "caches must both be fp32, or both fp16"
 
 
 @pytest.mark.parametrize(("operator", "attributes", "tensors", "message"), list(wrong_inputs()))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsa_export.capacity import cache_rows
 from dsa_export.cli import user_message
 from plugins import UnsupportedOnGPU
-from plugins.index_topk import index_topk, index_topk_reference
+from plugins.index_topk import index_topk, index_topk_reference, op
 from plugins.index_topk.op import check_cuda, forced_groups, topk_lowest_index_first
 from tests.plugins import bodies
 from tests.plugins.problems import TopK, assert_selection, sets, topk_problem
@@ -32,6 +32,16 @@ def small_problems(draw: st.DrawFn, most_k: int | None = None) -> TopK:
 @settings(max_examples=60, deadline=None)
 def test_torch_form_is_the_definition(problem: TopK) -> None:
     assert sets(index_topk(*problem.arguments())) == sets(index_topk_reference(*problem.arguments()))
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": 1, "window": 2}, {"pool": 2}], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_tiles_of_queries_are_the_definition(monkeypatch: pytest.MonkeyPatch, queries: int, options: dict) -> None:
+    """As of long inputs, whose scores exceed SCORE_BYTES."""
+    problem = topk_problem([40, 23], 7, 40, 3, 8, 6, torch.float32, ties=True, seed=6, poison=False)
+    monkeypatch.setattr(op, "SCORE_BYTES", queries * 2 * 3 * 40 * 4)
+    expected = index_topk_reference(*problem.arguments(), **options)
+    assert sets(index_topk(*problem.arguments(), **options)) == sets(expected)
 
 
 @given(small_problems(most_k=8))
@@ -93,6 +103,28 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> N
     problem = topk_problem([9, 9], 1, 9, 4, 16, 5, torch.float32, ties=False, seed=5)
     with pytest.raises(ValueError, match=message):
         index_topk(*replaced(problem, **changes))
+
+
+NEEDED = r"index_scale is needed with index_k in float8_e4m3fn or uint8, and only then"
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale", "message"),
+    [
+        (torch.float8_e4m3fn, torch.ones(2, 9).half(), r"index_scale must be \[B, G\] fp32, got .* torch.float16"),
+        (torch.float8_e4m3fn, torch.ones(2, 8), r"index_scale must be \[B, G\] fp32, got \(2, 8\)"),
+        (torch.float8_e4m3fn, torch.ones(2, 9, device="meta"), "index_scale is on meta"),
+        (torch.float8_e4m3fn, None, NEEDED),
+        (torch.float32, torch.ones(2, 9), NEEDED),
+    ],
+)
+def test_a_scale_that_does_not_fit_the_keys_is_refused(
+    keys: torch.dtype, scale: torch.Tensor | None, message: str
+) -> None:
+    problem = topk_problem([9, 9], 1, 9, 4, 16, 5, torch.float32, ties=False, seed=5)
+    problem.index_k = problem.index_k.to(keys)
+    with pytest.raises(ValueError, match=message):
+        index_topk(*problem.arguments(), index_scale=scale)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU; test_interpreter.py runs these tests in Triton's interpreter", allow_module_level=True)
 
+from plugins.dependent import launch_options  # noqa: E402
 from plugins.index_topk import kernel as topk_kernel  # noqa: E402
 from plugins.index_topk import plan as topk_plan  # noqa: E402
 from plugins.sparse_attention import kernel as attention_kernel  # noqa: E402
@@ -223,6 +224,20 @@ def test_a_threshold_that_misses(target: int, ties: bool, monkeypatch: pytest.Mo
     assert_selection(expected, problem)
     monkeypatch.setattr(topk_kernel, "target", lambda k: target)
     assert sets(select(problem).cpu()) == sets(expected)
+
+
+def test_a_list_that_is_full_writes_nothing_behind_its_end() -> None:
+    """There its neighbour's begins. All of a row lies above the threshold, half as many again as a list holds."""
+    size, listed = 12288, 8192
+    keys = torch.arange(size, dtype=torch.int32, device=DEVICE)
+    lists = torch.full((2 * listed,), -7, dtype=torch.int32, device=DEVICE)
+    counts, threshold = (torch.full((1,), n, dtype=torch.int32, device=DEVICE) for n in (0, -1))
+    topk_kernel.filter_kernel[(1, 1)](
+        torch.tensor([size], device=DEVICE), keys, lists, counts, threshold, 0, 0, 1, 1, size, 1, listed, 1,
+        **topk_kernel.FILTER_OPTIONS, **launch_options(keys.device),
+    )  # fmt: skip
+    assert counts.item() == size
+    assert torch.equal(lists[:listed], keys[:listed]) and (lists[listed:] == -7).all()
 
 
 @pytest.mark.parametrize(("B", "S", "C"), [(0, 1, 9), (2, 0, 9), (2, 3, 0)])

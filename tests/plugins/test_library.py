@@ -432,6 +432,23 @@ def test_old_gpu_is_refused(host: Path, library: Path, fake_driver: dict, tmp_pa
         run_host(host, "run", library, case, 1, 1, 0, **fake_driver, FAKE_DRIVER_ARCH="75")
 
 
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
+def test_the_newest_machine_code_that_runs_is_loaded(
+    host: Path, library: Path, fake_driver: dict, tmp_path: Path, arch: int
+) -> None:
+    """PTX only for what is newer than all."""
+    case, loaded = attention_case(tmp_path, 1, 1, 5000, 2, 7, 64, 2048), tmp_path / "images"
+    environment = fake_driver | {"FAKE_DRIVER_ARCH": str(arch), "FAKE_DRIVER_IMAGES": str(loaded)}
+    run_host(host, "run", library, case, 1, 1, 0, **environment)
+    expected = arch if arch in ARCHITECTURES else 0
+    assert all(expected in map(int, line.split()) for line in loaded.read_text().splitlines())
+
+
+def test_shared_memory_is_allowed_on_every_device(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
+    case = topk_case(tmp_path, 2, 1, 9000, 8, 64, 64, torch.float16)
+    run_host(host, "run", library, case, 2, 1, 0, **fake_driver, FAKE_DRIVER_DEVICES="2")
+
+
 def test_contexts_on_several_threads(host: Path, library: Path, fake_driver: dict, tmp_path: Path) -> None:
     case = topk_case(tmp_path, 2, 1, 9000, 8, 64, 64, torch.float16)
     launches = as_recorded(run_host(host, "run", library, case, 4, 5, 0, **fake_driver))

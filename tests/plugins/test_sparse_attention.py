@@ -26,6 +26,14 @@ def test_torch_form_is_the_definition(problem: Attention) -> None:
     )
 
 
+def test_a_skipped_entry_reads_no_row() -> None:
+    """Not even the one that stands in for it, whose probability is 0: times NaN that would be NaN."""
+    problem = attention_problem(1, 3, 9, 1, 2, 8, 6, torch.float32, seed=7)
+    problem.indices[problem.indices == 0] = -1
+    problem.k_cache[:, :, 0] = problem.v_cache[:, :, 0] = torch.nan
+    torch.testing.assert_close(sparse_attention(*problem.arguments()), sparse_attention_reference(*problem.arguments()))
+
+
 @pytest.mark.parametrize(("S", "C"), [(0, 5), (3, 0)])
 def test_nothing_to_attend_to(S: int, C: int) -> None:
     q = torch.randn(2, 4, S, 8, requires_grad=True)
@@ -98,6 +106,20 @@ def test_gradients_are_those_of_the_torch_form(tile_bytes: int, monkeypatch: pyt
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
         assert b.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_tiles_are_summed_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In either type 2048 + 1 is 2048."""
+    monkeypatch.setattr(op, "GATHER_BYTES", 1)
+    q, k = torch.zeros(1, 1, 300, 8, dtype=dtype), torch.zeros(1, 1, 3, 8, dtype=dtype)
+    v = torch.zeros_like(k, requires_grad=True)
+    weights = torch.ones_like(q)
+    weights[:, :, 0] = 2048
+    output = sparse_attention(q, k, v, torch.ones(1, 300, 1, dtype=torch.int32), 1.0)
+    (got,) = torch.autograd.grad(output, v, weights)
+    expected = torch.tensor([0, 2048 + 299, 0.0])[:, None].expand(3, 8)
+    torch.testing.assert_close(got[0, 0].float(), expected, rtol=1e-2, atol=0)
 
 
 def test_operator_is_well_formed() -> None:
