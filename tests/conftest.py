@@ -46,15 +46,15 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def build_qwen(folder: Path, *, tied: bool = False) -> Path:
-    """A plain Qwen2 checkpoint: 2 layers, 7 query heads on 1 KV head of size 64, with biases and norms that matter."""
+def build_qwen(folder: Path, *, tied: bool = False, layers: int = 2) -> Path:
+    """A plain Qwen2 checkpoint: 7 query heads on 1 KV head of size 64, with biases and norms that matter."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=96,
         head_dim=64,
         intermediate_size=192,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=7,
         num_key_value_heads=1,
         max_position_embeddings=4096,
@@ -89,6 +89,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory) -> Path:
     return build_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def four_layers(tmp_path_factory) -> Path:
+    """For indexers of several layers: with two, the first layer leads all others."""
+    return build_qwen(tmp_path_factory.mktemp("four-layers"), layers=4)
 
 
 @pytest.fixture(scope="session")

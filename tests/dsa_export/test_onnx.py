@@ -351,6 +351,20 @@ def test_the_proof_finds_every_other_difference(graphs):
         reader.replace_input_with(position, visible)
     compare_graphs(**graphs)
 
+    for variant, op_type in (("dense", "Attention"), ("sparse", "SparseAttention")):
+        core = node(variant, op_type)
+        scale = core.attributes["scale"]
+        core.attributes["scale"] = ir.AttrFloat32("scale", 2 * scale.as_float())
+        with pytest.raises(UserError, match="the cores scale differently"):
+            compare_graphs(**graphs)
+        core.attributes["scale"] = scale
+    compare_graphs(**graphs)
+
+    graphs["sparse"].graph.outputs.append(node("sparse", "Sigmoid").outputs[0])
+    with pytest.raises(UserError, match="outputs differ by more than the index caches"):
+        compare_graphs(**graphs)
+    del graphs["sparse"].graph.outputs[-1]
+
     stray = ir.node("Neg", [node("sparse", "Sigmoid").outputs[0]])
     graphs["sparse"].graph.append(stray)
     with pytest.raises(UserError, match="neither to both nor"):

@@ -81,6 +81,19 @@ def test_attention_to_everything_caches_what_a_selection_needs_later(dsa_folder,
         torch.testing.assert_close(tensor.float(), also_first[name].float(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("share", [2, 3])
+@torch.no_grad()
+def test_each_group_of_layers_follows_its_own_leader(four_layers, tokens, share):
+    """Of four layers: two groups, of which the second may be incomplete."""
+    model = load_model(four_layers, index_heads=2, index_dim=8, index_topk=5, index_share=share)
+    traces: list[AttentionTrace] = []
+    model(tokens, use_cache=False, observer=lambda trace: traces.append(trace) or {})
+    for trace in traces:
+        leader = traces[trace.layer - trace.layer % share]
+        assert torch.equal(trace.indices, leader.indices) and trace.index_q is leader.index_q
+    assert len(traces) == 4 and not torch.equal(traces[0].indices, traces[share].indices)
+
+
 @torch.no_grad()
 def test_rows_of_different_lengths_with_groups(dsa_folder, tokens):
     """Padding behind a row's end enters no group's mean."""

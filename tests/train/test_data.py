@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from dsa_export.files import write_atomically
 from tests.train.conftest import record, write_jsonl
 from train import data
 from train.checkpoint import save_state
-from train.data import IGNORED, check_tokenizer, encode, load_data
+from train.data import IGNORED, Windows, _WindowBuilder, check_tokenizer, encode, load_data
 from train.documents import Document, Malformed, documents, parse_record
 
 IM_START, IM_END = 1, 2
@@ -131,15 +132,18 @@ def test_one_long_document_does_not_fill_the_held_out_windows(tmp_path: Path, to
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text)
     (folder / "trained.txt").write_text("and " * 500)
-    found = load(str(folder), tokenizer, held_out_windows=16)
-    ids = encode(Document((), long), tokenizer)[0]
-    middle = ids[(len(ids) - 2 * 32) // 2 :][: 2 * 32]
-    flat = [token for row in found.held_out.input_ids.tolist() for token in row]
-    assert len(found.held_out) == 16 and found.facts["documents_held_out"] == len(texts)
-    in_windows = [token for token in middle if flat.count(token)]
-    assert len(in_windows) > 32, "drawn at random, but most of them"
-    everything = load(str(folder), tokenizer, held_out_windows=10_000).held_out.input_ids.flatten().tolist()
-    assert tokenizer.decode(everything).count("w2999") == 1 and "w2999" not in tokenizer.decode(flat)
+
+    def words_of_the_long_one(rows: list[list[int]]) -> list[str]:
+        return re.findall(r"\bw\d{4}\b", " ".join(map(tokenizer.decode, rows)))  # none is cut to such a word
+
+    few, most, everything = (load(str(folder), tokenizer, held_out_windows=n) for n in (16, 100, 10_000))
+    assert len(few.held_out) == 16 and len(most.held_out) < 100  # drawn at random, and all that there are
+    assert few.facts["documents_held_out"] == len(texts)
+    ids, taken = encode(Document((), long), tokenizer)[0], 13 * 32
+    middle = words_of_the_long_one([ids[(len(ids) - taken) // 2 :][:taken]])
+    words = words_of_the_long_one(most.held_out.input_ids.tolist())
+    assert set(words) <= set(middle) and len(words) > len(middle) / 2
+    assert tokenizer.decode(everything.held_out.input_ids.flatten().tolist()).count("w2999") == 1
 
 
 def test_the_split_does_not_depend_on_the_order(tmp_path: Path, tokenizer) -> None:
@@ -201,6 +205,15 @@ def test_windows_without_a_label_where_it_is_scored_are_dropped(tmp_path: Path, 
     assert not labelled[None].all() and labelled[20].all() and len(windows[20]) == 9
 
 
+@pytest.mark.parametrize(("scored", "kept"), [(None, [1, 2, 3, 4, 5, 6, 7]), (3, [6, 7])])
+def test_a_window_is_kept_for_a_label_that_is_predicted(scored: int | None, kept: list[int]) -> None:
+    """Of 8 tokens, or of their last 3, the first is not."""
+    for place in range(8):
+        builder = _WindowBuilder(8, "pack", scored)
+        builder.add([*range(8)], [7 if n == place else IGNORED for n in range(8)])
+        assert len(builder) == (place in kept), place
+
+
 def test_too_few_held_out_windows_are_said(tmp_path: Path, tokenizer, capsys) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", [record(f"Answer {i}.") for i in range(100)])
     found = len(load(source, tokenizer, held_out_windows=1000).held_out)
@@ -217,6 +230,15 @@ def test_windows_are_cut_into_shorter_ones(tmp_path: Path, tokenizer) -> None:
     kept = [row for row, labels in enumerate(train.labels[:5].reshape(-1, 32)) if (labels[1:] != IGNORED).any()]
     assert 0 < len(kept) < len(pieces)
     assert short.input_ids.equal(pieces[kept]) and short.lengths.tolist() == [32] * len(kept)
+
+
+def test_what_is_cut_shorter_is_kept_for_a_label_that_is_predicted() -> None:
+    """In the first half of the first window only its first token has one."""
+    ids = torch.arange(16, dtype=torch.int32).view(2, 8)
+    labels = torch.full((2, 8), IGNORED, dtype=torch.int32)
+    labels[0, 0] = labels[0, 4] = labels[0, 5] = labels[1] = 7
+    short, long = Windows(ids, labels, torch.tensor([8, 8])).cut([4, 8])
+    assert short.input_ids.tolist() == [[4, 5, 6, 7]] and len(long) == 1
 
 
 def test_min_tokens_and_max_rows(tmp_path: Path, tokenizer) -> None:
@@ -284,6 +306,13 @@ def test_a_second_run_does_not_tokenize_again(tmp_path: Path, records: Path, tok
     write_jsonl(tmp_path / "d.jsonl", [record(f"Another number {i}.") for i in range(150)])
     assert load(source, tokenizer, **options).facts["sha256"] != first.facts["sha256"]
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".pt"]
+
+
+def test_the_facts_of_tokens_from_the_cache_are_those_of_the_source(tmp_path: Path, tokenizer) -> None:
+    """The manifest says how many documents were left out as too short."""
+    source = write_jsonl(tmp_path / "d.jsonl", [record("x" * (i % 40 + 1)) for i in range(300)])
+    first, again = (load(source, tokenizer, min_tokens=50, cache=tmp_path / "cache").facts for _ in range(2))
+    assert first["documents_short"] > 0 and again == first
 
 
 def test_what_was_tokenized_otherwise_is_not_taken(tmp_path: Path, tokenizer, encoded: list) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dsa_export.files import write_manifest
 from dsa_export.model import load_model, load_tokenizer
 from dsa_export.model.checkpoint import adapted_config, load_config
 from train import evaluate as command
-from train import plots, tasks, timing
+from train import ladder, plots, selection, tasks, timing
 from train.allocation import allocate
 from train.data import IGNORED, Windows
 from train.ladder import (
@@ -53,6 +54,13 @@ def model(checkpoint: Path):
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return torch.randint(3, 250, (1, T), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the 48 tokens here a tile of the usual size holds all."""
+    for module in (ladder, selection):
+        monkeypatch.setattr(module, "ROWS", 16)
 
 
 def windows(ids: torch.Tensor) -> Windows:
@@ -179,6 +187,19 @@ def test_scores_are_the_definitions_on_labelled_tokens(model, ids: torch.Tensor)
     kl = torch.nn.functional.kl_div(dense, window, reduction="sum", log_target=True)
     assert other_way["dense"].kl == pytest.approx(float(kl), rel=1e-4) and other_way["window"].kl == 0
     assert other_way["dense"].windows[0] == pytest.approx((-increase, scores["window"].loss), rel=1e-4)
+
+
+def test_scores_are_the_same_in_any_tiles(model, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "BLOCK", 8)
+    labels = ids[0].masked_fill(torch.arange(T) < 20, IGNORED)
+    states = {rung: hidden_states(model, ids, rung, K) for rung in ("dense", "window")}
+    once = score({"dense": model.lm_head}, states, labels)["dense"]
+    monkeypatch.setattr(ladder, "HEAD_ROWS", 16)
+    tiled = score({"dense": model.lm_head}, states, labels)["dense"]
+    for rung, whole in once.items():
+        for term, value in asdict(whole).items():
+            got = torch.tensor(getattr(tiled[rung], term))
+            torch.testing.assert_close(got, torch.tensor(value), rtol=1e-4, atol=1e-4)
 
 
 def test_the_standard_error_of_an_increase_covers_the_truth() -> None:
@@ -574,6 +595,27 @@ def test_every_k_is_asked_the_samples_of_the_seed(model, tokenizer, monkeypatch)
     Study(model, ["trained"], 1, 7).task("passkey", 400, 1, choices, tokenizer)
     _, prompt = tasks.fit("passkey", 400, tokenizer, 7 * 1_000_003)
     assert asked == [(False, prompt), ((8, 8), prompt), ((8, 16), prompt)]
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ([], {"length": [512], "windows": 4, "every": 1, "ks": [32, 64, 128], "tasks": [], "samples": 5}),
+        (["--quick"], {"windows": 2, "ks": [64], "tasks": ["passkey", "kv"], "samples": 1, "task_lengths": [512]}),
+        (["--length", "1024"], {"every": 1, "ks": [64, 128, 256]}),
+        (["--length", "2048"], {"every": 8, "ks": [128, 256, 512], "rungs": list(RUNGS)}),
+        (["--length", "2048", "--score-tokens", "512"], {"every": 1, "rungs": [r for r in RUNGS if r != "random"]}),
+        (["--length", "4096", "--score-tokens", "2000"], {"every": 8}),
+        (["--length", "96", "2048", "--topk", "95"], {"every": 8, "ks": [95]}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_left_out_is_filled_as_the_help_says(checkpoint, given: list[str], resolved: dict) -> None:
+    config = load_config(checkpoint)
+    config.max_position_embeddings = 4096
+    args = command.parser().parse_args(["--model", str(checkpoint), "--device", "cpu", *given])
+    command.resolve(args, config)
+    assert {name: getattr(args, name) for name in resolved} == resolved
 
 
 AUTO = ["--k", "auto", "--k-budget", "24"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from plugins.index_topk import index_topk
 from tests.conftest import Largest
 from train import losses
-from train.losses import TARGETS, IndexerObserver, attention_target, indexer_kl, indexer_kl_reference
+from train.losses import TARGETS, IndexerObserver, attention_target, indexer_kl, indexer_kl_reference, queries_apart
 
 SCALE = 0.3
 
@@ -119,6 +119,13 @@ def test_the_queries_that_count_begin_anywhere() -> None:
     """Or of each window, pass after pass, the same would be learned from."""
     torch.manual_seed(0)
     assert {IndexerObserver(8, every=4).first for _ in range(40)} == {0, 1, 2, 3}
+
+
+def test_the_shortest_row_decides_how_far_queries_are_apart() -> None:
+    """Wherever they begin, every row has one."""
+    mask = (torch.arange(20) < torch.tensor([20, 7])[:, None]).long()
+    assert [queries_apart(mask, queries) for queries in (3, 50, None)] == [2, 1, 1]
+    assert all(IndexerObserver(8, every=queries_apart(mask, 1)).first < 7 for _ in range(40))
 
 
 @pytest.mark.parametrize("k", [None, 5])

@@ -10,6 +10,7 @@ import shutil
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from train.data import IGNORED, Windows
 from train.losses import IndexerObserver, indexer_kl_reference
 from train.muon import COEFFICIENTS, ITERATIONS, HeadwiseMuon, muon, orthogonalise
 from train.options import resolve, settings_of
-from train.trainer import Settings
+from train.trainer import Settings, Trainer
 from train.validation import evaluate
 
 INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
@@ -124,6 +125,17 @@ def test_what_a_window_attends_to_is_what_its_positions_say(tiny: Path) -> None:
     model = load_model(tiny, **INDEXER)
     near, far, again = (warmup.warmup_terms(model, batch(), 8, span=span)["kl"].item() for span in (0, 400, 40))
     assert again == near != pytest.approx(far, rel=1e-3)
+
+
+def test_what_was_recorded_is_replayed_with_each_layers_own_leader(four_layers: Path) -> None:
+    """Two layers to an indexer; of two layers, the first indexer is the only one."""
+    model = load_model(four_layers, index_heads=2, index_dim=8, index_topk=5, index_share=2).train()
+    indexers = warmup.indexer_parameters(model)["indexer"]
+    once = warmup.warmup_terms(model, batch(), 5)
+    again = warmup.replayed_terms(model, warmup.record(model, batch()), topk=5, kl_queries=None, kl_target="rms")
+    torch.testing.assert_close(again["kl"], once["kl"])
+    gradients = [torch.autograd.grad(terms["kl"], indexers) for terms in (again, once)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_what_was_recorded_is_freed_without_the_garbage_collector(tiny: Path) -> None:
@@ -283,6 +295,14 @@ def test_windows_that_select_everything_tell_nothing(
     trained(tiny, records, tmp_path / "w", "--steps", "1", "--topk", k)
     assert said.rstrip("+") in (shown := " ".join(capsys.readouterr().out.split()))
     assert ("the selection costs" in shown) == (k == "8")
+
+
+@pytest.mark.parametrize(("sparse", "said"), [(2.2, "costs +10.00% of the dense loss"), (1.9, "costs -5.00% of")])
+def test_what_the_selection_costs(sparse: float, said: str, capsys: pytest.CaptureFixture) -> None:
+    figures = {"loss_sparse": sparse, "loss_dense": 2.0, "recall": 0.5}
+    run = SimpleNamespace(stage=SimpleNamespace(name="joint"), step=4, seconds=3.0, before=figures)
+    Trainer._show(run, figures)  # type: ignore[arg-type]
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 # ---------------------------------------------------------------- joint
@@ -607,6 +627,12 @@ def test_growing_windows_share_the_tokens() -> None:
     assert settings.lr_factor(60) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 2 / 3)) / 2)
 
 
+def test_the_time_that_is_left() -> None:
+    """50 of 200 tokens took half a minute."""
+    run = SimpleNamespace(settings=Settings(steps=4, lengths=(10,), batch_size=5), step=1, seconds=30.0)
+    assert Trainer._eta(run) == "600.00 s per 1,000 tokens, 1.5 min left"  # type: ignore[arg-type]
+
+
 def test_windows_grow_while_training(tiny: Path, records: Path, tmp_path: Path) -> None:
     arguments = ("--length", "16", "32", "64", "--steps", "7", "--kl-queries", "16")
     out = trained(tiny, records, tmp_path / "w", *arguments)
@@ -665,6 +691,18 @@ def test_what_is_predicted_is_averaged_over_the_labels_of_an_update(tiny: Path, 
         finetune.main(["--model", str(tiny), "--data", str(records), "--out", str(out), *SHORT, *options])
         first.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["cross_entropy"])
     assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+def test_what_is_distilled_is_averaged_over_the_labels_of_an_update(
+    warm: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "plot_metrics", lambda *_: None)
+    first = []
+    for batch, accumulation in (("4", "1"), ("1", "4")):
+        options = ["--steps", "1", "--held-out", "0", "--batch-size", batch, "--accumulation", accumulation]
+        out = joint_of(warm, records, tmp_path / batch, *options)
+        first.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["distillation"])
+    assert first[0] == pytest.approx(first[1], rel=1e-4) and first[0] > 1e-3
 
 
 def test_each_group_is_clipped_by_itself(warm: Path, records: Path, tmp_path: Path, monkeypatch) -> None:
