@@ -27,6 +27,14 @@ def wish(**changes: object) -> Wish:
     return replace(Wish([64], [1], ("decode", "prefill"), "prefill"), **changes)  # type: ignore[arg-type]
 
 
+def narrowed(group: Group, side: str, **limits: int) -> Group:
+    """With lower limits of the sparse engine, or of one of the dense ones."""
+    first, *others = group.dense
+    narrow = group.sparse if side == "sparse" else first
+    narrow = replace(narrow, limits=replace(narrow.limits, **limits))
+    return replace(group, sparse=narrow) if side == "sparse" else replace(group, dense=(narrow, *others))
+
+
 def test_engines_are_found_and_paired(engines: Path, tmp_path: Path):
     copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "down" / "sparse")
     copy_tree(engines / "ort" / "sparse", tmp_path / "deep" / "sparse.partial")
@@ -101,6 +109,12 @@ def test_cases_share_capacity_and_chunk(group: Group):
     assert {case.phase for case in matrix.plan(group, wish(phases=("decode",)))[0]} == {"decode"}
 
 
+@pytest.mark.parametrize("side", ["dense", "sparse"])
+def test_a_prefill_call_is_one_that_every_engine_takes(group: Group, side: str):
+    (case,), _ = matrix.plan(narrowed(group, side, prefill_chunk=16), wish(phases=("prefill",)))
+    assert case.queries == 16
+
+
 def test_default_contexts_are_affordable(group: Group):
     assert matrix.default_contexts(group, 4096, "prefill") == [512, 2048]
     heavy = replace(group.dense[0], manifest={"step_weights": 494_000_000})
@@ -122,6 +136,16 @@ def test_what_cannot_run_is_skipped_with_a_reason(group: Group, changes: dict, r
     cases, skips = matrix.plan(group, wish(**changes))
     assert reason in skips[0]["reason"]
     assert [case.phase for case in cases] == (["decode"] if "prefill_up_to" in changes else [])
+
+
+@pytest.mark.parametrize("side", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [({"max_context": 63}, "beyond the engines' capacity of 63 tokens"), ({"max_batch": 1}, "built for 1 rows")],
+)
+def test_no_case_exceeds_what_one_engine_takes(group: Group, side: str, limit: dict, reason: str):
+    cases, skips = matrix.plan(narrowed(group, side, **limit), wish(batches=[2], phases=("decode",)))
+    assert not cases and reason in skips[0]["reason"]
 
 
 def test_memory_is_estimated_before(group: Group):
@@ -160,12 +184,50 @@ def test_operations_of_a_call_are_counted_query_by_query(engines: Path):
             assert floors.call_flops(engine, Case("prefill", 3, context, 64, queries)) == 3 * expected
 
 
+@pytest.mark.parametrize(
+    ("topk", "selection", "scored"),
+    [
+        ((16, 16), {}, 2 * 500),
+        ((16, 16), {"index_share": 2}, 500),
+        ((16, 16), {"index_pool": 4}, 2 * 500 // 4),
+        ((16, 600), {}, 500),  # the second layer selects everything, and scores nothing
+    ],
+)
+def test_an_indexers_operations_are_those_of_the_keys_that_it_scores(
+    group: Group, topk: tuple[int, ...], selection: dict[str, int], scored: int
+):
+    engine = replace(group.sparse, topk=topk, selection=selection)
+    model, attended = engine.model, sum(min(k, 500) for k in topk)
+    rest = 2 * engine.manifest["step_weights"] + 4 * model.query_heads * model.head_dim * attended
+    scores = floors.call_flops(engine, Case("decode", 1, 500, 1000, 1)) - rest
+    assert scores == 2 * model.index_heads * model.index_dim * scored
+
+
 def test_a_floor_is_the_larger_of_both_times(group: Group):
     case = Case("decode", 1, 500, 500, 1)
     by_bytes = floors.floor(group.sparse, case, floors.Rates(1e9, 1e30, ""))
     by_flops = floors.floor(group.sparse, case, floors.Rates(1e30, 1e9, ""))
     assert by_bytes.ms == pytest.approx(by_bytes.bytes / 1e6)
     assert by_flops.ms == pytest.approx(by_flops.flops / 1e6)
+
+
+def test_rates_are_what_was_moved_and_done_in_the_time_that_it_took(monkeypatch: pytest.MonkeyPatch):
+    """Every floor and predicted speed-up is off by what a rate is off by, too little to be implausible."""
+
+    def timed(call):
+        call()
+        return next(seconds)
+
+    monkeypatch.setattr(floors, "timed", timed)
+    monkeypatch.setattr(floors, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(floors, "TRIES", 1)
+    monkeypatch.setattr(floors, "PRODUCT", 64)
+    for summing, moved in ((0.25, 2**16 / 0.25), (0.5, 2 * 2**16 / 0.5)):  # a copy in 0.5 s moves twice as much
+        seconds = iter([0.5, summing])
+        assert floors.cpu_bandwidth(3) == 3 * moved
+    for bits in (None, 4, 8):
+        seconds = iter([1.0, 4.0])  # of 8 rows, and of 64
+        assert floors.cpu_flops(1, bits) == 2 * 64**3 / 4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4", "int8"])

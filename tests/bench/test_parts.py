@@ -183,24 +183,29 @@ def test_sparse_is_scored_against_every_dense_side(runners):
 
 
 def test_caches_are_filled_as_a_whole_text_would_fill_them(runners, monkeypatch):
-    """Up to k slots the toy's sparse engine attends to everything: what it keeps of that is not taken over."""
+    """Up to k slots the toy's sparse engine attends to everything: what it keeps of that is not taken over.
+
+    With a second per token, the time to the first token is that of the whole text.
+    """
     taken: list[tuple[str, int]] = []
-    prefill = Session.prefill
+    prefill, clock = Session.prefill, [0.0]
 
     def noted(session, rows, *others):
         taken.append((next(name for name, one in sessions.items() if one is session), len(rows[0])))
+        clock[0] += len(rows[0])
         return prefill(session, rows, *others)
 
     sessions = {name: Session(runner, capacity=16) for name, runner in runners.items()}
     monkeypatch.setattr(Session, "prefill", noted)
+    monkeypatch.setattr(runs, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     settings = runs.Settings("prefill", measure.Budget(1), threads=1, scored=4)
     text = np.random.default_rng(0).integers(0, 256, (1, 65))
     filled = None
     with progress_bar() as progress:
         for context in (16, 32, 64):
-            filled = runs.fill(
-                sessions, matrix.Case("decode", 1, context, context, 1), text, settings, filled, progress
-            )
+            case = matrix.Case("decode", 1, context, context, 1)
+            filled = runs.fill(sessions, case, text, settings, filled, progress)
+            assert filled.seconds == dict.fromkeys(sessions, context)
     assert taken == [(name, tokens) for tokens in (16, 32, 32) for name in sessions]
     assert filled is not None and filled.context == 64
 

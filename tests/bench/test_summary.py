@@ -66,6 +66,12 @@ def test_the_sentence_says_what_was_measured():
     assert "prefer" not in slower
 
 
+def test_the_sentence_is_about_the_best_of_several_pairs():
+    best = pair(30, 6, precision="int4", speedup=5.0)
+    said = summary.sentence(summary.pairs([*pair(30, 20, speedup=1.5), *best, *pair(30, 15, k=64, speedup=2.0)]))
+    assert "6 ms sparse (k = 512, the best of 3 pairs): 5.00× as fast" in said and "int4" in said
+
+
 def test_the_sentence_says_when_the_machine_was_busy():
     calm, busy = (pair(30, 10, contention=share, context=n) for share, n in ((0.03, 8192), (0.4, 512)))
     assert "measure again" not in summary.sentence(summary.pairs(calm))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -17,6 +18,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, link_or_copy
 from engines import build, nvidia, ort
 from engines.artifacts import open_engine, open_export
+from engines.ort import OrtRunner
 from engines.text import TOKENIZER_FILES
 from plugins import cpu
 from tests.engines import toy
@@ -290,6 +292,28 @@ def test_a_graph_that_the_runtime_refuses_is_one_line(tmp_path: Path, capsys):
     assert code == 1
     assert "ONNX Runtime cannot load" in one_line(error)
     assert not leftovers(tmp_path / "engines")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_an_engine_whose_logits_are_not_finite_is_refused(
+    export: Path, tmp_path: Path, capsys, monkeypatch, bad: float, call: int
+):
+    """One logit of one call: of the check's first and last, with the least capacity and with one that selects."""
+    run, calls = OrtRunner.run, []
+
+    def spoiled(*arguments) -> np.ndarray:
+        calls.append(arguments)
+        logits = run(*arguments).copy()
+        if len(calls) == call:
+            logits[0, 7] = bad
+        return logits
+
+    monkeypatch.setattr(OrtRunner, "run", spoiled)
+    options = ["--onnx", str(export), "--out", str(tmp_path), "--variant", "sparse"]
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1 and "the engine's logits are not finite; check the checkpoint" in one_line(error)
+    assert not leftovers(tmp_path)
 
 
 def test_interrupting_a_build_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path):

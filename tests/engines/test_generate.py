@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from dsa_export.cli import Terminated, UserError
-from engines import generate
+from dsa_export.files import MANIFEST
+from engines import build, generate
 from engines.artifacts import open_engine
 from engines.sampling import Sampling
 from engines.session import Session, open_runner
@@ -158,6 +159,21 @@ def test_the_answer_is_streamed_and_measured(engines: Path, capsys):
     assert output == "".join(pieces(text, tokens, limit=9)) + "\n"
     for figure in (f"3 + {len(tokens)} tokens", "time to first token", "prefill", "decode", "tokens/s", "peak memory"):
         assert figure in error
+
+
+@pytest.mark.parametrize(("topk", "slots", "trusted"), [(16, [], 16), ([8, 24], [], 8), ([8, 24], ["64"], 64)])
+def test_a_random_indexer_is_trusted_up_to_the_least_k(tmp_path: Path, capsys, topk, slots: list[str], trusted: int):
+    """Or up to --dense-slots, where there is no selection."""
+    export = toy.write_export(tmp_path / "onnx", topk=topk)
+    manifest = json.loads((export / MANIFEST).read_text())
+    (export / MANIFEST).write_text(json.dumps(manifest | {"random_indexer": True}))
+    options = ["--onnx", str(export), "--out", str(tmp_path), *(["--dense-slots", *slots] if slots else [])]
+    build.build("ort", build.parse_arguments(options))
+    for variant, is_told in (("sparse", True), ("dense", False)):
+        options = ["--engine", str(tmp_path / "ort" / variant), "--raw", "--prompt", "x", "--max-new-tokens", "1"]
+        code, _, error = run_command(generate.main, options, capsys)
+        told = f"The indexer is random: do not trust answers beyond {trusted} tokens" in " ".join(error.split())
+        assert code == 0 and told == is_told
 
 
 def test_sampling_stop_strings_and_threads_are_those_of_the_command(engines: Path, capsys, monkeypatch):

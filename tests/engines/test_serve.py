@@ -339,6 +339,32 @@ def test_a_long_prompt_does_not_stop_the_others(runners: dict[str, Runner], text
     assert order.index("long") == pytest.approx(4000 / 128, abs=2)
 
 
+def test_prompts_are_read_in_turns(runners: dict[str, Runner], endless: Text, monkeypatch: pytest.MonkeyPatch):
+    """A chunk of each: who came second with a short prompt does not wait for the end of a long one."""
+    read, prefill = [], Batch.prefill
+
+    def noted(batch: Batch, row: Row) -> np.ndarray | None:
+        read.append(len(row.request.prompt))
+        return prefill(batch, row)
+
+    monkeypatch.setattr(Batch, "prefill", noted)
+    runner = runners["sparse"]
+    long, short = (chunks * runner.engine.limits.prefill_chunk for chunks in (5, 2))
+    prompts = [prompt_of(length, length) for length in (long, short)]
+    with begun_together(Scheduler(runner, slots=2, queue=0), endless, prompts, tokens=2):
+        pass
+    assert read == [long, short, long, short, long, long, long]
+
+
+def test_an_answer_fills_its_caches_where_all_places_are_taken(runners: dict[str, Runner], endless: Text, monkeypatch):
+    """One place: up to the last slot of a capacity, and beyond. The last token needs none: 255, 256 and 257 of them."""
+    monkeypatch.setattr("engines.scheduler.SMALLEST_CAPACITY", 256)
+    runner, prompt = runners["sparse"], prompt_of(250, 0)
+    with scheduling(runner, endless, slots=1) as scheduler:
+        for tokens in (6, 7, 8):
+            assert ask(scheduler, endless, prompt, tokens)[0] == greedy(runner, prompt, tokens)
+
+
 # Prompts that begin like others
 
 

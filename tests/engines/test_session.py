@@ -5,6 +5,8 @@ Shapes: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +17,7 @@ from engines import sampling
 from engines import session as session_module
 from engines.memory import chunk_tokens
 from engines.ort import OrtCaches, OrtRunner
-from engines.session import Runner, Session
+from engines.session import Runner, Session, bucket, buckets
 from tests.engines import toy
 
 TOLERANCE = 1e-4  # fp32 logits of up to 30; sums of another order
@@ -91,6 +93,21 @@ def test_growing_keeps_the_results_and_grows_in_buckets(runner: Runner):
     assert sorted(set(capacities)) == [256, 512, 1024, 2048]
     roomy = Session(runner, capacity=2048).prefill([prompt])
     np.testing.assert_allclose(logits, roomy, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("most", [300, 1000, 4096])
+def test_no_bucket_exceeds_what_the_engine_was_built_for(runners: dict[str, Runner], most: int):
+    engine = runners["sparse"].engine
+    engine = replace(engine, limits=replace(engine.limits, max_context=most))
+    assert bucket(engine, most) == most and bucket(engine, 1) == 256
+    assert buckets(engine) == [*(size for size in (256, 512, 1024, 2048) if size < most), most]
+
+
+def test_caches_hold_the_largest_k_of_any_layer(runners: dict[str, Runner]):
+    """The graph needs so many slots, whatever the engine was built for."""
+    engine = runners["sparse"].engine
+    assert bucket(replace(engine, topk=(16, 600)), 1) == 1024
+    assert bucket(replace(engine, topk=(16, 5000)), 1) == 5000
 
 
 def test_an_interrupt_while_the_caches_grow_leaves_an_empty_session(runner: Runner, monkeypatch: pytest.MonkeyPatch):
@@ -204,12 +221,13 @@ def test_a_row_that_has_ended_needs_no_room(runner: Runner):
 
 
 @pytest.mark.usefixtures("first_row_ends_at_once")
-def test_a_row_that_has_ended_keeps_what_it_holds(runner: Runner):
-    prompts = [tokens(5), tokens(3, seed=1)]
+@pytest.mark.parametrize("lengths", [(5, 3), (3, 5)])
+def test_a_row_that_has_ended_keeps_what_it_holds(runner: Runner, lengths: tuple[int, int]):
+    prompts = [tokens(length, seed) for seed, length in enumerate(lengths)]
     alone, session = Session(runner), Session(runner, 2)
     alone.prefill(prompts[:1])
     session.generate(prompts, 6)
-    session.truncate([5, 3])
+    session.truncate(list(lengths))
     np.testing.assert_allclose(session.decode([9, 9])[0], alone.decode([9])[0], atol=TOLERANCE)
 
 

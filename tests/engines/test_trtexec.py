@@ -296,9 +296,10 @@ def opened(trtexec, options, tmp_path: Path, capsys, monkeypatch):
     return folder
 
 
-def test_an_engine_for_another_gpu_is_refused(opened: Path, monkeypatch):
-    monkeypatch.setattr("engines.artifacts.installed_gpu", lambda: "8.9")
-    with pytest.raises(UserError, match=r"for compute capability 9\.0, this GPU has 8\.9: run `python -m engines"):
+@pytest.mark.parametrize("gpu", ["8.9", "9.5", "12.0"])
+def test_an_engine_for_another_gpu_is_refused(opened: Path, monkeypatch, gpu: str):
+    monkeypatch.setattr("engines.artifacts.installed_gpu", lambda: gpu)
+    with pytest.raises(UserError, match=rf"for compute capability 9\.0, this GPU has {gpu}: run `python -m engines"):
         open_engine(opened)
 
 
