@@ -132,7 +132,7 @@ def test_latent_attention_equals_the_stock_model(variant: str, tokens: torch.Ten
     model = load_model(folder, index_topk=tokens.shape[1], index_heads=2, index_dim=16)
     torch.testing.assert_close(model(tokens).logits, stock(tokens).logits, **EXACT)
     torch.testing.assert_close(dense_twin(model)(tokens).logits, stock(tokens).logits, **EXACT)
-    task = peers.Task(str(folder), [59], tokens[0].numpy(), "prefill", 8, measure.Budget(1), 1)
+    task = peers.Task(str(folder), [59], tokens[0].numpy(), "prefill", 8, {}, measure.Budget(1), 1)
     assert families.stock_config(model.config).to_diff_dict().get("q_lora_rank") == stock.config.q_lora_rank
     assert type(peers.TransformersPeer(task).model) is type(stock)
 
@@ -155,7 +155,7 @@ def test_the_peer_is_the_familys_stock_model(family: tuple[str, Path], tokens: t
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     load_model(folder, index_heads=2, index_dim=16).save_pretrained(tmp_path)
     for checkpoint in (folder, tmp_path):
-        task = peers.Task(str(checkpoint), [59], tokens[0].numpy(), "prefill", 8, measure.Budget(1), 1)
+        task = peers.Task(str(checkpoint), [59], tokens[0].numpy(), "prefill", 8, {}, measure.Budget(1), 1)
         peer = peers.TransformersPeer(task)
         assert type(peer.model) is type(stock)
         torch.testing.assert_close(peer.model(tokens).logits, stock(tokens).logits, **EXACT)
