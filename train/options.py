@@ -62,6 +62,7 @@ class Recipe:
     """Of each window in a step, dealt out to its passes."""
     passes: int = 1
     position_span: int = 0
+    """As far as the model has positions."""
 
 
 def argument_parser(
@@ -248,7 +249,7 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
         metavar="N",
         help="let the tokens of a window stand at positions up to N, with gaps between some of them: teaches the "
         "distances of longer texts at the cost of short ones; 0: without gaps "
-        f"[{real.position_span}; small models: {small.position_span}]",
+        f"[{real.position_span}, or the model's positions; small models: {small.position_span}]",
     )
     add_selection_arguments(parser)
 
@@ -340,9 +341,11 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     for name in ("batch_size", "lr", "min_tokens", "held_out"):
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(recipe, name))
-    for name in ("indexer_lr", "passes", "position_span"):
+    for name in ("indexer_lr", "passes"):
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
+    if hasattr(args, "position_span") and args.position_span is None:
+        args.position_span = min(recipe.position_span, config.max_position_embeddings)
     if hasattr(args, "kl_queries") and args.kl_queries is None and recipe.kl_queries:
         args.kl_queries = max(1, recipe.kl_queries // getattr(args, "passes", 1))
     if args.dtype is None:

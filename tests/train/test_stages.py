@@ -781,6 +781,7 @@ def test_a_real_model_reads_so_many_tokens_in_windows_that_grow_as_far_as_its_po
     args = warmup.parser().parse_args([*given, "--accumulation", "1"])
     resolve(args, warmup.SMALL, warmup.REAL, Qwen2Config(hidden_size=896, max_position_embeddings=positions))
     assert (args.length, args.steps, args.kl_queries, args.passes) == (lengths, steps, 128, 16)
+    assert args.position_span == min(positions, 32768)
     assert steps < 5 or 240_000 < settings_of(args).tokens_before(steps) <= 250_880
 
 
