@@ -145,7 +145,7 @@ def load_data(
     Args:
         length: T, tokens per window.
         train_windows, held_out_windows: how many windows the run uses; fewer come back if the source has fewer. Packed
-            held-out windows take only the middle of a long text, an eighth of all windows at most.
+            held-out windows take only the middle of a long document, an eighth of all windows at most.
         min_tokens: shorter documents are left out.
         max_rows: training documents at most.
         packing: "pack": documents end to end, cut every T tokens, the rest of the last window dropped;
@@ -200,9 +200,9 @@ def load_data(
                     short += 1
                     continue
                 rows[split] += 1
-                if split == "held-out" and packing == "pack" and not document.messages:
-                    start = max(len(ids) - most, 0) // 2
-                    ids, labels = ids[start : start + most], labels[start : start + most]
+                if split == "held-out" and packing == "pack":
+                    part = _middle(labels, most)
+                    ids, labels = ids[part], labels[part]
                 builders[split].add(ids, labels)
                 progress.update(task, completed=sum(min(len(builders[name]), wanted[name]) for name in wanted))
                 if cache and time.monotonic() - saved > SNAPSHOT_SECONDS:
@@ -231,6 +231,15 @@ def load_data(
         "malformed": malformed.summary() if malformed.count else None,
     }
     return TrainingData(train, held_out, facts)
+
+
+def _middle(labels: list[int], most: int) -> slice:
+    """`most` tokens in the middle of a longer document, or around its middle label if there is none among those."""
+    start = max(len(labels) - most, 0) // 2
+    if all(label == IGNORED for label in labels[start : start + most]):
+        counted = [i for i, label in enumerate(labels) if label != IGNORED] or [0]
+        start = min(max(counted[len(counted) // 2] - most // 2, 0), max(len(labels) - most, 0))
+    return slice(start, start + most)
 
 
 def _fingerprint(source: str, tokenizer: Any, options: list[Any], cache: Path | None) -> str:

@@ -16,7 +16,7 @@ from dsa_export.files import write_atomically
 from tests.train.conftest import record, write_jsonl
 from train import data
 from train.checkpoint import save_state
-from train.data import IGNORED, Windows, _WindowBuilder, check_tokenizer, encode, load_data
+from train.data import IGNORED, Windows, _middle, _WindowBuilder, check_tokenizer, encode, load_data
 from train.documents import Document, Malformed, documents, parse_record
 
 IM_START, IM_END = 1, 2
@@ -144,6 +144,20 @@ def test_one_long_document_does_not_fill_the_held_out_windows(tmp_path: Path, to
     words = words_of_the_long_one(most.held_out.input_ids.tolist())
     assert set(words) <= set(middle) and len(words) > len(middle) / 2
     assert tokenizer.decode(everything.held_out.input_ids.flatten().tolist()).count("w2999") == 1
+
+
+def test_one_long_answer_does_not_fill_the_held_out_windows(tmp_path: Path, tokenizer) -> None:
+    """Records too, of which the standard library's sources are made: 16 windows are of eight or more of them."""
+    rows = [record(f"{i} " * (4000 if i < 60 else 40), instruction=f"Question {i}.") for i in range(900)]
+    data = load(write_jsonl(tmp_path / "d.jsonl", rows), tokenizer, held_out_windows=16)
+    assert len(data.held_out) == 16 and data.facts["documents_held_out"] >= 8
+
+
+def test_of_a_long_prompt_its_answer_is_held_out() -> None:
+    labels = [IGNORED] * 90 + [7] * 10
+    assert _middle(labels, 20) == slice(80, 100) and _middle([7] * 100, 20) == slice(40, 60)
+    assert _middle([7] * 9 + [IGNORED] * 91, 20) == slice(0, 20)
+    assert _middle(labels, 200) == slice(0, 200) and _middle([IGNORED] * 30, 20) == slice(0, 20)
 
 
 def test_the_split_does_not_depend_on_the_order(tmp_path: Path, tokenizer) -> None:
