@@ -247,8 +247,8 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
         "--position-span",
         type=int,
         metavar="N",
-        help="let the tokens of a window stand at positions up to N, with gaps between some of them: teaches the "
-        "distances of longer texts at the cost of short ones; 0: without gaps "
+        help="let the tokens of a window stand at positions below N, with gaps between some of them: short windows "
+        "then teach the distances of longer texts, in the same time; 0: without gaps "
         f"[{real.position_span}, or the model's positions; small models: {small.position_span}]",
     )
     add_selection_arguments(parser)
