@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsa_export.model.attention.base import Observer
 from train.data import IGNORED
+from train.positions import model_inputs
 
 ROWS = 512
 """Rows of logits that are held at a time, the teacher's counted too; where there are more, the backward pass makes them
@@ -24,18 +25,18 @@ again."""
 def cross_entropy_terms(
     model: Any, batch: dict[str, Tensor], observer: Observer | None = None, teacher: Any = None
 ) -> dict[str, Tensor]:
-    """{"cross_entropy"} of a batch (input_ids, attention_mask, labels), and what its layers report.
+    """{"cross_entropy"} of a batch (model_inputs and labels), and what its layers report.
 
     teacher: a model of the same vocabulary, constant. With it {"distillation"} as well, which takes the gradient: the
     cross-entropy is then reported only.
     """
-    inputs = batch["input_ids"], batch["attention_mask"]
+    inputs = model_inputs(batch)
     heads, hidden = [model.lm_head], []
     if teacher is not None:  # first: later the model's activations would take the memory
         with torch.no_grad():
-            hidden.append(teacher.model(*inputs).last_hidden_state)
+            hidden.append(teacher.model(**inputs).last_hidden_state)
         heads.append(teacher.lm_head)
-    output = model.model(*inputs, observer=observer)
+    output = model.model(**inputs, observer=observer)
     hidden.insert(0, output.last_hidden_state)
     return {**next_token_losses(heads, hidden, batch["labels"]), **output.aux_losses}
 

@@ -26,7 +26,7 @@ from train.options import DTYPES, INDEXER_OPTIMIZERS, Recipe, argument_parser, r
 from train.trainer import Settings, Stage, adamw
 
 SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64, indexer_lr=2e-3)
-REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=3e-6, min_tokens=1024, indexer_lr=5e-4)
+REAL = Recipe(steps=1000, batch_size=1, length=(2048,), lr=3e-6, min_tokens=1024, indexer_lr=5e-4, position_span=32768)
 OBJECTIVES = ("distillation", "next-token")
 
 

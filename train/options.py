@@ -157,6 +157,18 @@ def argument_parser(
             f"mean [{TARGETS[0]}]",
         )
         run.add_argument(
+            "--position-span",
+            type=int,
+            metavar="N",
+            help="let the tokens of a window stand at positions below N, with gaps between some of them: short windows "
+            "then teach the distances of longer texts, in the same time; 0: without gaps "
+            + (
+                f"[{real.position_span}, or the model's positions; small models: {small.position_span}]"
+                if real
+                else f"[{small.position_span}]"
+            ),
+        )
+        run.add_argument(
             "--indexer-optimizer",
             choices=INDEXER_OPTIMIZERS,
             default="muon",
@@ -242,14 +254,6 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
         "about a few are worth more than few about many. Keeps what all layers attend with, 6 GB for 32,768 tokens of "
         "a 0.5B, of every micro-batch "
         f"[{real.passes}; small models, and with fsdp, which cannot: {small.passes}]",
-    )
-    group.add_argument(
-        "--position-span",
-        type=int,
-        metavar="N",
-        help="let the tokens of a window stand at positions below N, with gaps between some of them: short windows "
-        "then teach the distances of longer texts, in the same time; 0: without gaps "
-        f"[{real.position_span}, or the model's positions; small models: {small.position_span}]",
     )
     add_selection_arguments(parser)
 
@@ -491,6 +495,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         clip=args.clip,
         seed=args.seed,
         dtype=DTYPES[args.dtype],
+        position_span=getattr(args, "position_span", 0),
     )
 
 

@@ -32,6 +32,7 @@ from train.checkpoint import STATE, load_state, save_checkpoint, save_state
 from train.data import IGNORED, TrainingData, Windows
 from train.distributed import Processes, Spread, collect, like, load_optimizer_state, optimizer_state
 from train.plots import plot_metrics
+from train.positions import with_gaps
 
 METRICS = "metrics.jsonl"
 
@@ -96,6 +97,8 @@ class Settings:
     clip: float = 1.0
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    position_span: int = 0
+    """Windows of fewer tokens are spread over so many positions, with gaps."""
 
     def lr_factor(self, step: int) -> float:
         """Linear rise over warmup_steps, then constant, linear or cosine in the tokens read, down to a tenth."""
@@ -302,7 +305,10 @@ class Trainer:
         phase, windows = next((p, w) for p, w in self.phases if self.step < p.end)
         rows = [settings.rows(self.step - phase.first, i, len(windows)) for i in range(settings.accumulation)]
         mine = range(self.processes.rank, settings.accumulation, self.processes.count)
-        batches = [windows.batch(rows[i], self.device) for i in mine]
+        batches = []
+        for i in mine:
+            torch.manual_seed(settings.seed_of(self.step * self.stage.passes, i))
+            batches.append(with_gaps(windows.batch(rows[i], self.device), settings.position_span))
         counts = [
             {"labels": int((batch["labels"][:, 1:] != IGNORED).sum()), "tokens": int(batch["attention_mask"].sum())}
             for batch in batches
@@ -311,10 +317,7 @@ class Trainer:
         recorded = batches
         if self.stage.record:
             with torch.no_grad(), precision.autocast(self.device, settings.dtype):
-                recorded = []
-                for i, batch in zip(mine, batches, strict=True):
-                    torch.manual_seed(settings.seed_of(self.step * self.stage.passes, i))
-                    recorded.append(self.stage.record(self.spread.model, batch))
+                recorded = [self.stage.record(self.spread.model, batch) for batch in batches]
         parts = list(zip(mine, recorded, counts, strict=True))
         updates = [self._update(number, parts, totals, rows) for number in range(self.stage.passes)]
         means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}

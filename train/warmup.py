@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -30,6 +29,7 @@ from train.options import (
     start,
     train_from,
 )
+from train.positions import model_inputs
 from train.trainer import Stage
 from train.validation import evaluate
 
@@ -51,10 +51,6 @@ REAL = Recipe(
 )
 """35 to 44 minutes on one core in bf16 for Qwen2.5-0.5B. Measured in docs/results.md."""
 
-
-GAPS = 3
-"""In the positions of a window that is spread over more of them than it has tokens."""
-
 Recorded = tuple[list[AttentionTrace], dict[str, Tensor]]
 
 
@@ -73,34 +69,13 @@ def warmup_terms(
     topk: int,
     kl_queries: int | None = None,
     kl_target: str = TARGETS[0],
-    span: int = 0,
 ) -> dict[str, Tensor]:
     """{"kl", "recall", …} of a batch under dense attention. The head is not run: no cross-entropy is trained."""
     model.sparse = False
-    return model.model(**inputs(batch, span), observer=observer(batch, topk, kl_queries, kl_target)).aux_losses
+    return model.model(**model_inputs(batch), observer=observer(batch, topk, kl_queries, kl_target)).aux_losses
 
 
-def inputs(batch: dict[str, Tensor], span: int = 0) -> dict[str, Tensor]:
-    """What the model reads of a batch; its windows are spread over `span` positions if they have fewer tokens."""
-    found = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return found | ({"position_ids": spread(found["input_ids"], span)} if span > found["input_ids"].shape[1] else {})
-
-
-def spread(input_ids: Tensor, span: int) -> Tensor:
-    """Positions [B, T] that ascend from 0 and stay below `span` > T, with GAPS gaps at random places of random sizes.
-
-    What an indexer has learned at distances that its windows have does not hold at longer ones; a window with gaps has
-    them, at its own cost (Zhu et al., "PoSE", 2023, who teach a model itself so). Draws from torch's generator.
-    """
-    B, T = input_ids.shape
-    places = torch.randint(1, T, (B, GAPS))
-    sizes = torch.rand(B, GAPS)
-    sizes = sizes / sizes.sum(-1, keepdim=True) * torch.randint(0, span - T + 1, (B, 1))
-    gaps = torch.zeros(B, T, dtype=torch.int64).scatter_add_(1, places, sizes.long())
-    return (torch.arange(T) + gaps.cumsum(-1)).to(input_ids.device)
-
-
-def record(model: Any, batch: dict[str, Tensor], span: int = 0) -> Recorded:
+def record(model: Any, batch: dict[str, Tensor]) -> Recorded:
     """Every layer's trace under dense attention, and the batch: several updates share it, the base is frozen."""
     traces: list[AttentionTrace] = []
     model.sparse = False
@@ -109,7 +84,7 @@ def record(model: Any, batch: dict[str, Tensor], span: int = 0) -> Recorded:
         traces.append(trace.without_indexer())
         return {}
 
-    model.model(**inputs(batch, span), observer=keep)
+    model.model(**model_inputs(batch), observer=keep)
     return traces, batch
 
 
@@ -180,12 +155,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def prepare() -> tuple[Any, Stage]:
         model = load_model(name, attention=attention, **indexer)
-        once = partial(warmup_terms, span=args.position_span)
         return model, Stage(
             name="warmup",
             groups=indexer_parameters,
             terms=partial(
-                once if args.passes == 1 else replayed_terms,
+                warmup_terms if args.passes == 1 else replayed_terms,
                 topk=model.config.index_topk,
                 kl_queries=args.kl_queries,
                 kl_target=args.kl_target,
@@ -196,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 groups["indexer"], settings, model.config.index_dim
             ),
             passes=args.passes,
-            record=partial(record, span=args.position_span) if args.passes > 1 else None,
+            record=record if args.passes > 1 else None,
         )
 
     train_from(name, config, "warmup", args, processes, prepare)

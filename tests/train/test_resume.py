@@ -96,12 +96,12 @@ def test_kill_9_at_any_moment_resumes_to_the_same_bits(tiny: Path, records: Path
 def test_ctrl_c_saves_and_resumes_to_the_same_bits(
     stage, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    more = ["--passes", "2", "--position-span", "300"] if stage is warmup else []
-    arguments = command(tiny, records, tmp_path / "whole", 6, *more)
+    gaps = ["--position-span", "300"]
+    arguments = command(tiny, records, tmp_path / "whole", 6, "--passes", "2", *gaps)
     if stage is joint:
         warmup.main(command(tiny, records, tmp_path / "warm", 1))
         arguments = command(tmp_path / "warm", records, tmp_path / "whole", 6)
-        arguments = arguments[: -len(INDEXER)]
+        arguments = [*arguments[: -len(INDEXER)], *gaps]
     stage.main(arguments)
     cut = [str(tmp_path / "cut") if a == str(tmp_path / "whole") else a for a in arguments]
     handler = signal.getsignal(signal.SIGINT)

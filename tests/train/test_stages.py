@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import weakref
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +27,7 @@ from train.data import IGNORED, Windows
 from train.losses import IndexerObserver, indexer_kl_reference
 from train.muon import COEFFICIENTS, ITERATIONS, HeadwiseMuon, muon, orthogonalise
 from train.options import resolve, settings_of
+from train.positions import GAPS, spread, with_gaps
 from train.trainer import Settings, Trainer
 from train.validation import evaluate
 
@@ -88,19 +88,16 @@ def test_the_warm_up_trains_the_indexer_and_leaves_the_base_bitwise(tiny: Path, 
     "options", [{}, {"index_share": 2}, {"index_pool": 2}, {"index_keys": "int8"}, {"kl_target": "output"}], ids=str
 )
 @pytest.mark.parametrize("span", [0, 200])
-def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(
-    tiny: Path, options: dict, span: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(tiny: Path, options: dict, span: int) -> None:
     """The values and the indexers' gradients; and those of the indexers as they are now, not as they were recorded."""
     target = {"kl_target": options.get("kl_target", "rms")}
     model = load_model(tiny, **INDEXER, **{name: value for name, value in options.items() if name != "kl_target"})
     parameters = warmup.indexer_parameters(model)["indexer"]
-    spread = warmup.spread(batch()["input_ids"], span) if span else None
-    monkeypatch.setattr(warmup, "spread", lambda *_: spread)  # the same for both
-    recorded = warmup.record(model, batch(), span)
+    read = with_gaps(batch(), span)
+    recorded = warmup.record(model, read)
     for _ in range(2):
         values, gradients = [], []
-        for terms, of in ((partial(warmup.warmup_terms, span=span), batch()), (warmup.replayed_terms, recorded)):
+        for terms, of in ((warmup.warmup_terms, read), (warmup.replayed_terms, recorded)):
             torch.manual_seed(3)
             values.append(terms(model, of, topk=8, kl_queries=10, **target))
             gradients.append(torch.autograd.grad(values[-1]["kl"], parameters))
@@ -114,17 +111,31 @@ def test_terms_of_a_recorded_pass_are_those_of_a_whole_one(
 
 @given(length=st.integers(2, 40), more=st.integers(1, 1000))
 def test_a_window_is_spread_over_positions(length: int, more: int) -> None:
-    positions = warmup.spread(torch.zeros(50, length), length + more)
+    positions = spread(50, length, length + more)
     steps = positions.diff(dim=1)
     assert positions[:, 0].eq(0).all() and positions.max() < length + more
-    assert steps.min() >= 1 and (steps > 1).sum(1).max() <= warmup.GAPS
+    assert steps.min() >= 1 and (steps > 1).sum(1).max() <= GAPS
     assert length < 20 or more < 20 or (positions.diff(dim=0) != 0).any(), "every row has gaps of its own"
 
 
 def test_what_a_window_attends_to_is_what_its_positions_say(tiny: Path) -> None:
     model = load_model(tiny, **INDEXER)
-    near, far, again = (warmup.warmup_terms(model, batch(), 8, span=span)["kl"].item() for span in (0, 400, 40))
+    windows = [with_gaps(batch(), span) for span in (0, 400, 40)]
+    near, far, again = (warmup.warmup_terms(model, window, 8)["kl"].item() for window in windows)
     assert again == near != pytest.approx(far, rel=1e-3)
+    near, far, again = (joint.joint_terms(model, window, 8)["cross_entropy"].item() for window in windows)
+    assert again == near != pytest.approx(far, rel=1e-3)
+
+
+def test_both_stages_read_windows_with_gaps(warm: Path, records: Path, tmp_path: Path) -> None:
+    for stage, more in ((warmup, ()), (warmup, ("--passes", "2")), (joint, ("--topk", "8"))):
+        arguments = ["--model", str(warm), "--data", str(records), *SHORT, *more]
+        kl = []
+        for span in ("0", "400"):
+            stage.main([*arguments, "--position-span", span, "--overwrite", "--out", str(tmp_path / "out")])
+            first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[1])
+            kl.append(first["kl"])
+        assert kl[0] != pytest.approx(kl[1], rel=1e-3), stage
 
 
 def test_what_was_recorded_is_replayed_with_each_layers_own_leader(four_layers: Path) -> None:
