@@ -134,7 +134,7 @@ class Session:
         while (done < sizes).any():
             # Padding is written behind a row's end: the call must not reach over the last slot of any row.
             room = int(self.capacity - self.lengths.max())
-            S = int(min((sizes - done).max(), self.chunk_tokens(), max(room, 1)))
+            S = min(int((sizes - done).max()), self.chunk_tokens(), max(room, 1))
             input_ids = np.zeros((self.batch, S), np.int64)
             taken = np.minimum(sizes - done, S)
             for b, row in enumerate(rows):

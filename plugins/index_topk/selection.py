@@ -127,7 +127,7 @@ def guess_kernel(
     place = tl.minimum(place // CLUSTER, visible // CLUSTER - 1) * CLUSTER
     keys += row * tl.cdiv(C, ROW_ALIGNMENT) * ROW_ALIGNMENT
     sample = tl.load(keys + place[:, None] + tl.arange(0, CLUSTER)[None, :])
-    rank = tl.maximum(SAMPLE * TARGET // visible, 1)
+    rank = tl.maximum(TARGET * SAMPLE // visible, 1)  # the constant second: else no tensor to Triton 3.7's interpreter
     lowest, _ = largest_with_count(sample, tl.full((), SAMPLE, tl.int32), rank, rank + rank // 4)
     tl.store(threshold + row, lowest)
 

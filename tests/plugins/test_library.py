@@ -61,21 +61,24 @@ def test_score_and_attention_use_tensor_cores_and_asynchronous_copies(images: li
 
 SPILLS = {
     "index_topk_finish_16384": 600,
-    "index_topk_score_.*_64_4_prefill_fp8": 200,
+    "index_topk_score_.*_64_4_prefill_fp8": 224,
+    "index_topk_score_.*_64_16_prefill_fp8": 8,
     "sparse_attention_attend_.*_128": 8,
 }
-"""Bytes of stack that a thread may have: k above 2,048; fp8 keys before sm_89, decoded by integers; heads of 128, held
-to 128 registers. No other kernel has any."""
+"""Bytes of stack that a thread may have, by Triton 3.7 or 3.9: k above 2,048; fp8 keys before sm_89, decoded by
+integers; heads of 128, held to 128 registers. No other kernel has any."""
 
 
 def test_registers_suffice(images: list[Image]) -> None:
     """Spilling is the assembler's work: only the machine code shows it."""
+    spilling = {}
     for image in (image for image in images if not image.is_ptx):
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", image.path]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        stack = re.search(r" STACK:(\d+) ", usage)
-        allowed = max((most for name, most in SPILLS.items() if re.fullmatch(name, image.name)), default=0)
-        assert stack and int(stack[1]) <= allowed, f"{image.name} for sm_{image.arch}: {usage}"
+        stack = int(re.search(r" STACK:(\d+) ", usage)[1])
+        if stack > max((most for name, most in SPILLS.items() if re.fullmatch(name, image.name)), default=0):
+            spilling[f"{image.name} for sm_{image.arch}"] = stack
+    assert not spilling
 
 
 def test_exports_are_the_two_entry_points(library: Path) -> None:
