@@ -61,12 +61,13 @@ def test_score_and_attention_use_tensor_cores_and_asynchronous_copies(images: li
 
 SPILLS = {
     "index_topk_finish_16384": 600,
-    "index_topk_score_.*_64_4_prefill_fp8": 224,
-    "index_topk_score_.*_64_16_prefill_fp8": 8,
+    "index_topk_score_.*_64_4_prefill_fp8": 200,
     "sparse_attention_attend_.*_128": 8,
 }
-"""Bytes of stack that a thread may have, by Triton 3.7 or 3.9: k above 2,048; fp8 keys before sm_89, decoded by
-integers; heads of 128, held to 128 registers. No other kernel has any."""
+"""Bytes of stack that a thread may have: k above 2,048; fp8 keys before sm_89, decoded by integers; heads of 128, held
+to 128 registers. No other kernel has any."""
+if triton.__version__.startswith("3.7."):
+    SPILLS |= {"index_topk_score_.*_64_4_prefill_fp8": 224, "index_topk_score_.*_64_16_prefill_fp8": 8}
 
 
 def test_registers_suffice(images: list[Image]) -> None:
