@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from dsa_export.cli import UserError, console, progress_bar
@@ -44,12 +45,17 @@ SNAPSHOT_SECONDS = 30
 def encode(document: Document, tokenizer: Any, *, train_on_prompt: bool = False) -> tuple[list[int], list[int]]:
     """Token ids and labels of a document: prompt through the chat template, labelled -100; answer; eos.
 
-    Prompt and answer are tokenized apart, so the answer begins where generation would begin.
+    Prompt and answer are tokenized apart, so the answer begins where generation would begin. Raises UserError if the
+    template refuses the prompt.
     """
     prompt: list[int] = []
     if document.messages:
         messages = [{"role": role, "content": content} for role, content in document.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # no system message, or roles that must alternate
+            roles = ", ".join(role for role, _ in document.messages)
+            raise UserError(f"the model's chat template refuses a document with the roles {roles}: {error}") from None
         prompt = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     answer = tokenizer(document.answer, add_special_tokens=False, verbose=False)["input_ids"]
     ids = [*prompt, *answer, tokenizer.eos_token_id]

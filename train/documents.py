@@ -1,7 +1,7 @@
 """Text sources: what `--data` names, as a stream of documents.
 
     stdlib                      the Python standard library's own sources, written once as JSON lines
-    *.jsonl, *.json (.gz, .zst) JSON lines in the deepctrl-sft-data schema: instruction, input, output, history
+    *.jsonl, *.json (.gz, .zst) JSON lines: messages, text, or deepctrl-sft-data's instruction, input, output, history
     a folder                    its *.jsonl files, or else every text file in it, one document each
     any other file              plain text, cut into documents of PIECE characters
     hf://…, https://…           JSON lines, streamed
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
 from dsa_export.cli import UserError
 from dsa_export.files import write_atomically
@@ -30,6 +31,8 @@ HELD_OUT_SHARE = 20
 """One document in this many is held out."""
 PIECE = 8192
 """Characters of a document that is cut out of a single text file: some 2,000 tokens."""
+
+ROLES = ("system", "user", "assistant")
 
 CACHE = Path("out/data")
 """Where tokens and the standard library's records are kept, unless told otherwise."""
@@ -55,18 +58,45 @@ class Document:
 
 
 def parse_record(line: str) -> Document:
-    """One line of deepctrl-sft-data. Raises ValueError with the reason if it is malformed."""
+    """One JSON line: messages, text, or the fields of deepctrl-sft-data. Raises ValueError with the reason.
+
+    messages: [{"role": "system", "user" or "assistant", "content": text}, …]; the last, the assistant's, is the answer.
+    text: plain text. instruction, input, output, history ([[user, assistant], …]): output is the answer.
+    """
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, found {type(record).__name__}")
+    if "messages" in record:
+        document = _conversation(record["messages"])
+    elif "text" in record and "output" not in record:  # Alpaca's text is all of the other fields once more
+        document = Document((), record["text"])
+    else:
+        document = _instruction(record)
+    if not isinstance(document.answer, str) or not document.answer:
+        raise ValueError("no text to learn from: the last message, text or output is empty, or no string")
+    for text in (*(content for _, content in document.messages), document.answer):
+        text.encode()  # raises for half of a surrogate pair (\ud83d), which no tokenizer takes
+    return document
+
+
+def _conversation(messages: Any) -> Document:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError("messages must be a list of objects")
+    turns = [(message.get("role"), message.get("content")) for message in messages]
+    if not all(role in ROLES and isinstance(content, str) for role, content in turns):
+        raise ValueError(f"a message must have a role ({', '.join(ROLES)}) and a content, a string")
+    if len(turns) < 2 or turns[-1][0] != "assistant":
+        raise ValueError("messages must end with the assistant's, an answer to one before")
+    return Document(tuple(turns[:-1]), turns[-1][1])
+
+
+def _instruction(record: dict[str, Any]) -> Document:
     instruction, user_input, output = (record.get(name) or "" for name in ("instruction", "input", "output"))
     if not all(isinstance(text, str) for text in (instruction, user_input, output)):
         raise ValueError("instruction, input and output must be strings")
-    if not output:
-        raise ValueError("no output")
     question = "\n".join(part for part in (instruction, user_input) if part)
     if not question:
-        raise ValueError("neither instruction nor input")
+        raise ValueError("none of messages, text, instruction and input")
     history = record.get("history") or []
     if not isinstance(history, list):
         raise ValueError("history must be a list of [user, assistant] pairs")
@@ -76,8 +106,6 @@ def parse_record(line: str) -> Document:
             raise ValueError("history must be a list of [user, assistant] pairs")
         messages += [("user", turn[0]), ("assistant", turn[1])]
     messages.append(("user", question))
-    for text in (*(content for _, content in messages), output):
-        text.encode()  # raises for half of a surrogate pair (\ud83d), which no tokenizer takes
     return Document(tuple(messages), output)
 
 

@@ -99,8 +99,9 @@ def argument_parser(
         "--data",
         default="stdlib",
         metavar="SOURCE",
-        help="deepctrl-sft-data JSON lines (a file, a folder, hf:// or https://), a folder of text or code (one "
-        "document a file), or one file of text [stdlib: the Python standard library's sources]",
+        help="JSON lines of chats (messages), of plain text (text), or of instruction, input and output (a file, a "
+        "folder, hf:// or https://), a folder of text or code (one document a file), or one file of text [stdlib: the "
+        "Python standard library's sources]",
     )
     where.add_argument("--out", type=path, default=Path(out), metavar="DIR", help=f"output folder [{out}]")
     where.add_argument(

@@ -52,6 +52,13 @@ def test_training_on_the_prompt_labels_everything(tokenizer) -> None:
     assert labels == ids and labels is not ids
 
 
+def test_a_chat_that_the_template_refuses_is_one_line(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    with pytest.raises(UserError, match="roles system, user: no system message"):
+        encode(Document((("system", "Be brief."), ("user", "Hello")), "Hi"), tokenizer)
+
+
 def test_plain_text_has_no_prompt(tokenizer) -> None:
     ids, labels = encode(Document((), "text"), tokenizer)
     assert tokenizer.decode(ids) == "text<|im_end|>" and labels == ids

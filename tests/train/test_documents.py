@@ -31,8 +31,18 @@ def test_local_files_are_read_without_a_request(tmp_path: Path, monkeypatch) -> 
     [
         ("{", "Expecting"),
         ("[]", "expected an object"),
-        (json.dumps({"instruction": "x", "output": ""}), "no output"),
-        (json.dumps({"instruction": "", "input": "", "output": "y"}), "neither instruction nor input"),
+        (json.dumps({"instruction": "x", "output": ""}), "no text to learn from"),
+        (json.dumps({"instruction": "", "input": "", "output": "y"}), "none of messages, text, instruction and input"),
+        (json.dumps({"content": "y"}), "none of messages, text, instruction and input"),
+        (json.dumps({"text": ""}), "no text to learn from"),
+        (json.dumps({"text": 3}), "no text to learn from"),
+        (json.dumps({"text": "half of a pair: \ud83d"}), "surrogates"),
+        (json.dumps({"messages": "Hello"}), "must be a list"),
+        (json.dumps({"messages": ["Hello", "Hi"]}), "must be a list"),
+        (json.dumps({"messages": [{"role": "user", "content": "q"}]}), "must end with the assistant's"),
+        (json.dumps({"messages": [{"role": "assistant", "content": "a"}]}), "must end with the assistant's"),
+        (json.dumps({"messages": [{"role": "tool", "content": "q"}]}), "must have a role"),
+        (json.dumps({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), "must have a role"),
         (json.dumps({"instruction": 3, "output": "y"}), "strings"),
         (json.dumps(record("y", history=[["only one"]])), "history"),
         (json.dumps(record("y", history="none")), "history"),
@@ -47,6 +57,15 @@ def test_malformed_records_are_named(line: str, reason: str) -> None:
 
 def test_missing_optional_fields_are_fine() -> None:
     assert parse_record('{"input": "q", "output": "a", "history": null}') == Document((("user", "q"),), "a")
+
+
+def test_chats_and_plain_text_are_read_too() -> None:
+    turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi"), ("user", "And?"), ("assistant", "So.")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns], "id": 7}
+    assert parse_record(json.dumps(chat)) == Document(tuple(turns[:-1]), "So.")
+    assert parse_record(json.dumps({"text": "a = 1\n", "meta": {}})) == Document((), "a = 1\n")
+    alpaca = {"instruction": "q", "input": "", "output": "a", "text": "q and a"}
+    assert parse_record(json.dumps(alpaca)) == Document((("user", "q"),), "a")
 
 
 def test_empty_lines_and_a_byte_order_mark_are_no_bad_lines(tmp_path: Path) -> None:
