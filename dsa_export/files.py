@@ -20,6 +20,8 @@ from dsa_export.cli import UserError
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
+TRAINING_STATE = "state.pt"
+"""What a stopped training goes on from, in the partial folder of its output."""
 
 
 def temporary_name(path: Path, *, shared: bool = False) -> Path:
@@ -41,7 +43,8 @@ def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
 def check_output(out: Path, kind: str | None = None) -> None:
     """Raises UserError if no folder `out` can be made, or if it would replace what this toolchain did not write.
 
-    kind: what is to be written; an earlier output of another kind is then not replaced either.
+    kind: what is to be written; an earlier output of another kind is then not replaced either, nor what a stopped
+    training left of one.
     """
     if out.name in ("", ".."):
         raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
@@ -53,6 +56,8 @@ def check_output(out: Path, kind: str | None = None) -> None:
         raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
     check_writable(out)
     check_writable(out.parent)  # where the folder lies under its temporary name
+    if kind not in (None, "checkpoint"):
+        _check_no_training(out)
     if not out.exists() or not any(out.iterdir()):
         return
     found = manifest_kind(out)
@@ -83,13 +88,15 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     """Yields `<out>.partial` to write into, and renames it to `out` at the end, replacing an earlier output of ours.
 
     On an error the partial folder is removed, unless `keep_partial` (training resumes from it). Call check_output()
-    before the work that the error would waste. Raises UserError if another process writes there.
+    before the work that the error would waste. Raises UserError if another process writes there, and if what is at
+    `out` in the end is not ours: what was written stays in the partial folder then.
     """
     check_output(out)
     partial = out.with_name(out.name + PARTIAL)
     if not keep_partial:
         remove_partial(out)
     partial.mkdir(parents=True, exist_ok=keep_partial)
+    check_output(out)  # a part of the path before `..` may have been missing until now
     with _only_writer(partial):
         try:
             yield partial
@@ -97,6 +104,7 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
             if not keep_partial:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+        check_output(out)  # it may have appeared meanwhile
         replaced = out.with_name(out.name + REPLACED)
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
@@ -106,11 +114,18 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
 
 
 def remove_partial(out: Path) -> None:
-    """Forgets what a stopped run left of `out`. Raises UserError if it is still running."""
+    """Forgets what a stopped run left of `out`. Raises UserError if it is still running, or was a training."""
     partial = out.with_name(out.name + PARTIAL)
+    _check_no_training(out)
     if partial.exists():
         with _only_writer(partial):
             shutil.rmtree(partial)
+
+
+def _check_no_training(out: Path) -> None:
+    partial = out.with_name(out.name + PARTIAL)
+    if (partial / TRAINING_STATE).is_file():
+        raise UserError(f"{partial} holds a training that was stopped: choose another --out, or remove it")
 
 
 @contextmanager

@@ -14,12 +14,10 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from dsa_export.cli import UserError
-from dsa_export.files import temporary_name
-
-STATE = "state.pt"
+from dsa_export.files import TRAINING_STATE, temporary_name
 
 
-def save_state(folder: Path, state: dict[str, Any], name: str = STATE, *, shared: bool = False) -> None:
+def save_state(folder: Path, state: dict[str, Any], name: str = TRAINING_STATE, *, shared: bool = False) -> None:
     """Writes a state under a temporary name and renames it: whatever happens, a whole state is there.
 
     shared: several processes may write it at the same time.
@@ -37,7 +35,7 @@ def save_state(folder: Path, state: dict[str, Any], name: str = STATE, *, shared
         raise
 
 
-def load_state(folder: Path, name: str = STATE) -> dict[str, Any] | None:
+def load_state(folder: Path, name: str = TRAINING_STATE) -> dict[str, Any] | None:
     """The last state saved in a folder, or None. Raises UserError if it cannot be read."""
     path = folder / name
     if not path.is_file():

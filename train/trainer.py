@@ -26,9 +26,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, console, progress_bar
-from dsa_export.files import PARTIAL, as_in_manifest, output_folder, write_atomically, write_manifest
+from dsa_export.files import PARTIAL, TRAINING_STATE, as_in_manifest, output_folder, write_atomically, write_manifest
 from train import precision
-from train.checkpoint import STATE, load_state, save_checkpoint, save_state
+from train.checkpoint import load_state, save_checkpoint, save_state
 from train.data import IGNORED, TrainingData, Windows
 from train.distributed import Processes, Spread, collect, like, load_optimizer_state, optimizer_state
 from train.plots import plot_metrics
@@ -186,7 +186,7 @@ class Trainer:
                 after = self._evaluate("after")
                 self._write(after)
         if first:
-            (self.out / STATE).unlink(missing_ok=True)
+            (self.out / TRAINING_STATE).unlink(missing_ok=True)
             self._report(after)
         self.processes.wait()  # for what the first one writes: others may read it next
         return after
@@ -197,7 +197,7 @@ class Trainer:
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            if str(interrupt) or not (self.folder / STATE).is_file():
+            if str(interrupt) or not (self.folder / TRAINING_STATE).is_file():
                 raise
             raise KeyboardInterrupt(
                 f"stopped; the last state saved is in {self.folder}: the same command goes on from there"
@@ -231,7 +231,7 @@ class Trainer:
         self.processes.wait()
         torch.manual_seed(settings.seed)
         if state is None and self.processes.is_first:
-            (self.folder / STATE).unlink(missing_ok=True)
+            (self.folder / TRAINING_STATE).unlink(missing_ok=True)
             (self.folder / METRICS).write_text("")
             self.before = self._evaluate("before")
         self.processes.wait()
@@ -381,7 +381,7 @@ class Trainer:
             windows = ", ".join(str(row) for row in torch.cat(rows).tolist())
             raise UserError(
                 f"{problems[0]} at step {self.step + 1} (windows {windows}); the weights before this update are "
-                f"saved in {self.folder / STATE}: start again with a lower --lr and --overwrite"
+                f"saved in {self.folder / TRAINING_STATE}: start again with a lower --lr and --overwrite"
             )
 
     def _eta(self) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from dsa_export.cli import UserError
 from dsa_export.files import (
+    TRAINING_STATE,
     check_output,
     checkpoint_hash,
     output_folder,
@@ -36,6 +37,34 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
         raise ZeroDivisionError
     remove_partial(out)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_not_ours_is_not_replaced_however_late_it_is_seen(tmp_path):
+    """By a part of the path before `..` that is missing at first, or as a folder that appears during the work."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("precious")
+    late = output_folder(tmp_path / "missing" / ".." / "theirs")
+    with pytest.raises(UserError, match="not written by this toolchain"), late:
+        pass
+    new = tmp_path / "new"
+    with pytest.raises(UserError, match="not written by this toolchain"), output_folder(new) as partial:
+        (partial / "result").write_text("of hours")
+        theirs.replace(new)
+    assert (new / "file").read_text() == "precious" and (tmp_path / "new.partial" / "result").read_text() == "of hours"
+
+
+def test_no_other_command_forgets_a_stopped_training(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), output_folder(out, keep_partial=True) as partial:
+        (partial / TRAINING_STATE).write_text("of hours")
+        raise KeyboardInterrupt
+    for refused in (lambda: check_output(out, "onnx"), lambda: remove_partial(out), output_folder(out).__enter__):
+        with pytest.raises(UserError, match=r"out.partial holds a training that was stopped"):
+            refused()
+    check_output(out, "checkpoint")
+    with output_folder(out, keep_partial=True) as partial:
+        assert (partial / TRAINING_STATE).read_text() == "of hours"
 
 
 def test_a_mount_point_is_refused_and_a_folder_below_it_is_not(tmp_path, monkeypatch):

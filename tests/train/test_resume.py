@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from dsa_export.cli import UserError
+from dsa_export.files import TRAINING_STATE
 from train import checkpoint, joint, trainer, warmup
 
 ARGUMENTS = [
@@ -76,7 +77,7 @@ def test_kill_9_at_any_moment_resumes_to_the_same_bits(tiny: Path, records: Path
     program = [sys.executable, "-m", "train.warmup"]
     run = [*program, *command(tiny, records, killed, steps, "--save-every", "1")]
     subprocess.run([*program, *command(tiny, records, whole, steps)], check=True, stdout=subprocess.DEVNULL)
-    state = tmp_path / "killed.partial" / checkpoint.STATE
+    state = tmp_path / "killed.partial" / TRAINING_STATE
     killed_once = False
     while not killed.exists():
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL)
