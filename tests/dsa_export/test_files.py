@@ -46,7 +46,7 @@ def test_what_is_not_ours_is_not_replaced_however_late_it_is_seen(tmp_path):
     (theirs / "file").write_text("precious")
     late = output_folder(tmp_path / "missing" / ".." / "theirs")
     with pytest.raises(UserError, match="not written by this toolchain"), late:
-        pass
+        pytest.fail("the work began")
     new = tmp_path / "new"
     with pytest.raises(UserError, match="not written by this toolchain"), output_folder(new) as partial:
         (partial / "result").write_text("of hours")
