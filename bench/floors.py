@@ -8,14 +8,14 @@ the floors: what sparsity would bring if every kernel of both engines were perfe
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bench.matrix import Case
 from bench.measure import timed
-from engines import ort_cuda
+from engines import ort
 from engines.artifacts import Engine
 
 COPY_BYTES = 64 * 2**20
@@ -113,9 +113,11 @@ def rates(backend: str, dtype: str, precision: str, threads: int) -> Rates:
 
 
 def runs_on_gpu(backend: str) -> bool:
+    if backend == "ort":
+        return ort.runs_on_gpu()
     import torch
 
-    return ort_cuda.usable() if backend == "ort" else torch.cuda.is_available()
+    return torch.cuda.is_available()
 
 
 def cpu_bandwidth(threads: int) -> float:
@@ -199,7 +201,3 @@ def cuda_rates(dtype: Any) -> Rates:
     return Rates(
         bandwidth, flops, f"copy and sum of 1 GiB and {str(dtype).removeprefix('torch.')} product of 8192² on {name}"
     )
-
-
-def as_json(measured: Rates) -> dict[str, Any]:
-    return asdict(measured)

@@ -142,7 +142,7 @@ def _records(
             "speedup": timing[strongest].median / timing[name].median,
             "speedup_paired": float(np.median(times[strongest] / times[name])),
             **floors.facts(floor[name], floor[strongest], timing[name].median),
-            "rates": floors.as_json(rates),
+            "rates": asdict(rates),
             "ttft_s": filled.seconds[name] if settings.caches == "prefill" else None,
             "loss": scored.loss[name] if scored else None,
             "agreement": asdict(scored.agreement[strongest if name == sparse else name]) if scored else None,

@@ -1,15 +1,5 @@
 """Dense and sparse language models, and their export to ONNX.
 
-Importing this package registers the model with transformers: AutoModelForCausalLM.from_pretrained("ckpt/") then works.
+`import dsa_export.model` makes the model known to transformers, for AutoModelForCausalLM.from_pretrained("ckpt/"). What
+engines of ONNX Runtime need of this package does without it, and without torch.
 """
-
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from dsa_export.config import DSAConfig
-from dsa_export.model import DSAForCausalLM, DSAModel
-
-AutoConfig.register(DSAConfig.model_type, DSAConfig)
-AutoModel.register(DSAConfig, DSAModel)
-AutoModelForCausalLM.register(DSAConfig, DSAForCausalLM)
-
-__all__ = ["DSAConfig", "DSAForCausalLM"]

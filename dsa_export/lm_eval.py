@@ -3,11 +3,12 @@
     pip install -e '.[eval]'
     python -m dsa_export.lm_eval run --model hf --model_args pretrained=ckpt --tasks lambada_openai
 
-All arguments are lm-eval's own. What makes it work is the import of dsa_export, which registers the model.
+All arguments are lm-eval's own. What makes it work is the import of dsa_export.model, which registers the model.
 """
 
 from __future__ import annotations
 
+import dsa_export.model  # noqa: F401
 from dsa_export.cli import UserError, run
 
 

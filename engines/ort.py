@@ -25,10 +25,20 @@ from engines.session import check_room
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "uint8": np.uint8}
 CPU_DTYPES = ("fp32", "fp16")
+CUDA_PROVIDER = "CUDAExecutionProvider"
 
 # What a graph that was edited by hand raises; and what memory that ran out does, while loading or in a call.
 LOAD_ERRORS = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.InvalidArgument, state.NotImplemented)
 RUN_ERRORS = (RuntimeError, state.RuntimeException, state.Fail, MemoryError)
+
+
+def runs_on_gpu() -> bool:
+    """Whether ONNX Runtime has its CUDA provider (onnxruntime-gpu) and torch sees a GPU."""
+    if CUDA_PROVIDER not in onnxruntime.get_available_providers():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @dataclass

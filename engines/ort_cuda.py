@@ -8,31 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
 from dsa_export.cli import UserError
 from engines.artifacts import Engine, rebuild_command
 from engines.device import DeviceCaches, DeviceRunner
-from engines.ort import RUN_ERRORS, check_caches, check_types, load, run_failure
+from engines.ort import CUDA_PROVIDER, RUN_ERRORS, check_caches, check_types, load, run_failure
 from engines.ort_graph import OPERATOR
 
-PROVIDER = "CUDAExecutionProvider"
 NUMPY_DTYPES = {
     torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16, torch.uint8: np.uint8,
 }  # fmt: skip
 
 
-def usable() -> bool:
-    """Whether ONNX Runtime has the provider (onnxruntime-gpu) and torch sees a GPU."""
-    return PROVIDER in onnxruntime.get_available_providers() and torch.cuda.is_available()
-
-
 class OrtCudaRunner(DeviceRunner):
     """Runs an engine folder of backend `ort` on the first GPU."""
 
-    providers = (PROVIDER, "CPUExecutionProvider")
+    providers = (CUDA_PROVIDER, "CPUExecutionProvider")
 
     def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         super().__init__(engine)
@@ -46,8 +39,8 @@ class OrtCudaRunner(DeviceRunner):
         loaded = self.session.get_providers()  # without those whose libraries are missing, which it keeps to itself
         if self.providers[0] not in loaded:
             raise UserError(
-                f"ONNX Runtime cannot load {PROVIDER}: onnxruntime-gpu wants the CUDA and cuDNN that it was built for "
-                "(`pip install onnxruntime-gpu[cuda,cudnn]` brings them)"
+                f"ONNX Runtime cannot load {CUDA_PROVIDER}: onnxruntime-gpu wants the CUDA and cuDNN that it was built "
+                "for (`pip install onnxruntime-gpu[cuda,cudnn]` brings them)"
             )
         check_caches(self.session, engine)
 

@@ -80,10 +80,13 @@ def open_runner(
     """
     engine = open_engine(folder, verify=verify)
     if engine.backend == "ort":
-        from engines import ort, ort_cuda
+        from engines import ort
 
-        runner = ort_cuda.OrtCudaRunner if ort_cuda.usable() else ort.OrtRunner
-        return runner(engine, threads=threads, profile=profile)
+        if ort.runs_on_gpu():
+            from engines.ort_cuda import OrtCudaRunner
+
+            return OrtCudaRunner(engine, threads=threads, profile=profile)
+        return ort.OrtRunner(engine, threads=threads, profile=profile)
     if engine.backend == "torch":
         from engines.torch_runner import TorchRunner
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
 
 from dsa_export.cli import UserError
-from dsa_export.model import load_tokenizer
 from engines.artifacts import Engine
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -29,7 +29,9 @@ class Text:
     def __init__(self, engine: Engine):
         self.folder = engine.folder
         self.end_tokens = frozenset(engine.model.eos_token_id)
-        self._tokenizer = load_tokenizer(engine.folder)
+        tokenizer_files(engine.folder)
+        # AutoTokenizer imports torch: two seconds and 300 MB that an engine of ONNX Runtime does not need.
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(engine.folder)
         self.backend = self._tokenizer.backend_tokenizer
 
     def encode(self, text: str) -> list[int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import onnx
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DOMAIN = "dsa"
 PLUGIN_VERSION = "1"

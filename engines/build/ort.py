@@ -22,12 +22,11 @@ WITH_GQA, WITH_KERNELS = "dense-gqa", "dense-kernels"
 
 
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
-    from engines import ort_cuda
-    from engines.ort import check_types
+    from engines.ort import check_types, runs_on_gpu
     from engines.ort_graph import HALVED, OPERATOR, OWN_OPERATOR, group_query, with_cpu_kernels
 
     runtime_version("ort")
-    for_cpu = not ort_cuda.usable()
+    for_cpu = not runs_on_gpu()
     for option in ("--dense-slots", "--standard-operators", "--kv-cache"):
         if not for_cpu and getattr(args, option[2:].replace("-", "_")):
             raise UserError(f"{option} is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
@@ -94,11 +93,11 @@ def as_cached(graph: Graph, args: argparse.Namespace) -> Graph:
 
 def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
     """Whether our CPU kernels are to select and attend."""
-    from engines import ort_cuda
+    from engines.ort import runs_on_gpu
     from engines.ort_graph import fits_cpu_kernels
 
     wanted = backend == "ort" and not args.standard_operators
-    return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not ort_cuda.usable()
+    return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not runs_on_gpu()
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def test_options_without_effect_are_refused(options: str, message: str, capsys):
 
 
 def test_dense_slots_are_refused_where_a_gpu_would_be_used(export: Path, tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr("engines.ort_cuda.usable", lambda: True)
+    monkeypatch.setattr("engines.ort.runs_on_gpu", lambda: True)
     options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--dense-slots", "64"]
     code, _, error = run_command(build.main, options, capsys)
     assert (code, leftovers(tmp_path / "engines")) == (1, [])

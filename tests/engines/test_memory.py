@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from engines.session import Runner, Session, open_runner
 from tests.engines import toy
 from tests.engines.commands import copy_tree
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 SLACK = 24 * MIB  # activations outside attention, arenas' rounding, the interpreter's own
 
@@ -45,7 +42,7 @@ def peak_of_a_full_session(folder: Path, batch: int) -> tuple[float, int]:
 
 @pytest.mark.parametrize("variant", ["dense", "sparse"])
 def test_the_peak_is_weights_caches_and_a_bounded_workspace(engines: Path, variant: str):
-    measured, formula = in_child(peak_of_a_full_session, engines / "ort" / variant, 8)
+    measured, formula = in_child(peak_of_a_full_session, engines / "ort" / variant, 8, method="spawn")
     assert 0.4 * formula < measured * MIB < formula + SLACK
 
 
@@ -79,20 +76,12 @@ def test_an_engine_has_the_threads_that_it_is_given(engines: Path):
 def test_growing_gives_the_old_caches_back_tensor_by_tensor(engines: Path):
     """Tensors of 32 MiB, which the allocator returns to the system at once; huge pages round what is touched up.
 
-    In a process of its own: in the heap of one that has run tests, a hole may be as large, and what fills it stays.
+    Spawned: in the heap of a process that has run tests a hole may be as large, and what fills it stays.
     """
-    program = (
-        "import sys; from pathlib import Path; from tests.engines.test_memory import peak_of_growing; "
-        "print(peak_of_growing(Path(sys.argv[1]), sys.argv[2] == 'release'))"
-    )
-
-    def peak(how: str) -> float:
-        command = [sys.executable, "-c", program, engines / "ort" / "sparse", how]
-        return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-
     whole = toy.LAYERS * 2**18 * (2 * toy.HKV * toy.D + toy.DI) * 4 / MIB
-    assert peak("release") < 0.7 * whole
-    assert peak("keep") > 0.9 * whole
+    sparse = engines / "ort" / "sparse"
+    assert in_child(peak_of_growing, sparse, True, method="spawn") < 0.7 * whole
+    assert in_child(peak_of_growing, sparse, False, method="spawn") > 0.9 * whole
 
 
 def test_no_memory_while_loading(engines: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,10 @@ Shapes: B batch, V vocabulary.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +270,18 @@ def test_the_prefill_chunk_is_halved_until_its_workspace_fits(runners: dict[str,
     need = 2 * dense.workspace_bytes_per_query(4096)
     assert chunk * need <= 2**20 < 2 * chunk * need
     assert chunk_tokens(dense, 64, batch=1, capacity=16) == 64
+
+
+def test_an_engine_of_onnx_runtime_needs_no_torch(engines: Path):
+    """Importing it takes four seconds of processor time and 300 MB."""
+    code = f"""
+import sys
+from pathlib import Path
+import bench.compare, bench.serving, engines.build, engines.generate, engines.serve
+from engines.session import Session, open_runner
+from engines.text import Text
+runner = open_runner(Path({str(engines / "ort" / "sparse")!r}))
+Session(runner).prefill([Text(runner.engine).encode("def f():")])
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

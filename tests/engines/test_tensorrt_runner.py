@@ -21,7 +21,8 @@ from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, sha256
 from engines import artifacts, build, tensorrt_runner
 from engines.artifacts import open_engine
-from engines.ort_cuda import PROVIDER, OrtCudaRunner
+from engines.ort import CUDA_PROVIDER
+from engines.ort_cuda import OrtCudaRunner
 from engines.scheduler import Batch, Row
 from engines.session import Runner, Session, open_runner
 from engines.tensorrt_runner import DECODE, PREFILL, TensorRTRunner, check_gpu, check_plugin
@@ -197,7 +198,7 @@ def test_onnx_runtime_on_device_memory(
             np.testing.assert_allclose(found.prefill(rows), expected.prefill(rows), atol=1e-4)
         assert found.capacity == 512
         np.testing.assert_allclose(found.decode([1, 2]), expected.decode([1, 2]), atol=1e-4)
-    monkeypatch.setattr(OrtCudaRunner, "providers", (PROVIDER, "CPUExecutionProvider"))  # which does not load here
+    monkeypatch.setattr(OrtCudaRunner, "providers", (CUDA_PROVIDER, "CPUExecutionProvider"))  # which does not load here
     with pytest.raises(UserError, match="ONNX Runtime cannot load CUDAExecutionProvider: onnxruntime-gpu wants"):
         OrtCudaRunner(open_engine(standard_engines / "ort" / "dense"))
     with pytest.raises(UserError, match="dense-gqa was built for CPUs: remove it"):
