@@ -50,6 +50,7 @@ def main() -> None:
     that measure memory, and would hide what an engine needs."""
     args = parse_arguments()
     check_output(args.out, "bench")
+    check_peers(args)
     build_missing(args)
     engines, skips = matrix.discover(args.engines)
     groups, alone = matrix.groups(engines)
@@ -175,6 +176,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.peers is None:  # they decode one row
         args.peers = list(peers.NAMES) if args.phase != "prefill" and 1 in args.batch else ["none"]
     return args
+
+
+def check_peers(args: argparse.Namespace) -> None:
+    """Raises UserError for a peer of a wrong name, which would only be seen when all else has been measured."""
+    if args.genai:
+        peers.genai_python(args.genai_python)
+    for model in args.genai:
+        peers.genai_model(model)
+    if args.checkpoint:
+        measure.in_child(peers.torch_bytes, args.checkpoint, 1)
 
 
 def build_missing(args: argparse.Namespace) -> None:

@@ -241,18 +241,23 @@ def genai_python(given: Path | None) -> str:
     return sys.executable
 
 
-def measure_genai(model: Path, python: str, task: Task) -> list[Record]:
-    """Records of onnxruntime-genai: it always computes its caches from the text. Raises UserError if it fails."""
+def genai_model(model: Path) -> tuple[int, str]:
+    """Context length and precision of a model of onnxruntime-genai's builder. Raises UserError if it is none."""
     if not (model / "genai_config.json").is_file():
         raise UserError(
             f"{model} holds no genai_config.json: make it with `python -m onnxruntime_genai.models.builder "
-            f"-i {task.checkpoint} -o {model} -p int4 -e cpu`"
+            f"-i CHECKPOINT -o {model} -p int4 -e cpu`"
         )
     try:
         limit = int(json.loads((model / "genai_config.json").read_text())["model"]["context_length"])
-        precision = genai_precision(model)
+        return limit, genai_precision(model)
     except (OSError, ValueError, KeyError, TypeError, DecodeError) as error:
         raise UserError(f"{model} is not as onnxruntime-genai's builder writes it: {error}") from None
+
+
+def measure_genai(model: Path, python: str, task: Task) -> list[Record]:
+    """Records of onnxruntime-genai: it always computes its caches from the text. Raises UserError if it fails."""
+    limit, precision = genai_model(model)
     contexts = [n for n in task.contexts if n <= limit]
     peer = f"onnxruntime-genai ({model.name})"
     reason = f"beyond its context length of {limit:,}"

@@ -56,7 +56,7 @@ def write(
         }
         for picture in pictures
     ]
-    rates = next(iter(summary.of_kind(records, "timing")))["rates"]
+    rates = {record["rates"]["how"]: record["rates"] for record in summary.of_kind(records, "timing")}
     path.write_text(
         environment.get_template(TEMPLATE).render(
             headline=summary.sentence(measured),
@@ -64,7 +64,7 @@ def write(
             tables=tables.all_tables(records),
             images=images,
             facts=facts,
-            rates=rates,
+            rates=rates.values(),
             limits=limits,
             sources=sources(records),
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,6 @@ def _kl_inputs(T: int) -> list[Tensor]:
     return [*student, *teacher, torch.empty(0), torch.tensor([T])]
 
 
-def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a new interpreter, whose memory is its own."""
-    return in_child(function, *args, method="spawn")
-
-
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m bench.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,9 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ways = {"original": ("original", 1), "ours": ("ours", 1)}
     if args.passes > 1:
         ways[f"ours, {args.passes} passes"] = ("ours", args.passes)
-    kl = {T: in_fresh_process(kl_peak, T) for T in args.kl_lengths}
+    kl = {T: in_child(kl_peak, T, method="spawn") for T in args.kl_lengths}
     peaks = {
-        name: in_fresh_process(step_peak, *way, args.model, args.layers, args.length) for name, way in ways.items()
+        name: in_child(step_peak, *way, args.model, args.layers, args.length, method="spawn")
+        for name, way in ways.items()
     }
     models = {way: build(way, args.model, args.layers) for way in ("original", "ours")}
     batch = batch_of(models["ours"], args.length)

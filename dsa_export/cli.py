@@ -75,6 +75,8 @@ def user_message(error: Exception) -> str | None:
         # Of the two files of a copy the second is the one that is written.
         where = getattr(error, "filename2", None) or getattr(error, "filename", None) or "the output"
         return f"disk full while writing {where}: free some space and run the command again"
+    if is_out_of_memory(error):
+        return "out of memory: fewer tokens or rows at a time need less (docs/guide.md, When something fails)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
@@ -87,6 +89,13 @@ def is_disk_full(error: Exception) -> bool:
     text = str(error)
     short_write = isinstance(error, OSError) and error.errno is None and text.endswith("written")  # ndarray.tofile
     return short_write or "No space left on device" in text or "PytorchStreamWriter failed writing" in text
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error tells that memory ran out, Python's, numpy's or torch's, of the processor or of a GPU."""
+    text = str(error)
+    signs = ("allocate memory", "tried to allocate", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
 
 
 def fail(message: str) -> NoReturn:

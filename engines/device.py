@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsa_export.cli import is_out_of_memory
 from dsa_export.model.cache import fill_randomly
 from engines.artifacts import Engine
 from engines.memory import OutOfMemory
 from engines.session import check_room
-
-NO_MEMORY = ("allocate", "out of memory", "ALLOC_FAILED")
-"""In errors of the CPU's allocator, of a CUDA graph that is instantiated or launched, and of cuBLAS."""
 
 
 @dataclass
@@ -46,7 +44,7 @@ class DeviceRunner:
                 for name, tensor in self.engine.cache_names()
             }
         except RuntimeError as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
             raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
@@ -80,8 +78,3 @@ class DeviceRunner:
             raise OutOfMemory(f"the GPU has no memory for the logits of {caches.batch} rows") from None
         inputs |= {f"past_key_values.{name}": tensor for name, tensor in caches.tensors.items()}
         return inputs, {"logits": logits} | {f"present.{name}": tensor for name, tensor in caches.tensors.items()}
-
-
-def lacks_memory(error: RuntimeError) -> bool:
-    """Whether torch says in any of its ways that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY)

@@ -110,15 +110,15 @@ def check_plugin_layers(layer_information: str, nodes: Mapping[str, int]) -> Non
         )
 
 
-def inspect(plan_path: Path, product: str, plugin_library: Path | None) -> str:
-    """The engine inspector's JSON of a built engine; needs a GPU."""
-    trt = _import(product)
+def inspect(plan_path: Path, plugin_library: Path | None) -> str:
+    """The engine inspector's JSON of an engine that TensorRT built; needs a GPU."""
+    trt = _import("tensorrt")
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     if plugin_library:
         load_plugins(runtime.get_plugin_registry(), plugin_library)
     engine = runtime.deserialize_cuda_engine(plan_path.read_bytes())
     if engine is None:
-        raise UserError(f"{product} {trt.__version__} cannot load the plan that it built: {plan_path}")
+        raise UserError(f"TensorRT {trt.__version__} cannot load the plan that it built: {plan_path}")
     return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, is_out_of_memory
 from dsa_export.files import checkpoint_hash, link_or_copy, weight_files
 from dsa_export.model import load_model
 from dsa_export.onnx.export import StepGraph
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
-from engines.device import DeviceCaches, DeviceRunner, lacks_memory
+from engines.device import DeviceCaches, DeviceRunner
 from engines.memory import OutOfMemory
 from engines.session import check_room
 
@@ -83,7 +83,7 @@ class TorchRunner(DeviceRunner):
                 "(g++ on the PATH, or CXX; on a GPU gcc, or CC): mend that, or build the engine without --compile"
             ) from None
         except RuntimeError as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
                 f"no memory for a call of {self.engine.folder}: fewer or shorter rows need less"

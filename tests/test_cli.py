@@ -7,6 +7,7 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsa_export.cli import UserError, path, run
 from dsa_export.files import check_output, output_folder, read_manifest, write_atomically, write_manifest
@@ -29,6 +30,12 @@ def failing(error):
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "error: disk full while writing /data/x"),
         (OSError("10 requested and 3 written"), "error: disk full"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "error: disk full"),
+        (MemoryError(), "error: out of memory: fewer tokens"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "error: out of memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "error: out of",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: /root/x: Permission denied"),
     ],
 )

@@ -38,7 +38,9 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     folder = Path(name)
     if (kind := manifest_kind(folder)) and kind != "checkpoint" and not (folder / "config.json").exists():
         raise UserError(f"{name} holds {kind!r}, not a checkpoint")
-    if not folder.exists() and any(folder.parent.glob(f"*/{MANIFEST}")) and folder.parent != Path():
+    if not folder.exists() and len(folder.parts) == 1:
+        raise UserError(f"no such folder: {name} (a model of the hub has an owner: Qwen/Qwen2.5-0.5B-Instruct)")
+    if not folder.exists() and any(folder.parent.glob(f"*/{MANIFEST}")):
         raise UserError(f"no such folder: {name}")  # beside outputs of ours: nobody need wait for the hub
     try:
         config = AutoConfig.from_pretrained(name)

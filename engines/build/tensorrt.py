@@ -92,7 +92,7 @@ def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
         decompose_attention=job.dtype == "fp32",
         timing_cache=job.timing_cache,
     )
-    job.layers.write_text(inspect(job.plan, "tensorrt", job.plugin_library))
+    job.layers.write_text(inspect(job.plan, job.plugin_library))
 
 
 def trtexec_version(binary: str) -> str:

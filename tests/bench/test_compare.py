@@ -271,6 +271,22 @@ def test_peers_that_were_asked_for_are_measured_or_listed(export, engines, tmp_p
     json.dumps(records)
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--genai", "nothing", "--genai-python", sys.executable], "nothing holds no genai_config.json"),
+        (["--genai", "nothing", "--genai-python", "no-python"], "no-python is no program"),
+        (["--checkpoint", "nothing"], "no such folder: nothing"),
+    ],
+)
+def test_peers_of_wrong_names_are_refused_before_anything_is_measured(
+    export, engines, tmp_path: Path, monkeypatch, capsys, more: list[str], message: str
+):
+    monkeypatch.setattr(compare, "measure_all", lambda *_: pytest.fail("measures"))
+    code, _, error = run_command(compare.main, [*options(export, engines, tmp_path / "bench"), *more], capsys)
+    assert code == 1 and message in one_line(error)
+
+
 def test_by_default_peers_run_where_one_row_is_decoded():
     for more, peers in (
         ([], ["transformers", "masked"]),

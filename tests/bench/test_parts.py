@@ -327,8 +327,8 @@ def test_peak_memory_is_never_below_nothing():
 
 def test_only_a_forked_child_freezes_its_parents_garbage():
     """A spawned one has none, and nanobind would call everything frozen a leak."""
-    assert measure.in_child(gc.get_freeze_count) > 0
-    assert measure.in_child(gc.get_freeze_count, method="spawn") == 0
+    own = gc.get_freeze_count()  # Python 3.12 begins with some
+    assert measure.in_child(gc.get_freeze_count, method="spawn") == own < measure.in_child(gc.get_freeze_count)
 
 
 def test_a_child_that_dies_is_reported():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import training
+from bench.measure import in_child
 from dsa_export.cli import UserError
 from train.losses import peak_bytes
 
@@ -25,7 +26,7 @@ def every_tensor_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_loss_takes_the_memory_of_its_formula() -> None:
     """And so ≤ 400 MB at 8,192 and ≤ 1.6 GB at 32,768 tokens, where the naive target takes 3.8 and 60 GB."""
     shape = {"Hq": 14, "Hkv": 2, "Hi": 8, "Di": 64}
-    peak = training.in_fresh_process(training.kl_peak, 2048)
+    peak = in_child(training.kl_peak, 2048, method="spawn")
     formula = peak_bytes(2048, **shape) / 2**20
     assert 0.7 * formula < peak < 1.3 * formula + 8
     assert peak_bytes(8192, **shape) <= 400e6 and peak_bytes(32768, **shape) <= 1.6e9

@@ -36,6 +36,12 @@ def test_no_such_folder(tmp_path):
         load_model(tmp_path / "nothing")
 
 
+def test_a_name_without_an_owner_is_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name: pytest.fail("waits for the hub"))
+    with pytest.raises(UserError, match=r"no such folder: qwen-dsa \(a model of the hub has an owner"):
+        load_model("qwen-dsa")
+
+
 def test_no_such_hub_model(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at import
     with pytest.raises(UserError, match="no folder and no reachable hub model"):

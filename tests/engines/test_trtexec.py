@@ -253,7 +253,7 @@ def test_a_library_that_registers_nothing_is_said(tmp_path: Path, monkeypatch: p
     trt.Logger.ERROR = 1
     monkeypatch.setattr(nvidia, "_import", lambda product: trt)
     with pytest.raises(UserError, match="did not register IndexTopK, SparseAttention: run `make plugins`"):
-        nvidia.inspect(tmp_path / "engine.plan", "tensorrt", library)
+        nvidia.inspect(tmp_path / "engine.plan", library)
 
 
 def test_the_timing_cache_is_read_and_replaced_by_a_build_that_succeeds(trtexec, options, tmp_path: Path, capsys):
