@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, console, path, progress_bar, run
 from dsa_export.config import DSAConfig
@@ -102,23 +105,8 @@ def main() -> None:
     arguments = parse_arguments()
     check_output(arguments.out, "onnx")
     config = load_config(arguments.model)
-    plain = not isinstance(config, DSAConfig)
-    if plain and not arguments.random_indexer:
-        raise UserError(
-            f"{arguments.model} is a plain checkpoint without an indexer: train one with "
-            f"`python -m train.warmup --model {arguments.model}`, or pass --random-indexer if only timings are wanted"
-        )
-    if not plain and config.attention == VARIANTS[config.attention].DENSE:
-        raise UserError(
-            f"{arguments.model} was saved with attention={config.attention!r}, which has no indexer to export: train "
-            f"one with `python -m train.warmup --model {arguments.model}`"
-        )
-    if arguments.topk is not None and not 1 <= arguments.topk <= config.max_position_embeddings:
-        raise UserError(f"--topk must be between 1 and {config.max_position_embeddings}, got {arguments.topk}")
-    if getattr(config, "attention", None) == "nsa" and (arguments.topk or selection_options(arguments)):
-        raise UserError(
-            f"{arguments.model} has native sparse attention: --topk and --index-… are options of an indexer"
-        )
+    check_request(arguments, config)
+    random_indexer = not isinstance(config, DSAConfig)
     tokenizer = load_tokenizer(arguments.model)
     check_vocabulary(tokenizer, config.vocab_size)
     windows, calibration = None, None
@@ -133,10 +121,7 @@ def main() -> None:
         arguments.model, dtype=DTYPES[arguments.dtype], index_topk=arguments.topk, **selection_options(arguments)
     )
     model.requires_grad_(False)
-    scheme = None
-    if arguments.weights:
-        lm_head, indexer = not arguments.keep_lm_head, arguments.int8_indexer
-        scheme = Scheme(arguments.weights, arguments.block_size or BLOCK_SIZES[0], lm_head, indexer)
+    scheme = scheme_of(arguments)
     if scheme and scheme.lm_head:
         untie(model)
 
@@ -151,20 +136,9 @@ def main() -> None:
         text = tokenizer(parity_text(), add_special_tokens=False).input_ids[:length]
         unquantised: dict[str, Reference] = {}
         if scheme:
-            with console.status("Quantising the weights"):
+            with console.status("Computing without quantised weights"):
                 unquantised = {variant: reference(m, text) for variant, m in models.items()}
-            rounded = {}
-            if windows is not None:
-                with progress_bar() as progress:
-                    task = progress.add_task("Calibrating", total=len(model.model.layers) + scheme.lm_head)
-                    rounded = calibrate(model, windows, scheme, lambda: progress.advance(task))
-            with console.status("Quantising the weights"):
-                names = quantise(graphs.values(), dict(model.named_parameters()), scheme, rounded)
-            if windows is not None:
-                others = sum(scheme.bits(name) == BITS["int4"] for name in names - rounded.keys())
-                console.print(
-                    f"Calibrated {len(rounded)} weights on {windows.numel():,} tokens; rounded to the nearest: {others}"
-                )
+            quantise_graphs(graphs, model, scheme, windows)
         with console.status("Writing the weights"):
             save_graphs(graphs, out)
         del graphs, sparse, dense
@@ -183,15 +157,61 @@ def main() -> None:
         if not all(result["passed"] for result in parity.values()):
             raise UserError("the exported graphs do not compute what torch computes (figures above): nothing was kept")
         quantisation = asdict(scheme) | {"calibration": calibration} if scheme else None
-        write_export_manifest(out, arguments, model, models, parity, same, quantisation, random_indexer=plain)
+        write_export_manifest(out, arguments, model, models, parity, same, quantisation, random_indexer=random_indexer)
     size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
     console.print(
         f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
         f"(k = {describe_topk(model.config.topk_per_layer)}, {precision_of(arguments)}) "
         f"with {size:.0f} MiB of shared weights"
     )
-    if plain:
+    if random_indexer:
         console.print("The indexer is random: time these graphs, do not use what they say")
+
+
+def check_request(arguments: argparse.Namespace, config: PreTrainedConfig) -> None:
+    """Raises UserError if the checkpoint has no indexer to export, or not one that can be exported so."""
+    plain = not isinstance(config, DSAConfig)
+    if plain and not arguments.random_indexer:
+        raise UserError(
+            f"{arguments.model} is a plain checkpoint without an indexer: train one with "
+            f"`python -m train.warmup --model {arguments.model}`, or pass --random-indexer if only timings are wanted"
+        )
+    if not plain and config.attention == VARIANTS[config.attention].DENSE:
+        raise UserError(
+            f"{arguments.model} was saved with attention={config.attention!r}, which has no indexer to export: train "
+            f"one with `python -m train.warmup --model {arguments.model}`"
+        )
+    if arguments.topk is not None and not 1 <= arguments.topk <= config.max_position_embeddings:
+        raise UserError(f"--topk must be between 1 and {config.max_position_embeddings}, got {arguments.topk}")
+    if getattr(config, "attention", None) == "nsa" and (arguments.topk or selection_options(arguments)):
+        raise UserError(
+            f"{arguments.model} has native sparse attention: --topk and --index-… are options of an indexer"
+        )
+
+
+def scheme_of(arguments: argparse.Namespace) -> Scheme | None:
+    if not arguments.weights:
+        return None
+    lm_head, indexer = not arguments.keep_lm_head, arguments.int8_indexer
+    return Scheme(arguments.weights, arguments.block_size or BLOCK_SIZES[0], lm_head, indexer)
+
+
+def quantise_graphs(
+    graphs: Mapping[str, ir.Model], model: DSAForCausalLM, scheme: Scheme, windows: Tensor | None
+) -> None:
+    """Quantises the weights of all graphs and of the model, by GPTQ where there are windows to calibrate on."""
+    rounded = {}
+    if windows is not None:
+        with progress_bar() as progress:
+            task = progress.add_task("Calibrating", total=len(model.model.layers) + scheme.lm_head)
+            rounded = calibrate(model, windows, scheme, lambda: progress.advance(task))
+    with console.status("Quantising the weights"):
+        names = quantise(graphs.values(), dict(model.named_parameters()), scheme, rounded)
+    if windows is not None:
+        others = sum(scheme.bits(name) == BITS["int4"] for name in names - rounded.keys())
+        console.print(
+            f"Calibrated {len(rounded)} weights on {windows.numel():,} tokens; rounded to the nearest: {others}"
+        )
 
 
 def describe(variant: str, result: dict[str, Any]) -> str:
