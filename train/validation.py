@@ -14,7 +14,6 @@ from train import precision
 from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, Windows
 from train.losses import TARGETS, IndexerObserver, queries_apart
-from train.timing import decoding_speed
 
 
 @torch.no_grad()
@@ -39,8 +38,6 @@ def evaluate(
         recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
             reported if no window is longer than k.
         recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the k keys of most mass.
-        tokens_per_s_dense, tokens_per_s_sparse: decoding after as many tokens as a window has, in torch. The fair
-            comparison, on engines, is bench/compare.py.
 
     The losses use the masked form of selection (the model's training mode): the same function of its inputs, and at
     these lengths much faster on a CPU than gathering for every token of a window.
@@ -71,7 +68,6 @@ def evaluate(
                 means["distillation"].add(sparse["distillation"], labels)
             progress.advance(task)
         result = {name: mean.value for name, mean in means.items() if mean.weight}
-        result |= decoding_speed(model, windows.input_ids.shape[1])
     if "recall" in result:
         room = result["recall_best"] - result["recall_window"]
         result["recall_normalised"] = (result["recall"] - result["recall_window"]) / room if room > 0 else 1.0

@@ -531,7 +531,7 @@ def test_decoding_is_timed_with_every_kind_of_cache(checkpoint, options: dict) -
     model = load_model(checkpoint, **options)
     seen = set()
     model.model.embed_tokens.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
-    with torch.autocast("cpu", torch.bfloat16):  # as training and evaluation in bf16 call it
+    with torch.autocast("cpu", torch.bfloat16):  # as an evaluation in bf16 calls it
         speeds = timing.decoding_speed(model, T)
     assert set(speeds) == {"tokens_per_s_dense", "tokens_per_s_sparse"} and min(speeds.values()) > 0
     assert seen == {False}

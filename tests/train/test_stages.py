@@ -582,6 +582,8 @@ def test_evaluation_measures_selection(tiny: Path) -> None:
     data = batch((40, 25))
     windows = Windows(data["input_ids"].int(), data["labels"].int(), torch.tensor([40, 25]))
     result = evaluate(model, windows, batch_size=1)
+    shares = {"recall", "recall_window", "recall_best", "recall_normalised"}
+    assert set(result) == {"loss_dense", "loss_sparse", "kl", *shares}
     assert result["loss_sparse"] != pytest.approx(result["loss_dense"], abs=1e-4)
     assert 0 < result["recall"] <= result["recall_best"] <= 1
     assert all(math.isfinite(value) for value in result.values())
