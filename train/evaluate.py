@@ -163,8 +163,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"Loading {args.model}")
     model = load_model(args.model, **selection_options(args)).to(device)
     base = load_model(args.base, attention="dense").to(device).train() if args.base else None
-    if base is not None and base.config.vocab_size != config.vocab_size:
-        raise UserError(f"--base {args.base} has another vocabulary than {args.model}")
     compute = options.DTYPES[args.dtype]
     study = Study(model, args.rungs, args.every, args.seed, base, args.score_tokens)
     try:
@@ -325,6 +323,8 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
             raise UserError(f"{error} (on which {args.model} was trained): name other --data") from None
     if args.base == "":
         raise UserError("--base is empty: name a checkpoint, or leave it out")
+    if args.base and adapted_config(load_config(args.base), "dense").vocab_size != config.vocab_size:
+        raise UserError(f"--base {args.base} has another vocabulary than {args.model}")
     if args.seed >= options.SEEDS:
         raise UserError(f"--seed must be below {options.SEEDS}, got {args.seed}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from dsa_export.cli import UserError
 from dsa_export.files import write_manifest
@@ -641,6 +642,8 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         ([*AUTO, "--write-topk", "OUT/topk"], "lies in --out"),
         ([*AUTO, "--write-topk", "OUT/.."], "would replace --out"),
         (["--base", ""], "--base is empty"),
+        (["--base", "ONNX"], "holds 'onnx', not a checkpoint"),
+        (["--base", "OTHER"], "has another vocabulary than"),
         (["--seed", "9999999999"], "--seed must be below 4294967296"),
         (["--score-tokens", "96"], "--score-tokens 96 must be at least 2 and less than --length 96"),
         (["--score-tokens", "9", "--packing", "cut"], "--score-tokens needs --packing pack"),
@@ -654,6 +657,10 @@ def test_wrong_arguments_end_in_one_line(
     checkpoint, tiny, records, tmp_path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
 ) -> None:
     names = {"TINY": str(tiny), "MODEL": str(checkpoint), "OUT": str(tmp_path / "out")}
+    names |= {"ONNX": str(tmp_path / "onnx"), "OTHER": str(tmp_path / "other")}
+    (tmp_path / "onnx").mkdir()
+    write_manifest(tmp_path / "onnx", "onnx", {})
+    Qwen2Config(vocab_size=99).save_pretrained(tmp_path / "other")
     monkeypatch.setattr(command, "load_data", None)  # all of it is known before any text is read
     with pytest.raises(UserError) as error:
         given = [names.get(value, value.replace("OUT/", f"{names['OUT']}/")) for value in more]
