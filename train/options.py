@@ -349,8 +349,6 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     for name in ("indexer_lr", "passes"):
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
-    if hasattr(args, "position_span") and args.position_span is None:
-        args.position_span = min(recipe.position_span, config.max_position_embeddings)
     if hasattr(args, "kl_queries") and args.kl_queries is None and recipe.kl_queries:
         args.kl_queries = max(1, recipe.kl_queries // getattr(args, "passes", 1))
     if args.dtype is None:
@@ -358,6 +356,13 @@ def resolve(args: argparse.Namespace, small: Recipe, real: Recipe | None, config
     if args.steps is None and args.max_tokens is None:
         args.steps, args.max_tokens = recipe.steps, recipe.max_tokens
     args.length = list(args.length or default_lengths(recipe, config, args))
+    span, shortest = getattr(args, "position_span", None), args.length[0]
+    _require(
+        not span or span > shortest,
+        f"--position-span {span} leaves no gaps in windows of {shortest} tokens: give more, or 0 for none",
+    )
+    if hasattr(args, "position_span") and span is None:
+        args.position_span = min(recipe.position_span, config.max_position_embeddings)
     budget = f"--steps {args.steps}" if args.max_tokens is None else f"--max-tokens {args.max_tokens}"
     args.steps = updates(args, args.length)
     least = f"{mean_tokens(args, args.length):.0f}"
