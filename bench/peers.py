@@ -144,15 +144,14 @@ class TransformersPeer:
 
         from dsa_export.config import DSAConfig
         from dsa_export.model import families
-        from dsa_export.model.checkpoint import is_added, load_config
+        from dsa_export.model.checkpoint import is_added, load_config, quiet_transformers
 
         config, added_by = load_config(task.checkpoint), "dense"
         if isinstance(config, DSAConfig):
             config, added_by = families.stock_config(config), config.attention
-        transformers_logging_off()
-        self.model, info = AutoModelForCausalLM.from_pretrained(
-            task.checkpoint, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
+        options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
+        with quiet_transformers():
+            self.model, info = AutoModelForCausalLM.from_pretrained(task.checkpoint, config=config, **options)
         unexpected = [key for key in info["unexpected_keys"] if not is_added(key, added_by)]
         if info["missing_keys"] or unexpected:
             raise UserError(
@@ -218,13 +217,6 @@ def _row(tokens: np.ndarray) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(tokens))[None]
-
-
-def transformers_logging_off() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 # onnxruntime-genai

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import logging
 
 from dsa_export.cli import UserError
 from dsa_export.files import (
@@ -20,7 +19,7 @@ from dsa_export.files import (
     output_folder,
     write_manifest,
 )
-from dsa_export.model.checkpoint import load_config
+from dsa_export.model.checkpoint import load_config, quiet_transformers
 from dsa_export.topk import compact_topk
 
 
@@ -97,8 +96,8 @@ def write_topk(folder: Path, ks: Sequence[int], selection: dict[str, Any], out: 
             if not file.is_file() or file.name in (MANIFEST, "config.json"):
                 continue
             link_or_copy(file, partial / file.name)
-        logging.set_verbosity_error()
-        config.save_pretrained(partial)
+        with quiet_transformers():
+            config.save_pretrained(partial)
         write_manifest(
             partial, "checkpoint", {"path": str(folder), "sha256": checkpoint_hash(folder)}, topk=list(ks), **facts
         )

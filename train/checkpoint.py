@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.utils import logging
 
 from dsa_export.cli import UserError
 from dsa_export.files import TRAINING_STATE, temporary_name
+from dsa_export.model.checkpoint import quiet_transformers
 
 
 def save_state(folder: Path, state: dict[str, Any], name: str = TRAINING_STATE, *, shared: bool = False) -> None:
@@ -49,8 +49,7 @@ def load_state(folder: Path, name: str = TRAINING_STATE) -> dict[str, Any] | Non
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:
     """Writes the Hugging Face files: config, weights, tokenizer."""
-    logging.disable_progress_bar()  # transformers' own
-    with disk_errors(folder):
+    with disk_errors(folder), quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -128,7 +128,7 @@ def load_model(
     own = base.attention if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].dense
     attention = config.attention
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             # Mismatched sizes are refused below: transformers would say which in its report only, which is quiet here.
             model, info = DSAForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -207,8 +207,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No load report and no bar of transformers' own: what is missing is checked here, and an error if it matters."""
+def quiet_transformers() -> Iterator[None]:
+    """No report and no bar of transformers' own: what is missing is checked by us, and an error if it matters."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
