@@ -89,13 +89,13 @@ def tile_rows(keys: int, device: str) -> int:
     return TILE[device] * (2 if keys <= FEW_KEYS else 1)
 
 
-def peak_bytes(T: int, Hq: int, Hkv: int, Hi: int, Di: int, device: str = "cpu") -> int:
-    """What indexer_kl and its backward hold at most, beside their inputs, for one row of T tokens in fp32.
+def peak_bytes(T: int, Hq: int, Hkv: int, Hi: int, Di: int) -> int:
+    """What indexer_kl and its backward hold at most, beside their inputs, for one row of T tokens in fp32 on a CPU.
 
     A tile keeps p, and first the scores and the probabilities of one KV head's group, then the indexer's activations
     and five [R, T] of its scores, all within the call. The gradients of the inputs stay, twice while they are scaled.
     """
-    tile = tile_rows(T, device) * T * (1 + max(2 * Hq // Hkv, Hi + 5))
+    tile = tile_rows(T, "cpu") * T * (1 + max(2 * Hq // Hkv, Hi + 5))
     return 4 * (tile + 2 * T * (Hi * Di + Hi + Di))
 
 

@@ -27,8 +27,8 @@ class HeadwiseMuon(torch.optim.Optimizer):
     rows: N is cut into blocks of so many, or stays whole if it is no multiple of them.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, rows: int, weight_decay: float = 0.0):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, matrices: list[nn.Parameter], lr: float, rows: int):
+        super().__init__(matrices, {"lr": lr})
         self.rows = rows
 
     @torch.no_grad()
@@ -46,7 +46,6 @@ class HeadwiseMuon(torch.optim.Optimizer):
                 N = len(whole)
                 blocks = orthogonalise(whole.unflatten(0, (-1, self.rows if N % self.rows == 0 else N)))
                 size = 0.2 * max(blocks.shape[1:]) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 change = like(parameter, blocks.flatten(0, 1).to(parameter.dtype))
                 parameter.add_(change, alpha=-size * group["lr"])
 

@@ -46,8 +46,6 @@ MIN_TOKENS = 64
 DATA_SEED = 0
 """All seeds read the same windows, each in an order of its own, and are measured on the same held-out ones."""
 
-Results = tuple[list[measure.Record], list[measure.Record]]
-
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
