@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_metrics(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot_metrics(steps: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draws distillation, cross-entropy, KL and the shares of attention mass over the step: one panel each."""
     from matplotlib.figure import Figure
 
-    steps = [m for m in metrics if "evaluation" not in m]
     names = [name for name in ("distillation", "cross_entropy", "kl") if any(name in m for m in steps)]
     recalls = [name for name in ("recall", "recall_best", "recall_window") if any(name in m for m in steps)]
     panels = [[name] for name in names] + ([recalls] if recalls else [])

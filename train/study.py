@@ -69,7 +69,7 @@ class Study:
     def meter(self, ks: Sequence[int], *, maps: bool = False) -> SelectionMeter:
         config = self.model.config
         layers = config.num_hidden_layers
-        shown = {round(i * (layers - 1) / max(1, MAP_LAYERS - 1)) for i in range(MAP_LAYERS)} if maps else ()
+        shown = {round(i * (layers - 1) / (MAP_LAYERS - 1)) for i in range(MAP_LAYERS)} if maps else ()
         return SelectionMeter(layers, config.index_heads, ks, self.every, tuple(shown))
 
     @torch.no_grad()

@@ -205,7 +205,7 @@ class Trainer:
 
     def _write(self, after: dict[str, float]) -> None:
         save_checkpoint(self.folder, self.model, self.tokenizer)
-        plot_metrics(self._read_metrics(), self.folder / "loss.png", f"{self.stage.name}: {self.source['path']}")
+        plot_metrics(read_steps(self.folder), self.folder / "loss.png", f"{self.stage.name}: {self.source['path']}")
         write_manifest(
             self.folder,
             "checkpoint",
@@ -248,7 +248,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self.processes.wait()
-        self.history = [m for m in self._read_metrics() if "evaluation" not in m]
+        self.history = read_steps(self.folder)
 
     # ------------------------------------------------------------ the loop
 
@@ -473,7 +473,7 @@ class Trainer:
             load_optimizer_state(optimizer, saved)
         self.step, self.seconds, self.before = state["step"], state["seconds"], state["before"]
         if self.processes.is_first:
-            kept = [m for m in self._read_metrics() if m["step"] <= self.step and m.get("evaluation") != "after"]
+            kept = [m for m in read_metrics(self.folder) if m["step"] <= self.step and m.get("evaluation") != "after"]
             write_atomically(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
         console.print(f"resuming from step {self.step} of {self.settings.steps} ({self.folder})")
 
@@ -486,9 +486,15 @@ class Trainer:
             with (self.folder / METRICS).open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def _read_metrics(self) -> list[dict[str, Any]]:
-        lines = (self.folder / METRICS).read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / METRICS).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps, without the evaluations."""
+    return [m for m in read_metrics(folder) if "evaluation" not in m]
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:

@@ -37,6 +37,7 @@ from train.experiment import measure, report
 from train.experiment.presets import PRESETS, Preset, quick
 from train.experiment.twins import Plan, Twin, train_twin
 from train.options import DTYPES, SEEDS
+from train.trainer import read_steps
 
 OUT = Path("out/experiment")
 ATTENTION = ("dense", "dsa", "nsa")
@@ -302,8 +303,7 @@ def write(args: argparse.Namespace, plan: Plan, folders: dict[Twin, Path], notes
         text = report.write(folder, records, speeds, notes)
         curves: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
         for twin, run_folder in folders.items():
-            steps = [m for m in measure.read_metrics(run_folder) if "evaluation" not in m]
-            curves.setdefault((twin.preset.name, twin.attention), []).append(steps)
+            curves.setdefault((twin.preset.name, twin.attention), []).append(read_steps(run_folder))
             if twin.attention == "dsa" and twin.seed == args.seeds[0]:
                 model = load_model(run_folder).to(plan.processes.device)
                 selected = measure.selection(model, plan.data[twin.preset.name].held_out)

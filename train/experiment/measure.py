@@ -25,11 +25,11 @@ from train.data import TrainingData, Windows
 from train.experiment.twins import Plan, Twin, stage_of
 from train.options import DTYPES
 from train.selection import SelectionMeter
+from train.study import Study
 from train.timing import decode_call, in_turn, prefill_call
-from train.trainer import METRICS
+from train.trainer import read_steps
 
 RECORD = "record.json"
-MAP_LAYERS = 4
 WARM_UP_STEPS = 5
 """Steps that are left out of the time per step."""
 
@@ -46,7 +46,6 @@ def record_of(twin: Twin, folder: Path, plan: Plan, *, memory: bool) -> Record:
             write_atomically(kept, json.dumps(record, indent=1) + "\n")
         return record
     manifest = read_manifest(folder, "checkpoint", "python -m train.experiment")
-    steps = [m for m in read_metrics(folder) if "evaluation" not in m]
     model = load_model(folder).to(plan.processes.device)
     record = {
         "preset": twin.preset.name,
@@ -57,7 +56,7 @@ def record_of(twin: Twin, folder: Path, plan: Plan, *, memory: bool) -> Record:
         "tokens": (twin.preset.warmup_steps + twin.preset.steps) * twin.preset.batch_size * twin.preset.length,
         "parameters": sum(p.numel() for p in model.parameters()),
         **manifest["after"],
-        "ms_per_step": ms_per_step(steps),
+        "ms_per_step": ms_per_step(read_steps(folder)),
         "step_peak_mib": step_peak_mib(twin, folder, plan) if memory else None,
         "device": str(plan.processes.device),
         "threads": torch.get_num_threads(),
@@ -67,10 +66,6 @@ def record_of(twin: Twin, folder: Path, plan: Plan, *, memory: bool) -> Record:
         record |= selection(model, plan.data[twin.preset.name].held_out).facts()
     write_atomically(kept, json.dumps(record, indent=1) + "\n")
     return record
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def ms_per_step(steps: Sequence[Mapping[str, Any]]) -> float:
@@ -146,22 +141,18 @@ class Selection:
 @torch.no_grad()
 def selection(model: DSAForCausalLM, windows: Windows) -> Selection:
     """Runs the held-out windows through the model: densely for the shares of mass, sparsely for what is selected."""
-    config, device = model.config, next(model.parameters()).device
-    topk, layers = config.topk_per_layer, config.num_hidden_layers
-    maps = tuple({round(i * (layers - 1) / (MAP_LAYERS - 1)) for i in range(MAP_LAYERS)})
-    meter = SelectionMeter(layers, config.index_heads, sorted(set(topk)), 1, maps)
-    selected, visible = [0] * layers, 0
+    study, topk = Study(model, rungs=(), every=1, seed=0), model.config.topk_per_layer
+    meter = study.meter(sorted(set(topk)), maps=True)
+    selected, visible = [0] * len(topk), 0
 
     def count(trace: AttentionTrace) -> dict[str, Tensor]:
         assert trace.indices is not None
         selected[trace.layer] += int((trace.indices >= 0).sum())
         return {}
 
-    model.train()
     for row in range(len(windows)):
-        ids = windows.batch(torch.tensor([row]), device)["input_ids"]
-        model.sparse = False
-        model.model(ids, observer=meter)
+        ids = windows.batch(torch.tensor([row]), study.device)["input_ids"]
+        study.dense_states(ids, meter)
         model.sparse = True
         model.model(ids, observer=count)
         visible += ids.shape[1] * (ids.shape[1] + 1) // 2
