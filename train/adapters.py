@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from dsa_export.cli import positive
 from train.trainer import Stage
 
 ADAPTER = ".lora_"
@@ -23,7 +24,7 @@ an indexer or of NSA's branches, a level deeper, train fully."""
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-rank",
-        type=int,
+        type=positive,
         metavar="R",
         help="train the base through LoRA adapters of this rank, merged at the end: much less memory; wants a higher "
         "--lr, such as 1e-4 [all its parameters]",

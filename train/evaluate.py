@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     where.add_argument("--dtype", choices=options.DTYPES, default="fp32", help="of the computation [fp32]")
-    where.add_argument("--seed", type=not_negative, default=0, help="of windows, samples and the random indexer [0]")
+    where.add_argument("--seed", type=options.seed, default=0, help="of windows, samples and the random indexer [0]")
     where.add_argument("--quick", action="store_true", help="a first look: 2 windows, one k, 1 sample of two tasks")
 
     text = result.add_argument_group("held-out text")
@@ -325,8 +325,6 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
         raise UserError("--base is empty: name a checkpoint, or leave it out")
     if args.base and adapted_config(load_config(args.base), "dense").vocab_size != config.vocab_size:
         raise UserError(f"--base {args.base} has another vocabulary than {args.model}")
-    if args.seed >= options.SEEDS:
-        raise UserError(f"--seed must be below {options.SEEDS}, got {args.seed}")
 
     longest = max(args.length)
     shares = (8,) if args.quick else (16, 8, 4)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsa_export.cli import UserError, run
+from dsa_export.cli import UserError, positive, run
 from dsa_export.model import feed_forward, load_model
 from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, INDEXER, adapted_config, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
@@ -22,7 +22,16 @@ from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
 from train.losses import TARGETS
-from train.options import DTYPES, INDEXER_OPTIMIZERS, Recipe, argument_parser, resolve, start, train_from
+from train.options import (
+    DTYPES,
+    INDEXER_OPTIMIZERS,
+    Recipe,
+    argument_parser,
+    positive_number,
+    resolve,
+    start,
+    train_from,
+)
 from train.trainer import Settings, Stage, adamw
 
 SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64, indexer_lr=2e-3)
@@ -85,10 +94,10 @@ def optimizers(
 def parser() -> argparse.ArgumentParser:
     model_help = f"the warm-up's checkpoint [{warmup.OUT}: the warm-up runs first, by its defaults, if it is missing]"
     result = argument_parser("joint", __doc__ or "", SMALL, REAL, DEFAULT_CHECKPOINT, model_help, trains_indexer=True)
-    result.add_argument("--topk", type=int, metavar="K", help="keys selected per token [the checkpoint's]")
+    result.add_argument("--topk", type=positive, metavar="K", help="keys selected per token [the checkpoint's]")
     result.add_argument(
         "--indexer-lr",
-        type=float,
+        type=positive_number,
         metavar="LR",
         help=f"peak learning rate of the indexer [{REAL.indexer_lr}; small models: {SMALL.indexer_lr}]",
     )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from dsa_export.cli import UserError, console, path
+from dsa_export.cli import UserError, console, not_negative, path, positive
 from dsa_export.files import MANIFEST, check_output, check_writable, manifest_object, read_manifest
 from dsa_export.model.checkpoint import has_indexer, load_tokenizer, model_source
 from dsa_export.selection import add_selection_arguments, selection_options
@@ -63,6 +63,24 @@ class Recipe:
     passes: int = 1
     position_span: int = 0
     """As far as the model has positions."""
+
+
+def positive_number(text: str) -> float:
+    """The type of an argument that is a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive, finite number")
+    return number
+
+
+def seed(text: str) -> int:
+    """The type of an argument that is a seed."""
+    if (number := not_negative(text)) >= SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is not below {SEEDS}")
+    return number
 
 
 def argument_parser(
@@ -114,17 +132,19 @@ def argument_parser(
     length_of_run = "; small models: ".join(
         f"{recipe.steps} updates" if recipe.steps else f"{recipe.max_tokens} tokens" for recipe in recipes
     )
-    end.add_argument("--steps", type=int, metavar="N", help="updates")
+    end.add_argument("--steps", type=positive, metavar="N", help="updates")
     end.add_argument(
         "--max-tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help=f"as many updates as read at most this many tokens [{length_of_run}]",
     )
-    run.add_argument("--batch-size", type=int, metavar="N", help=f"windows per micro-batch {default('batch_size')}")
+    run.add_argument(
+        "--batch-size", type=positive, metavar="N", help=f"windows per micro-batch {default('batch_size')}"
+    )
     run.add_argument(
         "--accumulation",
-        type=int,
+        type=positive,
         metavar="N",
         help="micro-batches per update, dealt out to the processes: the same update whatever their number [one each]",
     )
@@ -139,7 +159,7 @@ def argument_parser(
     if trains_indexer:
         run.add_argument(
             "--kl-queries",
-            type=int,
+            type=positive,
             metavar="N",
             help="train and judge the indexer on about N queries of each window, evenly spaced: long windows then cost "
             "little more than the model itself "
@@ -159,7 +179,7 @@ def argument_parser(
         )
         run.add_argument(
             "--position-span",
-            type=int,
+            type=not_negative,
             metavar="N",
             help="let the tokens of a window stand at positions below N, with gaps between some of them: short windows "
             "then teach the distances of longer texts, in the same time; 0: without gaps "
@@ -175,10 +195,12 @@ def argument_parser(
             default="muon",
             help="muon (for matrices, and AdamW for the rest) needs far fewer tokens than AdamW [muon]",
         )
-    run.add_argument("--lr", type=float, help=f"peak learning rate {default('lr')}")
+    run.add_argument("--lr", type=positive_number, help=f"peak learning rate {default('lr')}")
     run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="[cosine]")
-    run.add_argument("--warmup-steps", type=int, metavar="N", help="linear rise of the learning rate [steps / 20]")
-    run.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm [1.0]")
+    run.add_argument(
+        "--warmup-steps", type=not_negative, metavar="N", help="linear rise of the learning rate [steps / 20]"
+    )
+    run.add_argument("--clip", type=positive_number, default=1.0, metavar="NORM", help="largest gradient norm [1.0]")
     run.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -197,19 +219,21 @@ def argument_parser(
         help="how the processes of `accelerate launch` or torchrun share the model: ddp, a copy each; fsdp, weights, "
         "gradients and optimizer in shards (FSDP2) [ddp, or what accelerate launch --use_fsdp says]",
     )
-    run.add_argument("--seed", type=int, default=0, help="[0]")
-    run.add_argument("--max-minutes", type=float, metavar="M", help="end after this much training time [no limit]")
-    run.add_argument("--save-every", type=int, default=50, metavar="N", help="steps between saved states [50]")
+    run.add_argument("--seed", type=seed, default=0, help="[0]")
+    run.add_argument(
+        "--max-minutes", type=positive_number, metavar="M", help="end after this much training time [no limit]"
+    )
+    run.add_argument("--save-every", type=positive, default=50, metavar="N", help="steps between saved states [50]")
 
     rows = parser.add_argument_group("data")
     rows.add_argument(
         "--packing", choices=("pack", "cut"), default="pack", help="documents end to end, or one each [pack]"
     )
     rows.add_argument(
-        "--min-tokens", type=int, metavar="N", help=f"leave out shorter documents {default('min_tokens')}"
+        "--min-tokens", type=not_negative, metavar="N", help=f"leave out shorter documents {default('min_tokens')}"
     )
     rows.add_argument(
-        "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"documents to train on, at most [{MAX_ROWS}]"
+        "--max-rows", type=positive, default=MAX_ROWS, metavar="N", help=f"documents to train on, at most [{MAX_ROWS}]"
     )
     rows.add_argument(
         "--cache",
@@ -220,7 +244,7 @@ def argument_parser(
     )
     rows.add_argument(
         "--held-out",
-        type=int,
+        type=not_negative,
         metavar="N",
         help=f"windows to evaluate on, before and after; 0: none {default('held_out')}",
     )
@@ -233,14 +257,14 @@ def argument_parser(
 def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: Recipe) -> None:
     group = parser.add_argument_group("indexer")
     group.add_argument(
-        "--topk", type=int, metavar="K", help=f"keys selected per token [{real.topk}; small models: {small.topk}]"
+        "--topk", type=positive, metavar="K", help=f"keys selected per token [{real.topk}; small models: {small.topk}]"
     )
     group.add_argument(
-        "--index-heads", type=int, metavar="N", help=f"[{real.index_heads}; small models: {small.index_heads}]"
+        "--index-heads", type=positive, metavar="N", help=f"[{real.index_heads}; small models: {small.index_heads}]"
     )
     group.add_argument(
         "--index-dim",
-        type=int,
+        type=positive,
         metavar="N",
         help=f"size of an indexer head [{real.index_dim}; small models: {small.index_dim}]",
     )
@@ -249,7 +273,7 @@ def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: 
     )
     group.add_argument(
         "--passes",
-        type=int,
+        type=positive,
         metavar="N",
         help="updates of each step, from one forward pass of the frozen model, about other queries each time: many "
         "about a few are worth more than few about many. Keeps what all layers attend with, 6 GB for 32,768 tokens of "
@@ -285,13 +309,6 @@ def start(args: argparse.Namespace) -> Processes:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError with one line for the first value given that cannot work, whatever the model."""
-    training = "steps max_tokens batch_size accumulation kl_queries passes lora_rank save_every max_rows"
-    at_least_one = f"{training} topk index_heads index_dim".split()
-    at_least_zero = ("warmup_steps", "seed", "min_tokens", "held_out", "position_span")
-    for name, least in [*((name, 0) for name in at_least_zero), *((name, 1) for name in at_least_one)]:
-        value = getattr(args, name, None)
-        _require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    _require(args.seed < SEEDS, f"--seed must be below {SEEDS}, got {args.seed}")
     _require(getattr(args, "model", None) != "", "--model is empty: name a checkpoint, or leave it out")
     lengths = args.length or [2]
     _require(min(lengths) >= 2, f"--length must be at least 2, got {min(lengths)}")
@@ -299,10 +316,6 @@ def check(args: argparse.Namespace) -> None:
         _require(shorter < longer, f"--length must grow, got {shorter} before {longer}")
         _require(lengths[-1] % shorter == 0, f"--length {shorter} does not divide the longest, {lengths[-1]}")
     _require(len(lengths) == 1 or args.packing == "pack", "--packing cut takes one --length: pieces of a padded window")
-    for name in ("lr", "indexer_lr", "clip", "max_minutes"):
-        value = getattr(args, name, None)
-        flag = f"--{name.replace('_', '-')}"
-        _require(value is None or 0 < value < math.inf, f"{flag} must be positive and finite, got {value}")
 
 
 def default_lengths(recipe: Recipe, config: PreTrainedConfig, args: argparse.Namespace) -> list[int]:

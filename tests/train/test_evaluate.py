@@ -644,7 +644,6 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         (["--base", ""], "--base is empty"),
         (["--base", "ONNX"], "holds 'onnx', not a checkpoint"),
         (["--base", "OTHER"], "has another vocabulary than"),
-        (["--seed", "9999999999"], "--seed must be below 4294967296"),
         (["--score-tokens", "96"], "--score-tokens 96 must be at least 2 and less than --length 96"),
         (["--score-tokens", "9", "--packing", "cut"], "--score-tokens needs --packing pack"),
         (["--score-tokens", "9", "--rungs", "random"], "--score-tokens excludes the rung random"),
@@ -697,6 +696,12 @@ def test_nothing_is_no_number_to_measure_with(option: str, capsys) -> None:
     with pytest.raises(SystemExit):
         command.parser().parse_args([f"--{option}", "0"])
     assert f"--{option}: '0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_seed_is_one_that_torch_takes(capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["--seed", "9999999999"])
+    assert "--seed: 9999999999 is not below 4294967296" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_not_replaced(checkpoint, records, tmp_path) -> None:

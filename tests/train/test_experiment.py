@@ -235,8 +235,6 @@ def test_twins_start_alike_and_the_stages_share_no_window(records, tokenizer):
         ("--k 8 auto", "auto. alone"),
         ("--k 0", "whole numbers from 1"),
         ("--k 8 8 8", "has 2 layers"),
-        ("--steps 0", "--steps must be at least 1"),
-        ("--lr 0", "--lr must be positive"),
         ("--vocabulary 100", "--vocabulary must be at least 300"),
         ("--speed-lengths 64 32", "must grow"),
     ],
@@ -244,6 +242,17 @@ def test_twins_start_alike_and_the_stages_share_no_window(records, tokenizer):
 def test_what_cannot_work_is_refused_before_anything_is_done(arguments, message):
     with pytest.raises(UserError, match=message):
         resolve(parser().parse_args(arguments.split()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--steps 0", "--warm-up -1", "--tokens-per-update 0", "--held-out 0", "--save-every 0", "--prefill-limit -1",
+     "--seeds -1", "--seeds 0 4294967296", "--lr 0", "--warm-up-lr inf"],
+)  # fmt: skip
+def test_a_value_that_no_preset_can_work_with_is_a_wrong_argument(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(arguments.split())
+    assert stopped.value.code == 2 and f"argument {arguments.split()[0]}: " in capsys.readouterr().err
 
 
 def test_presets_are_those_of_the_source(monkeypatch):

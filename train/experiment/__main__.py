@@ -7,7 +7,6 @@ for every seed, measures them on held-out text, times them over lengths, and wri
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dsa_export.cli import UserError, console, path, progress_bar, run
+from dsa_export.cli import UserError, console, not_negative, path, positive, progress_bar, run
 from dsa_export.files import (
     MANIFEST,
     as_in_manifest,
@@ -36,7 +35,7 @@ from train.documents import CACHE, Malformed, documents
 from train.experiment import measure, report
 from train.experiment.presets import PRESETS, Preset, quick
 from train.experiment.twins import Plan, Twin, train_twin
-from train.options import DTYPES, SEEDS
+from train.options import DTYPES, positive_number, seed
 from train.trainer import read_steps
 
 OUT = Path("out/experiment")
@@ -68,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     what = result.add_argument_group("what is compared")
     what.add_argument("--preset", nargs="+", choices=PRESETS, default=["glm4-moe"], metavar="NAME", help="[glm4-moe]")
     what.add_argument("--attention", nargs="+", choices=ATTENTION, default=list(ATTENTION), help="[dense dsa nsa]")
-    what.add_argument("--seeds", type=int, nargs="+", metavar="N", help="[0 1 2; --quick: 0]")
+    what.add_argument("--seeds", type=seed, nargs="+", metavar="N", help="[0 1 2; --quick: 0]")
     what.add_argument("--quick", action="store_true", help="the whole experiment in small: two minutes on a laptop")
     what.add_argument(
         "--k", nargs="+", metavar="K",
@@ -80,27 +79,33 @@ def parser() -> argparse.ArgumentParser:
         help="tokens at which decoding and prefill are timed [128 to 16384; --quick: 128 512 2048]",
     )  # fmt: skip
     what.add_argument(
-        "--prefill-limit", type=int, default=2048, metavar="T", help="prefill is timed up to this length [2048]"
+        "--prefill-limit",
+        type=not_negative,
+        default=2048,
+        metavar="T",
+        help="prefill is timed up to this length [2048]",
     )
 
     training = result.add_argument_group("training (defaults: the preset's)")
-    training.add_argument("--steps", type=int, metavar="N", help="updates of the main stage [3000]")
-    training.add_argument("--warm-up", type=int, metavar="N", help="updates of the warm-up before it [200]")
-    training.add_argument("--lr", type=float, help="peak learning rate of the main stage [3e-3]")
-    training.add_argument("--warm-up-lr", type=float, help="of the warm-up [1e-3]")
-    training.add_argument("--tokens-per-update", type=int, metavar="N", help="[2048]")
+    training.add_argument("--steps", type=positive, metavar="N", help="updates of the main stage [3000]")
+    training.add_argument("--warm-up", type=not_negative, metavar="N", help="updates of the warm-up before it [200]")
+    training.add_argument("--lr", type=positive_number, help="peak learning rate of the main stage [3e-3]")
+    training.add_argument("--warm-up-lr", type=positive_number, help="of the warm-up [1e-3]")
+    training.add_argument("--tokens-per-update", type=positive, metavar="N", help="[2048]")
     training.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="of the computation; weights stay fp32 [fp32]"
     )
     training.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     training.add_argument("--parallel", choices=("ddp", "fsdp"), help="for several processes [ddp]")
-    training.add_argument("--save-every", type=int, default=50, metavar="N", help="updates between saved states [50]")
+    training.add_argument(
+        "--save-every", type=positive, default=50, metavar="N", help="updates between saved states [50]"
+    )
 
     where = result.add_argument_group("input and output")
     where.add_argument("--data", default="stdlib", metavar="SOURCE", help="as in train.warmup [stdlib]")
     where.add_argument("--allow-malformed", action="store_true", help="leave out lines that cannot be read")
     where.add_argument("--vocabulary", type=int, metavar="N", help="tokens of the tokenizer trained on it [4096]")
-    where.add_argument("--held-out", type=int, metavar="N", help="windows to measure on [64]")
+    where.add_argument("--held-out", type=positive, metavar="N", help="windows to measure on [64]")
     where.add_argument("--cache", type=path, default=CACHE, metavar="DIR", help=f"where tokens are kept [{CACHE}]")
     where.add_argument("--out", type=path, metavar="DIR", help=f"output folder [{OUT}; --quick: {OUT}-quick]")
     where.add_argument("--overwrite", action="store_true", help="train everything again")
@@ -145,24 +150,6 @@ def resolve(args: argparse.Namespace) -> list[Preset]:
     names = list(dict.fromkeys(args.preset))
     if "dense" not in args.attention:
         raise UserError("--attention needs dense: it is what the others are measured against")
-    for name, least in (
-        ("steps", 1),
-        ("warm_up", 0),
-        ("tokens_per_update", 1),
-        ("held_out", 1),
-        ("save_every", 1),
-        ("prefill_limit", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    for seed in args.seeds:
-        if not 0 <= seed < SEEDS:
-            raise UserError(f"--seeds must be from 0 to {SEEDS - 1}, got {seed}")
-    for name in ("lr", "warm_up_lr"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     if args.vocabulary is not None and args.vocabulary < 300:
         raise UserError(f"--vocabulary must be at least 300 (256 bytes and the chat tokens), got {args.vocabulary}")
     changes: dict[str, Any] = {
