@@ -495,8 +495,10 @@ def train(
     """Runs a stage by the arguments and writes args.out."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = Trainer(stage, model, tokenizer, data, settings_of(args), args.out, source, identity, processes)
-    trainer.max_minutes, trainer.save_every, trainer.overwrite = args.max_minutes, args.save_every, args.overwrite
+    trainer = Trainer(
+        stage, model, tokenizer, data, settings_of(args), args.out, source, identity, processes,
+        max_minutes=args.max_minutes, save_every=args.save_every, overwrite=args.overwrite,
+    )  # fmt: skip
     trainer.run()
     del trainer  # see leave()
     processes.leave()

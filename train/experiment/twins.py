@@ -171,9 +171,10 @@ def train_twin(twin: Twin, plan: Plan) -> Path:
         console.print(f"{twin.name}: {'warm-up' if warmup else 'main stage'}")
         stage = stage_of(preset, twin.attention, plan.dtype, sparse=not warmup)
         settings = settings_of(preset, twin.seed, plan, warmup=warmup)
-        trainer = Trainer(stage, model, tokenizer, part, settings, folder, SCRATCH, identity, plan.processes)
-        trainer.save_every = plan.save_every
-        trainer.run()
+        Trainer(
+            stage, model, tokenizer, part, settings, folder, SCRATCH, identity, plan.processes,
+            save_every=plan.save_every,
+        ).run()  # fmt: skip
 
     if preset.warmup_steps and not is_done(warm, None, identity, overwrite=False, knows_data=True):
         run_stage(fresh(twin), warmup_data, warm, warmup=True)
