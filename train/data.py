@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -163,63 +163,40 @@ def load_data(
 
     Raises UserError: nothing to read, too many malformed lines, nothing left after filtering, too little text.
     """
-    malformed = Malformed(allow_malformed)
     wanted = {"train": POOL * train_windows, "held-out": POOL * held_out_windows}
     most = -(-held_out_windows // HELD_OUT_DOCUMENTS) * length  # tokens of one held-out document
-    builders = {name: _WindowBuilder(length, packing, scored) for name in wanted}
-    rows = dict.fromkeys(wanted, 0)
-    read = short = 0
+    builders = {split: _WindowBuilder(length, packing, scored) for split in wanted}
+    reader = _Reader(wanted, max_rows, builders, Malformed(allow_malformed))
     options = [length, wanted, most, min_tokens, max_rows, packing, allow_malformed, train_on_prompt, scored]
     name = f"tokens-{_fingerprint(source, tokenizer, options, cache)}.pt"
     known = _load_tokens(cache, name) if cache else None
     if known:
-        rows, short = known["rows"], known["short"]
-        for split, builder in builders.items():
-            builder.restore(known["builders"][split])
-
-    def state(done: bool) -> dict[str, Any]:
-        tokens = {split: builder.state() for split, builder in builders.items()}
-        bad = {"lines": malformed.lines, "count": malformed.count, "first": malformed.first}
-        return {"done": done, "read": read, "rows": rows, "short": short, "malformed": bad, "builders": tokens}
-
+        reader.restore(known)
     if known and known["done"]:
-        read, malformed = known["read"], Malformed(allow_malformed, **known["malformed"])
-        console.print(f"{source}: {read} documents, tokenized before ({cache}/{name})")
+        console.print(f"{source}: {reader.read} documents, tokenized before ({cache}/{name})")
     else:
-        tokenized = known["read"] if known else 0
         saved = time.monotonic()
         with progress_bar() as progress:
             task = progress.add_task("read data", total=sum(wanted.values()))
-            for document in documents(source, malformed, cache):
-                read += 1
-                if read <= tokenized:
-                    continue
-                split = "held-out" if document.is_held_out() else "train"
-                full = {name: len(builders[name]) >= wanted[name] for name in wanted}
-                full["train"] |= rows["train"] >= max_rows
-                if all(full.values()):
-                    break
-                if full[split]:
-                    continue
+            for split, document in reader.unread(source, cache):
                 ids, labels = encode(document, tokenizer, train_on_prompt=train_on_prompt)
                 if len(ids) < min_tokens:
-                    short += 1
+                    reader.short += 1
                     continue
-                rows[split] += 1
                 if split == "held-out" and packing == "pack":
                     part = _middle(labels, most)
                     ids, labels = ids[part], labels[part]
-                builders[split].add(ids, labels)
-                progress.update(task, completed=sum(min(len(builders[name]), wanted[name]) for name in wanted))
+                reader.add(split, ids, labels)
+                progress.update(task, completed=reader.filled())
                 if cache and time.monotonic() - saved > SNAPSHOT_SECONDS:
-                    _save_tokens(cache, name, state(done=False))
+                    _save_tokens(cache, name, reader.state(done=False))
                     saved = time.monotonic()
-        malformed.check()
+        reader.malformed.check()
         if cache:
-            _save_tokens(cache, name, state(done=True))
+            _save_tokens(cache, name, reader.state(done=True))
     for split, builder in builders.items():
         if len(builder) == 0 and wanted[split]:
-            raise UserError(_nothing_left(split, source, read, short, min_tokens, rows[split], builder.tokens, length))
+            raise UserError(_nothing_left(split, source, reader, min_tokens))
     train = builders["train"].windows(train_windows, seed)
     held_out = builders["held-out"].windows(held_out_windows, seed)
     if len(held_out) < held_out_windows:
@@ -228,13 +205,13 @@ def load_data(
         "path": source,
         "sha256": train.sha256(),
         "held_out_sha256": held_out.sha256(),
-        "documents_read": read,
-        "documents_short": short,
-        "documents_trained": rows["train"],
-        "documents_held_out": rows["held-out"],
+        "documents_read": reader.read,
+        "documents_short": reader.short,
+        "documents_trained": reader.rows["train"],
+        "documents_held_out": reader.rows["held-out"],
         "windows": len(train),
         "windows_held_out": len(held_out),
-        "malformed": malformed.summary() if malformed.count else None,
+        "malformed": reader.malformed.summary() if reader.malformed.count else None,
     }
     return TrainingData(train, held_out, facts)
 
@@ -273,12 +250,11 @@ def _save_tokens(cache: Path, name: str, state: dict[str, Any]) -> None:
     save_state(cache, state, name, shared=True)
 
 
-def _nothing_left(
-    split: str, source: str, read: int, short: int, min_tokens: int, rows: int, tokens: int, length: int
-) -> str:
+def _nothing_left(split: str, source: str, reader: _Reader, min_tokens: int) -> str:
+    read, rows, builder = reader.read, reader.rows[split], reader.builders[split]
     if read == 0:
         return f"{source} holds no documents"
-    if rows == 0 and short:
+    if rows == 0 and reader.short:
         return f"no {split} document of {source} has {min_tokens} tokens ({read} read): lower --min-tokens"
     if rows == 0:
         return (
@@ -286,9 +262,62 @@ def _nothing_left(
             f"out, by its hash; a file of text is cut into documents of {PIECE} characters): more text is needed"
         )
     return (
-        f"the {split} text of {source} is shorter than one window ({tokens} tokens with labels, --length {length}): "
-        "lower --length, or give more text"
+        f"the {split} text of {source} is shorter than one window ({builder.tokens} tokens with labels, --length "
+        f"{builder.length}): lower --length, or give more text"
     )
+
+
+@dataclass
+class _Reader:
+    """How far a source was read, and what was made of it, by split."""
+
+    wanted: dict[str, int]
+    """Windows of each split."""
+    max_rows: int
+    builders: dict[str, _WindowBuilder]
+    malformed: Malformed
+    rows: dict[str, int] = field(default_factory=lambda: {"train": 0, "held-out": 0})
+    read: int = 0
+    short: int = 0
+
+    def unread(self, source: str, cache: Path | None) -> Iterator[tuple[str, Document]]:
+        """The documents behind those that were read before, each with its split, until both are full."""
+        before, self.read = self.read, 0
+        for document in documents(source, self.malformed, cache):
+            self.read += 1
+            if self.read <= before:
+                continue
+            if all(self.full(split) for split in self.wanted):
+                return
+            split = "held-out" if document.is_held_out() else "train"
+            if not self.full(split):
+                yield split, document
+
+    def add(self, split: str, ids: list[int], labels: list[int]) -> None:
+        self.rows[split] += 1
+        self.builders[split].add(ids, labels)
+
+    def full(self, split: str) -> bool:
+        enough = len(self.builders[split]) >= self.wanted[split]
+        return enough or (split == "train" and self.rows[split] >= self.max_rows)
+
+    def filled(self) -> int:
+        """Windows, of those that are wanted."""
+        return sum(min(len(self.builders[split]), wanted) for split, wanted in self.wanted.items())
+
+    def state(self, *, done: bool) -> dict[str, Any]:
+        """All of it, as torch.save keeps it."""
+        bad = {"lines": self.malformed.lines, "count": self.malformed.count, "first": self.malformed.first}
+        tokens = {split: builder.state() for split, builder in self.builders.items()}
+        counts = {"read": self.read, "rows": self.rows, "short": self.short}
+        return {"done": done, **counts, "malformed": bad, "builders": tokens}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.read, self.rows, self.short = state["read"], state["rows"], state["short"]
+        for split, builder in self.builders.items():
+            builder.restore(state["builders"][split])
+        if state["done"]:  # else the lines are read, and counted, again
+            self.malformed = Malformed(self.malformed.allowed, **state["malformed"])
 
 
 class _WindowBuilder:
