@@ -103,9 +103,9 @@ def rates(backend: str, dtype: str, precision: str, threads: int) -> Rates:
     dtype: of activations; precision: of weights.
     """
     if runs_on_gpu(backend):
-        import torch
+        from dsa_export.model.checkpoint import DTYPES
 
-        return cuda_rates({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+        return cuda_rates(DTYPES[dtype])
     bits = PACKED_BITS.get(precision) if backend == "ort" else None
     bandwidth, flops = cpu_bandwidth(threads), cpu_flops(threads, bits)
     product = f"{precision if bits else 'fp32'} product of {PRODUCT}² in ONNX Runtime"

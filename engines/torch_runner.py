@@ -17,6 +17,7 @@ from torch import Tensor
 from dsa_export.cli import UserError, is_out_of_memory
 from dsa_export.files import checkpoint_hash, link_or_copy, weight_files
 from dsa_export.model import load_model
+from dsa_export.model.checkpoint import DTYPES
 from dsa_export.onnx.export import StepGraph
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export
@@ -24,7 +25,6 @@ from engines.device import DeviceCaches, DeviceRunner
 from engines.memory import OutOfMemory
 from engines.session import check_room
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.index.json")  # and the weights
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled and library workspaces allocated
 

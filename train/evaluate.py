@@ -365,7 +365,7 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     if not args.auto:
         for name in ("k_budget", "k_step", "k_floor", "write_topk"):
             if getattr(args, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} needs --k auto")
+                raise UserError(f"--{name.replace('_', '-')} needs --topk auto")
         return
     args.k_budget = budget
     pool = config.index_pool

@@ -24,6 +24,8 @@ from dsa_export.model.decoder import DSAForCausalLM
 DEFAULT_CHECKPOINT = "ckpt"
 """Where training ends, and what comes after it begins, unless told otherwise."""
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 INDEXER = ".indexer."
 """Part of the name of every indexer parameter."""
 

@@ -20,7 +20,7 @@ from dsa_export.files import check_output, output_folder, sha256, write_manifest
 from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, check_vocabulary, load_config, model_source
+from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, DTYPES, check_vocabulary, load_config, model_source
 from dsa_export.onnx.calibrate import calibrate, calibration_windows
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import Comparison, SharedWeights, compare_graphs, compare_weights
@@ -29,7 +29,6 @@ from dsa_export.onnx.quantise import BITS, BLOCK_SIZES, Scheme, quantise, untie
 from dsa_export.selection import add_selection_arguments, chosen_options, selection_options
 from dsa_export.topk import compact_topk, describe_topk
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_PARITY_PROMPT = 2304
 STANDARD_LIBRARY = "standard library"
 """What the manifest says if --calibrate names no file."""

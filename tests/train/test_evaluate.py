@@ -629,7 +629,7 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         (["--topk", "0"], "--topk must be at least 1"),
         (["--topk", "96"], "leaves nothing out of 96 tokens"),
         (["--length", "9999"], "beyond the model's 512 positions"),
-        (["--k-budget", "9"], "--k-budget needs --k auto"),
+        (["--k-budget", "9"], "--k-budget needs --topk auto"),
         (["--samples", "9"], "--samples needs --tasks"),
         (["--k", "auto", "--k-budget", "200"], "leaves nothing to choose"),
         ([*AUTO, "--k-step", "3", "--index-pool", "4"], "multiple of the pool of 4"),
