@@ -45,10 +45,10 @@ QUICK_SECONDS = 3.0
 RESULTS = "results.jsonl"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """All heavy work is done in children: what it leaves in this process's heap would be inherited by the processes
     that measure memory, and would hide what an engine needs."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     check_output(args.out, "bench")
     check_peers(args)
     build_missing(args)
@@ -62,7 +62,7 @@ def main() -> None:
     if args.debug_layers is not None:
         debug_layers(groups, args)
         return
-    facts = provenance(args)
+    facts = provenance(args, sys.argv[1:] if argv is None else argv)
     remove_partial(args.out)
     with output_folder(args.out, keep_partial=True) as folder:
         written = folder / RESULTS
@@ -97,7 +97,7 @@ def main() -> None:
     console.print(summary.sentence(measured))
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python bench/compare.py",
         description="Dense against sparse engines: every backend, precision and k found below --engines, over contexts "
@@ -165,7 +165,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     other("--checkpoint", metavar="NAME", help="the peers' checkpoint (default: what the export came from)")
     other("--peer-context", nargs="+", type=positive, metavar="N", help="(default: all contexts of batch 1)")
     parser.add_argument("--out", type=path, default=Path("out/bench"), metavar="DIR", help="(default: %(default)s)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     if args.quick:
         if args.caches == "prefill" or args.peers not in (None, ["none"]):
             raise UserError("--quick takes random caches and no peers: leave --caches and --peers out")
@@ -434,7 +434,7 @@ def with_facts(record: Record, facts: dict[str, Any]) -> Record:
     return {**record, **facts, "versions": facts["versions"] | record.get("versions", {})}
 
 
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
+def provenance(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What every record says about where its numbers come from."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -442,7 +442,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    command = shlex.join(["python", "bench/compare.py", *sys.argv[1:]])
+    command = shlex.join(["python", "bench/compare.py", *argv])
     if switched := os.environ.get(huge_pages.SWITCH):
         command = f"{huge_pages.SWITCH}={switched} {command}"
     return {

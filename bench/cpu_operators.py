@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -145,7 +145,7 @@ def timings(case: Case, library: Path, threads: int, budget: measure.Budget, see
     return {**asdict(case), **per_layer, **difference}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_operators", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=path, default=Path("out/bench/cpu_operators.jsonl"), metavar="FILE",
                         help="records as JSON lines (default: %(default)s)")  # fmt: skip
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=usable_cpus(), metavar="N", help="(default: %(default)s)")
     parser.add_argument("--runs", type=positive, default=9, metavar="N", help="of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.context) < 512:
         parser.error("--context must be 512 or more: the operators select 512 tokens")
     check_output_file(args.out)

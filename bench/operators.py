@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -387,11 +387,11 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=path, default=Path("out/bench/operators.jsonl"), help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8, help="begins no case after this (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("bench.operators times GPU kernels: no CUDA GPU is visible to torch on this machine")
     started = time.monotonic()

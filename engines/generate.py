@@ -16,7 +16,7 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsa_export.cli import Terminated, UserError, errors, path, positive, progress_bar, run, thread_count
@@ -28,8 +28,8 @@ LONG_PROMPT = 2048
 """Tokens from which on a progress bar is shown while the prompt is read."""
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     message = None if args.chat and not (args.prompt or args.file) else read_prompt(args)
     runner = open_runner(args.engine, threads=args.threads)
     text = Text(runner.engine)
@@ -49,7 +49,7 @@ def main() -> None:
         errors.print(f"The indexer is random: do not trust answers beyond {trusted} tokens of context")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m engines.generate", description=summary.partition(": ")[2], epilog=details,
@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=probability, default=1.0, metavar="P", help="nucleus sampling (default: %(default)s)")
     add("--seed", type=int, metavar="N", help="makes sampling repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     if args.raw and (args.system or args.chat):
         parser.error(f"{'--system' if args.system else '--chat'} needs the chat template: leave out --raw")
     if "" in args.stop:

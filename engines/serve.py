@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+from collections.abc import Sequence
 
 from dsa_export.cli import UserError, console, not_negative, positive, run
 from engines.generate import add_engine_arguments
@@ -24,8 +25,8 @@ from engines.text import Text
 MAX_BODY_BYTES = 8 * 2**20
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     try:
         from engines.app import Server, create_app
         from engines.scheduler import Scheduler
@@ -57,7 +58,7 @@ def main() -> None:
         console.print("Stopped")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m engines.serve", description=summary.partition(": ")[2], epilog=details,
@@ -98,7 +99,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--model-name", metavar="NAME", help="what /v1/models says (default: the engine folder's name and precision)")
     add("--max-body-bytes", type=positive, default=MAX_BODY_BYTES, metavar="N", help="(default: %(default)s)")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def listen(host: str, port: int) -> socket.socket:

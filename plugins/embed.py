@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from plugins.compile import Image, compile_all
@@ -96,11 +97,11 @@ def _update(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BUILD, help="build folder (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=None, help="processes (default: one per processor)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         print(build(args.out, args.jobs))
     except (BuildFailed, HeadersNotFound) as error:

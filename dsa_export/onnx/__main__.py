@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ STANDARD_LIBRARY = "standard library"
 """What the manifest says if --calibrate names no file."""
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dsa_export.onnx",
         description="Exports a DSA checkpoint to OUT/dense/model.onnx and OUT/sparse/model.onnx (one weight file, "
@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
         help="accept a plain checkpoint and give it an untrained indexer: good for timings only, its output "
         "is not the model's (recorded in the manifest)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not arguments.weights and (arguments.block_size or arguments.keep_lm_head or arguments.int8_indexer):
         parser.error("--block-size, --keep-lm-head and --int8-indexer say how to quantise: they need --weights")
     if arguments.calibrate == Path():
@@ -100,8 +100,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     check_output(arguments.out, "onnx")
     config = load_config(arguments.model)
     check_request(arguments, config)

@@ -11,6 +11,7 @@ that only lead to `dsa::IndexTopK`, and the caches of the index keys.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,10 +220,10 @@ def compare_folder(folder: Path) -> Comparison:
         raise UserError(f"{folder} is not as `{made_by}` wrote it ({error}): run that again") from None
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dsa_export.onnx.identical", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", nargs="?", type=path, default=Path("out/onnx"), help="the export (default: out/onnx)")
-    console.print(str(compare_folder(parser.parse_args().folder)))
+    console.print(str(compare_folder(parser.parse_args(argv).folder)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dsa_export.cli import Terminated, UserError, console, run
@@ -31,8 +32,8 @@ from engines.text import tokenizer_files
 BUILDERS = {"ort": build_ort, "tensorrt-rtx": build_tensorrt_rtx, "tensorrt": build_tensorrt, "torch": build_torch}
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     if args.triton_repository:
         triton.check_options(args.backend, args.plans)
     if args.print_trtexec:

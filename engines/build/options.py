@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from dsa_export.cli import UserError, path, positive
@@ -28,7 +29,7 @@ OPTIONS_OF = {
 """What has no effect without one of these."""
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m engines.build", description="engines from an ONNX export")
     add = parser.add_argument
     add("--onnx", type=path, default=Path("out/onnx"), metavar="DIR", help="the export (default: %(default)s)")
@@ -100,7 +101,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--serialize-plugins", action="store_true", help="tensorrt: put the plugin library into the plan")
     add("--print-trtexec", action="store_true", help="write the graphs for trtexec, print its commands and stop")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     args.backend = list(dict.fromkeys(args.backend))
     args.variant = list(dict.fromkeys(args.variant))
     chosen = {"--print-trtexec"} if args.print_trtexec else {f"--backend {name}" for name in args.backend}

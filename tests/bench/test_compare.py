@@ -206,9 +206,9 @@ def test_a_group_that_fails_is_listed(export, engines, another_k, tmp_path: Path
 
 
 def test_records_say_what_was_switched_off(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["compare", "--engines", "out/e"])
     monkeypatch.setenv("DSA_HUGE_PAGES", "0")
-    facts = compare.provenance(compare.parse_arguments())
+    arguments = ["--engines", "out/e"]
+    facts = compare.provenance(compare.parse_arguments(arguments), arguments)
     assert facts["command"] == "DSA_HUGE_PAGES=0 python bench/compare.py --engines out/e"
 
 

@@ -226,10 +226,9 @@ def test_windows_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["--calibrate", "", "--weights", "int4"], "--calibrate: name a file"),
     ],
 )
-def test_calibration_is_for_int4(options: list[str], message: str, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["dsa_export.onnx", *options])
+def test_calibration_is_for_int4(options: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        export_main.parse_arguments()
+        export_main.parse_arguments(options)
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -489,9 +489,8 @@ def test_what_is_quantised_is_what_the_flags_say(dsa_folder, tmp_path, monkeypat
     monkeypatch.setattr(export_main, "Scheme", lambda *scheme: made.append(scheme))
     monkeypatch.setattr(export_main, "output_folder", None)
     flags = ["--weights", "int8", "--block-size", "64", "--keep-lm-head", "--int8-indexer"]
-    monkeypatch.setattr("sys.argv", ["", "--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), *flags])
     with pytest.raises(TypeError, match="not callable"):
-        export_main.main()
+        export_main.main(["--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), *flags])
     assert made == [("int8", 64, False, True)]
 
 
@@ -624,8 +623,7 @@ def test_interrupt_leaves_nothing(dsa_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--keep-lm-head", "--int8-indexer", "--block-size=64"])
-def test_flags_of_the_quantisation_need_it(flag: str, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["dsa_export.onnx", flag])
+def test_flags_of_the_quantisation_need_it(flag: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        export_main.parse_arguments()
+        export_main.parse_arguments([flag])
     assert end.value.code == 2 and "need --weights" in capsys.readouterr().err

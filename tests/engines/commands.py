@@ -12,13 +12,11 @@ from dsa_export.cli import run
 
 
 def run_command(
-    main: Callable[[], None], arguments: list[str], capsys: pytest.CaptureFixture[str]
+    main: Callable[[list[str]], None], arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str, str]:
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["command", *arguments])
-        with pytest.raises(SystemExit) as exit_info:
-            run(main)
+    with pytest.raises(SystemExit) as exit_info:
+        run(lambda: main(arguments))
     captured = capsys.readouterr()
     return int(exit_info.value.code or 0), captured.out, captured.err
 

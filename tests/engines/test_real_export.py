@@ -25,8 +25,7 @@ def real_export(dsa_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("real") / "onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(dsa_folder.parent)
-        patch.setattr("sys.argv", ["onnx", "--model", dsa_folder.name, "--out", str(out)])
-        export_main()
+        export_main(["--model", dsa_folder.name, "--out", str(out)])
     return out
 
 

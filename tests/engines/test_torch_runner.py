@@ -32,9 +32,7 @@ def checkpoint(dsa_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def real_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("torch") / "onnx"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["onnx", "--model", str(checkpoint), "--out", str(out)])
-        export_main()
+    export_main(["--model", str(checkpoint), "--out", str(out)])
     return out
 
 
@@ -179,10 +177,7 @@ def test_the_command_runs_it(built: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_random_indexer_is_the_exported_one(qwen_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.MonkeyPatch.context() as patch:
-        options = ["--model", str(qwen_folder), "--random-indexer", "--topk", "16", "--out", str(tmp_path / "onnx")]
-        patch.setattr("sys.argv", ["onnx", *options])
-        export_main()
+    export_main(["--model", str(qwen_folder), "--random-indexer", "--topk", "16", "--out", str(tmp_path / "onnx")])
     options = ["--onnx", str(tmp_path / "onnx"), "--out", str(tmp_path), "--variant", "sparse"]
     for backend in ("ort", "torch"):
         assert run_command(build.main, [*options, "--backend", backend], capsys)[0] == 0
