@@ -110,12 +110,10 @@ def check_plugin_layers(layer_information: str, nodes: Mapping[str, int]) -> Non
         )
 
 
-def inspect(plan_path: Path, plugin_library: Path | None) -> str:
-    """The engine inspector's JSON of an engine that TensorRT built; needs a GPU."""
+def inspect(plan_path: Path) -> str:
+    """The engine inspector's JSON of an engine that build_plan() has just built with TensorRT; needs a GPU."""
     trt = _import("tensorrt")
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    if plugin_library:
-        load_plugins(runtime.get_plugin_registry(), plugin_library)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # finds the plugins that the build loaded
     engine = runtime.deserialize_cuda_engine(plan_path.read_bytes())
     if engine is None:
         raise UserError(f"TensorRT {trt.__version__} cannot load the plan that it built: {plan_path}")

@@ -34,7 +34,7 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
     library = args.plugin_library
     if "sparse" in args.variant and not library.is_file():
         raise UserError(f"{library} is missing: run `make plugins`, or name it with --plugin-library")
-    version = trtexec_version(binary) if binary else runtime_version("tensorrt")
+    version = installed_tensorrt(binary)
     gpu = gpu_compute_capability()
     for variant in args.variant:
         graph = export.graphs[variant]
@@ -92,14 +92,21 @@ def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
         decompose_attention=job.dtype == "fp32",
         timing_cache=job.timing_cache,
     )
-    job.layers.write_text(inspect(job.plan, job.plugin_library))
+    job.layers.write_text(inspect(job.plan))
 
 
-def trtexec_version(binary: str) -> str:
-    banner = subprocess.run([binary, "--help"], capture_output=True, text=True).stdout
-    version = trtexec.parse_version(banner)
-    if version is None or not (10, 16) <= tuple(map(int, version.split("."))) < (12,):
-        raise UserError(f"{binary} is not a trtexec of TensorRT 10.16 or 11.x: put that one on the PATH")
+def installed_tensorrt(trtexec_path: str | None) -> str:
+    """Version of trtexec, or without one of the Python package. Raises UserError unless it is 10.16 to 11.x."""
+    version: str | None
+    if trtexec_path is None:
+        version = runtime_version("tensorrt")
+        refusal = f"the package tensorrt {version} is not of 10.16 or 11.x: pip install 'tensorrt-cu13>=10.16,<12'"
+    else:
+        banner = subprocess.run([trtexec_path, "--help"], capture_output=True, text=True).stdout
+        version = trtexec.parse_version(banner)
+        refusal = f"{trtexec_path} is not a trtexec of TensorRT 10.16 or 11.x: put that one on the PATH"
+    if version is None or not (10, 16) <= tuple(map(int, version.split(".")[:2])) < (12,):
+        raise UserError(refusal)
     return version
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -244,16 +245,12 @@ def test_what_cannot_succeed_is_refused_before_the_build(
     assert not arguments.exists()
 
 
-def test_a_library_that_registers_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_library_that_registers_nothing_is_said(tmp_path: Path):
     library = tmp_path / "libdsa_plugins.so"
     library.write_bytes(b"plugins of another TensorRT")
     registry = SimpleNamespace(all_creators=[], load_library=lambda path: None)
-    runtime = SimpleNamespace(get_plugin_registry=lambda: registry)
-    trt = SimpleNamespace(Logger=lambda level: None, Runtime=lambda logger: runtime)
-    trt.Logger.ERROR = 1
-    monkeypatch.setattr(nvidia, "_import", lambda product: trt)
     with pytest.raises(UserError, match="did not register IndexTopK, SparseAttention: run `make plugins`"):
-        nvidia.inspect(tmp_path / "engine.plan", library)
+        nvidia.load_plugins(registry, library)
 
 
 def test_the_timing_cache_is_read_and_replaced_by_a_build_that_succeeds(trtexec, options, tmp_path: Path, capsys):
@@ -378,6 +375,48 @@ def test_another_trtexec_is_refused(trtexec, options, capsys, version: str):
     code, _, error = run_command(build.main, options, capsys)
     assert code == 1
     assert "is not a trtexec of TensorRT 10.16 or 11.x" in one_line(error)
+
+
+@pytest.fixture
+def python_package(trtexec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No trtexec, but TensorRT's Python package, whose building is stood in for; returns how to configure it."""
+    trtexec()
+    (tmp_path / "bin" / "trtexec").unlink()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorrt" or find_spec(name))
+
+    def stand_in(version: str = "11.4.0.106", layers: str = layer_information(toy.LAYERS)) -> list[dict[str, object]]:
+        builds: list[dict[str, object]] = []
+
+        def build_plan(graph: Path, plan: Path, profiles: object, **options: object) -> None:
+            assert graph.is_file()
+            plan.write_bytes(b"plan")
+            builds.append(options)
+
+        monkeypatch.setattr("engines.build.tensorrt.runtime_version", lambda _: version)
+        monkeypatch.setattr("engines.artifacts.runtime_version", lambda _: version)
+        monkeypatch.setattr(nvidia, "build_plan", build_plan)
+        monkeypatch.setattr(nvidia, "inspect", lambda plan: layers)
+        return builds
+
+    return stand_in
+
+
+def test_building_with_the_python_package(python_package, options, tmp_path: Path, capsys):
+    builds = python_package()
+    code, _, error = run_command(build.main, [*options, "--serialize-plugins"], capsys)
+    assert (code, error) == (0, "")
+    assert [options["product"] for options in builds] == ["tensorrt"] * 2
+    assert [options["plugin_library"] for options in builds] == [None, tmp_path / "libdsa_plugins.so"]
+    assert open_engine(tmp_path / "engines/tensorrt/sparse").manifest["versions"]["runtime"] == "11.4.0.106"
+
+    python_package(layers=layer_information(0))
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1 and "TensorRT took the function bodies" in one_line(error)
+
+    builds = python_package("10.9.0.34")
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1 and "tensorrt 10.9.0.34 is not of 10.16 or 11.x: pip install" in one_line(error) and not builds
 
 
 def test_a_missing_plugin_library_is_one_line(trtexec, options, tmp_path: Path, capsys):
