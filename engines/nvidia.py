@@ -76,7 +76,8 @@ def build_plan(
                 (builder, network, parser), config, save_timing_cache=str(timing_cache) if timing_cache else None
             )
         except PolygraphyException as error:
-            reason = errors[0].removeprefix("[E] ") if errors else str(error)
+            # The first error is the cause, but the parser describes the node first, at length.
+            reason = next((line for line in errors if line.startswith("In node")), (errors or [str(error)])[0])
             raise UserError(f"{product} {trt.__version__} could not build {onnx_path}: {reason}") from None
     plan_path.write_bytes(memoryview(plan))
 
@@ -166,7 +167,10 @@ def _collected_errors() -> Iterator[list[str]]:
 
     messages: list[str] = []
     handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(  # type: ignore[method-assign]
+        " ".join(record.getMessage().removeprefix("[E] ").split())
+    )
+    G_LOGGER.colors = False  # it would print that it lacks the module for them
     G_LOGGER.use_python_logging_system = True
     logger = logging.getLogger("Polygraphy")
     logger.addHandler(handler)

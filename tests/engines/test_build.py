@@ -90,6 +90,21 @@ def test_both_graphs_build_in_tensorrt_rtx_without_a_gpu(tmp_path: Path, dtype: 
         assert ("past_key_values.0.index" in decode["shapes"]) == (variant == "sparse")
 
 
+def test_a_graph_that_tensorrt_rtx_refuses_is_one_line(tmp_path: Path, capsys, monkeypatch):
+    nvidia._import("tensorrt-rtx")  # before Polygraphy, which chooses its product when it is imported
+    from polygraphy.logger import logger
+
+    monkeypatch.setattr(logger, "COLORED_MODULE_PRESENT", None)  # as in a process that has printed nothing yet
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Nonsense", ["x"], ["y"], domain="foo")
+    graph = onnx.helper.make_graph([node], "graph", [value], [onnx.ValueInfoProto(name="y", type=value.type)])
+    versions = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("foo", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=versions, ir_version=11), tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"could not build .*operator: Nonsense .*Plugin not found") as refusal:
+        nvidia.build_plan(tmp_path / "model.onnx", tmp_path / "plan", [], product="tensorrt-rtx", title="build")
+    assert "\n" not in str(refusal.value) and capsys.readouterr().out == ""
+
+
 def test_tensorrt_rtx_builds_for_named_gpus(export: Path, tmp_path: Path, capsys):
     options = ["--onnx", str(export), "--out", str(tmp_path), "--backend", "tensorrt-rtx", "--variant", "sparse"]
     options += ["--max-context", "64"]
