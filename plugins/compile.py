@@ -66,7 +66,14 @@ def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path
 
     constants = variant.constants_on(arch)
     tools = (triton.__version__, triton.knobs.nvidia.ptxas.version)
-    recipe = (*tools, sources(variant.kernel.fn), variant.signature(), constants, variant.options)
+    recipe = (
+        *tools,
+        sources(variant.kernel.fn),
+        Path(__file__).read_text(),
+        variant.signature(),
+        constants,
+        variant.options,
+    )
     stem = f"{variant.name}.sm_{arch}.{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
     record = out / f"{stem}.txt"  # written last: "shared bytes"
     shared = int(record.read_text()) if record.exists() else 0

@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs, and waits before it reads.
 
 From Hopper on; see "Programmatic Dependent Launch and Synchronization" in the CUDA C++ Programming Guide. It hides what
-a launch costs, a microsecond or two of each. A kernel that fills the GPU must not start early: its programs would crowd
-on the multiprocessors that are free already. So only kernels whose next one is small, and of the same operator, let it.
+a launch costs, a microsecond or two of each. A kernel that fills the GPU for long must not start early: its programs
+would crowd on the multiprocessors that are free already. So it is done within an operator, where it was seen to help.
 """
 
 from __future__ import annotations

@@ -266,7 +266,8 @@ public:
         return mTimingCacheId.c_str();
     }
 
-    // Loads the kernels: enqueue may be captured into a CUDA graph, where loading is not allowed.
+    // Loads the kernels. TensorRT calls this within enqueueV3 when a shape or an address has changed: a call before a CUDA
+    // graph is captured loads them, within the capture nothing can be.
     int32_t onShapeChange(
         PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t nbOutputs) noexcept override
     {
@@ -316,6 +317,7 @@ public:
         {
             mSaved[i] = {kAttributes[i].name, &(this->*kAttributes[i].value), PluginFieldType::kINT64, 1};
         }
+        mSaved.back() = layoutField();
         mFields = {static_cast<int32_t>(mSaved.size()), mSaved.data()};
         return &mFields;
     }
@@ -403,7 +405,7 @@ private:
     static constexpr std::array<Attribute, 4> kAttributes{{{"k", &IndexTopK::mK}, {"sinks", &IndexTopK::mSinks},
         {"window", &IndexTopK::mWindow}, {"pool", &IndexTopK::mPool}}};
     std::string mTimingCacheId;
-    std::array<PluginField, 4> mSaved{};
+    std::array<PluginField, kAttributes.size() + 1> mSaved{};
     PluginFieldCollection mFields{};
     Kernel mDecode, mPrefill, mGuess, mFilter, mFinish;
 };

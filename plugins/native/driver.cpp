@@ -4,7 +4,6 @@
 
 #include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -120,40 +119,47 @@ Image const* findImage(std::string const& name, int arch) noexcept
 
 Kernel::Kernel(std::string const& name)
 {
+    struct Prepared
+    {
+        Image const* image;
+        CUhandle kernel; // CUkernel, good for every context of the device
+    };
     static std::mutex mutex;
-    static std::map<Image const*, CUhandle> loaded; // CUkernel, good for every context
-    static std::set<std::pair<Image const*, CUdevice>> prepared; // whose shared memory is allowed
+    static std::map<Image const*, CUhandle> loaded; // CUkernel
+    static std::map<std::pair<std::string, CUdevice>, Prepared> prepared;
 
     Driver const& cuda = driver();
     CUdevice device{};
     cuda.check(cuda.ctxGetDevice(&device), "no CUDA context is current");
-    int major{};
-    int minor{};
-    cuda.check(cuda.deviceGetAttribute(&major, kComputeMajor, device), "compute capability");
-    cuda.check(cuda.deviceGetAttribute(&minor, kComputeMinor, device), "compute capability");
-    mImage = findImage(name, major * 10 + minor);
-    if (mImage == nullptr)
-    {
-        throw std::runtime_error("no kernel " + name + " for compute capability " + std::to_string(major) + "."
-            + std::to_string(minor) + " (8.0 or newer is needed)");
-    }
-
     std::lock_guard<std::mutex> const lock(mutex);
-    CUhandle& kernel = loaded[mImage];
-    if (kernel == nullptr)
+    auto const key = std::make_pair(name, device);
+    auto found = prepared.find(key);
+    if (found == prepared.end())
     {
-        CUhandle library{};
-        cuda.check(cuda.libraryLoadData(&library, mImage->data, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading " + name);
-        cuda.check(cuda.libraryGetKernel(&kernel, library, mImage->entry), "finding " + name);
-    }
-    if (auto const key = std::make_pair(mImage, device); prepared.find(key) == prepared.end())
-    {
-        cuda.check(cuda.kernelSetAttribute(kMaxDynamicShared, mImage->shared, kernel, device), "shared memory of " + name);
-        prepared.insert(key);
+        int major{};
+        int minor{};
+        cuda.check(cuda.deviceGetAttribute(&major, kComputeMajor, device), "compute capability");
+        cuda.check(cuda.deviceGetAttribute(&minor, kComputeMinor, device), "compute capability");
+        Image const* image = findImage(name, major * 10 + minor);
+        if (image == nullptr)
+        {
+            throw std::runtime_error("no kernel " + name + " for compute capability " + std::to_string(major) + "."
+                + std::to_string(minor) + " (8.0 or newer is needed)");
+        }
+        CUhandle& kernel = loaded[image];
+        if (kernel == nullptr)
+        {
+            CUhandle library{};
+            cuda.check(cuda.libraryLoadData(&library, image->data, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading " + name);
+            cuda.check(cuda.libraryGetKernel(&kernel, library, image->entry), "finding " + name);
+        }
+        cuda.check(cuda.kernelSetAttribute(kMaxDynamicShared, image->shared, kernel, device), "shared memory of " + name);
+        found = prepared.emplace(key, Prepared{image, kernel}).first;
     }
     CUhandle function{}; // loads it into the current context now, not at its first launch there
-    cuda.check(cuda.kernelGetFunction(&function, kernel), "preparing " + name);
-    mFunction = kernel;
+    cuda.check(cuda.kernelGetFunction(&function, found->second.kernel), "preparing " + name);
+    mImage = found->second.image;
+    mFunction = found->second.kernel;
 }
 
 void Kernel::launch(

@@ -1,8 +1,11 @@
 // The library's two exports, and what plugin.h declares.
+#include "constants.h"
 #include "plugin.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstring>
 
 namespace dsa
 {
@@ -10,6 +13,8 @@ namespace
 {
 
 std::atomic<nvinfer1::ILoggerFinder*> gLoggerFinder{nullptr};
+constexpr char const* kLayoutName = "layout";
+constexpr int64_t kLayout = LAYOUT;
 
 } // namespace
 
@@ -58,6 +63,11 @@ double numberOf(nvinfer1::PluginField const& field)
 void checkCommonAttribute(nvinfer1::PluginField const& field)
 {
     std::string const name = field.name != nullptr ? field.name : "";
+    if (name == kLayoutName)
+    {
+        require(integerOf(field) == kLayout, kOtherLayout);
+        return;
+    }
     bool const isVersion = name == "plugin_version";
     require(isVersion || name == "plugin_namespace", "unknown attribute " + name);
     require(field.type == nvinfer1::PluginFieldType::kCHAR && field.data != nullptr && field.length >= 0,
@@ -66,6 +76,17 @@ void checkCommonAttribute(nvinfer1::PluginField const& field)
     value = value.c_str(); // some callers count the closing zero
     char const* expected = isVersion ? kVersion : kNamespace;
     require(value == expected, "attribute " + name + " must be \"" + expected + "\", got \"" + value + "\"");
+}
+
+nvinfer1::PluginField layoutField()
+{
+    return {kLayoutName, &kLayout, nvinfer1::PluginFieldType::kINT64, 1};
+}
+
+bool hasLayout(nvinfer1::PluginFieldCollection const& fields)
+{
+    return std::any_of(fields.fields, fields.fields + fields.nbFields,
+        [](nvinfer1::PluginField const& field) { return field.name != nullptr && std::strcmp(field.name, kLayoutName) == 0; });
 }
 
 char const* typeName(nvinfer1::DataType type) noexcept

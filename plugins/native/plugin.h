@@ -16,6 +16,7 @@ namespace dsa
 
 constexpr char const* kNamespace = "dsa";
 constexpr char const* kVersion = "1";
+constexpr char const* kOtherLayout = "the engine was built with another version of this library: build it again";
 
 // To TensorRT's logger; to stderr while the library has none.
 void log(nvinfer1::ILogger::Severity severity, std::string const& message) noexcept;
@@ -56,8 +57,11 @@ Result guarded(char const* what, Result failure, Body&& body) noexcept
 // Attributes of a node or of a serialised plugin.
 int64_t integerOf(nvinfer1::PluginField const& field);
 double numberOf(nvinfer1::PluginField const& field);
-// Accepts plugin_version and plugin_namespace if their values are this library's; throws for every other name.
+// Accepts plugin_version, plugin_namespace and layout if their values are this library's; throws for every other name.
 void checkCommonAttribute(nvinfer1::PluginField const& field);
+// What a plan keeps beside the attributes: which layout of the workspace it has room for.
+nvinfer1::PluginField layoutField();
+bool hasLayout(nvinfer1::PluginFieldCollection const& fields);
 
 char const* typeName(nvinfer1::DataType type) noexcept;
 bool isHalfOrBfloat(nvinfer1::DataType type) noexcept;
@@ -133,12 +137,13 @@ class Creator : public nvinfer1::IPluginCreatorV3One
 {
 public:
     nvinfer1::IPluginV3* createPlugin(char const* layerName, nvinfer1::PluginFieldCollection const* fields,
-        nvinfer1::TensorRTPhase) noexcept override
+        nvinfer1::TensorRTPhase phase) noexcept override
     {
         return guarded<nvinfer1::IPluginV3*>(Operator::kName, nullptr, [&]() -> nvinfer1::IPluginV3* {
             require(fields != nullptr, "no attributes given");
             try
             {
+                require(phase == nvinfer1::TensorRTPhase::kBUILD || hasLayout(*fields), kOtherLayout);
                 return new Operator(*fields);
             }
             catch (Unsupported const& error)

@@ -171,7 +171,8 @@ public:
         return mTimingCacheId.data();
     }
 
-    // Loads the kernels: enqueue may be captured into a CUDA graph, where loading is not allowed.
+    // Loads the kernels. TensorRT calls this within enqueueV3 when a shape or an address has changed: a call before a CUDA
+    // graph is captured loads them, within the capture nothing can be.
     int32_t onShapeChange(
         PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t nbOutputs) noexcept override
     {
@@ -208,8 +209,8 @@ public:
 
     PluginFieldCollection const* getFieldsToSerialize() noexcept override
     {
-        mField = {"scale", &mScale, PluginFieldType::kFLOAT32, 1};
-        mFields = {1, &mField};
+        mSaved = {{{"scale", &mScale, PluginFieldType::kFLOAT32, 1}, layoutField()}};
+        mFields = {static_cast<int32_t>(mSaved.size()), mSaved.data()};
         return &mFields;
     }
 
@@ -255,7 +256,7 @@ private:
 
     float mScale{0.0F};
     std::array<char, 32> mTimingCacheId{};
-    PluginField mField{};
+    std::array<PluginField, 2> mSaved{};
     PluginFieldCollection mFields{};
     Kernel mAttend, mCombine;
 };

@@ -403,7 +403,7 @@ void checkPlugin(
 
     // Serialise, create again, clone, attach: the same plugin.
     PluginFieldCollection const* fields = r->getFieldsToSerialize();
-    expect(fields != nullptr && fields->nbFields == attributes, "fields");
+    expect(fields != nullptr && fields->nbFields == attributes + 1, "fields, and the layout");
     IPluginV3* copy = plugin->clone();
     expect(copy != nullptr && copy != plugin && cacheId == build(copy)->getTimingCacheID(), "clone");
     IPluginV3* attached = r->attachToContext(nullptr);
@@ -518,6 +518,16 @@ int check(Library& library)
         IPluginV3* again = library.creators.at(name)->createPlugin("", saved, TensorRTPhase::kRUNTIME);
         expect(again && !std::strcmp(build(again)->getTimingCacheID(), build(plugin)->getTimingCacheID()), "round trip");
         delete again;
+        // Of another version of the library, which may have had less workspace; or of one that did not say.
+        std::vector<PluginField> other(saved->fields, saved->fields + saved->nbFields);
+        int64_t const layout = *static_cast<int64_t const*>(other.back().data) + 1;
+        other.back().data = &layout;
+        PluginFieldCollection const changed{saved->nbFields, other.data()}, older{saved->nbFields - 1, saved->fields};
+        for (PluginFieldCollection const* foreign : {&changed, &older})
+        {
+            expectError(library.creators.at(name)->createPlugin("", foreign, TensorRTPhase::kRUNTIME) == nullptr,
+                "built with another version of this library", "another layout");
+        }
         delete plugin;
     }
 
