@@ -8,11 +8,14 @@ decodes and which pre-fills.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dsa_export.cli import UserError
 from engines.artifacts import Engine, content_hash, rebuild_command
@@ -35,10 +38,12 @@ class TensorRTRunner(DeviceRunner):
             load_plugins(self.trt.get_plugin_registry(), Path(engine.manifest["plugin"]["path"]))
         self._logger = _logger(self.trt)
         self._runtime = self.trt.Runtime(self._logger)  # kept: the engine needs it as long as it lives
+        self._stream = self._new_stream()
         # One context per profile: none has to switch, and each keeps its addresses and shapes.
         self._plans: dict[str, Any] = {}
         profiles = {profile["name"]: profile for profile in engine.manifest["profiles"]}
         self._contexts = {name: self._context(profiles[name]) for name in (DECODE, PREFILL)}
+        self._bound: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {DECODE: {}, PREFILL: {}}
 
     def allocate(self, batch: int, capacity: int) -> DeviceCaches:
         fixed = self.engine.limits.max_context
@@ -49,17 +54,27 @@ class TensorRTRunner(DeviceRunner):
     def run(
         self, caches: DeviceCaches, input_ids: np.ndarray, past_lengths: np.ndarray, input_lengths: np.ndarray
     ) -> np.ndarray:
-        inputs, outputs = self.bound(caches, input_ids, past_lengths, input_lengths)
-        context = self._contexts[DECODE if input_ids.shape[1] == 1 else PREFILL]
-        for name, tensor in inputs.items():
-            if not context.set_input_shape(name, tuple(tensor.shape)):
-                raise UserError(self._refusal(f"does not take {name} of shape {list(tensor.shape)}"))
+        with self._on_stream():
+            inputs, outputs = self.bound(caches, input_ids, past_lengths, input_lengths)
+            phase = DECODE if input_ids.shape[1] == 1 else PREFILL
+            self._bind(phase, inputs, outputs)
+            if not self._contexts[phase].execute_async_v3(self._stream.cuda_stream):
+                raise UserError(f"{self.engine.backend} failed in {self.engine.folder}: {self._logger.reason()}")
+            return outputs["logits"][:, 0].cpu().numpy()
+
+    def _bind(self, phase: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        """Tells the context what has changed since its last call: every change makes it prepare its layers anew."""
+        context, bound = self._contexts[phase], self._bound[phase]
         for name, tensor in (inputs | outputs).items():
-            if not context.set_tensor_address(name, tensor.data_ptr()):
-                raise UserError(self._refusal(f"cannot bind {name} at {tensor.data_ptr():#x}"))
-        if not context.execute_async_v3(self._stream()):
-            raise UserError(f"{self.engine.backend} failed in {self.engine.folder}: {self._logger.reason()}")
-        return outputs["logits"][:, 0].cpu().numpy()
+            shape, address = tuple(tensor.shape), tensor.data_ptr()
+            if bound.get(name) == (shape, address):
+                continue
+            bound.pop(name, None)
+            if name in inputs and not context.set_input_shape(name, shape):
+                raise UserError(self._refusal(f"does not take {name} of shape {list(shape)}"))
+            if not context.set_tensor_address(name, address):
+                raise UserError(self._refusal(f"cannot bind {name} at {address:#x}"))
+            bound[name] = shape, address
 
     def _context(self, profile: dict[str, Any]) -> Any:
         """A context for one profile of the manifest; both may stand in one plan, or each in its own."""
@@ -70,7 +85,7 @@ class TensorRTRunner(DeviceRunner):
         if plan is None:
             raise UserError(self._refusal(f"cannot load {path}"))
         context = plan.create_execution_context()
-        if context is None or not context.set_optimization_profile_async(profile["number"], self._stream()):
+        if context is None or not context.set_optimization_profile_async(profile["number"], self._stream.cuda_stream):
             raise UserError(self._refusal(f"has no memory, or no {profile['name']} profile, for a context"))
         return context
 
@@ -78,8 +93,15 @@ class TensorRTRunner(DeviceRunner):
         again = rebuild_command(self.engine.folder, self.engine.manifest)
         return f"{self.engine.backend} {self.trt.__version__} {what} ({self._logger.reason()}): run `{again}`"
 
-    def _stream(self) -> int:
-        return torch.cuda.current_stream().cuda_stream
+    def _new_stream(self) -> Any:
+        """One of its own: on the default one, says NvInferRuntime.h of enqueueV3, TensorRT synchronises the device."""
+        return torch.cuda.Stream()
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream())  # where caches are filled and copied
+        with torch.cuda.stream(self._stream):
+            yield
 
     def _compute_capability(self) -> str | None:
         if not torch.cuda.is_available():

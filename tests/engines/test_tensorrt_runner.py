@@ -6,6 +6,7 @@ wrong bindings give wrong numbers. What is checked before loading is checked wit
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import types
@@ -31,6 +32,7 @@ from tests.engines import toy
 from tests.engines.commands import copy_tree
 
 CAPACITY, CHUNK = 512, 32
+STREAM = 0x5EA
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +75,26 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.profile = -1
         self.refused: set[str] = set()
+        self.changed: list[str] = []
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        assert stream == STREAM
         self.profile = profile
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.changed.append(name)
         self.shapes[name] = shape
         fits = {"input_ids": shape[-1] == 1 if self.profile == 0 else shape[-1] <= CHUNK}
         return fits.get(name, True) and (not name.startswith("past_key") or shape[2] == CAPACITY)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self.changed.append(name)
         self.addresses[name] = address
         return name not in self.refused
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert stream == STREAM
         binding = self.session.io_binding()
         for tensor in self.session.get_inputs():
             binding.bind_ortvalue_input(tensor.name, self._value(tensor.name, tensor.type, self.shapes[tensor.name]))
@@ -135,7 +142,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     version = artifacts.runtime_version
     monkeypatch.setattr(artifacts, "runtime_version", lambda backend: version("ort"))
     monkeypatch.setattr(TensorRTRunner, "device", torch.device("cpu"))
-    monkeypatch.setattr(TensorRTRunner, "_stream", lambda self: 0)
+    monkeypatch.setattr(TensorRTRunner, "_new_stream", lambda self: types.SimpleNamespace(cuda_stream=STREAM))
+    monkeypatch.setattr(TensorRTRunner, "_on_stream", lambda self: contextlib.nullcontext())
     monkeypatch.setattr(TensorRTRunner, "_compute_capability", lambda self: "8.9")
 
     def choose(module: Any) -> None:
@@ -228,6 +236,23 @@ def test_an_address_that_is_refused_is_not_passed_over(pair: tuple[Runner, Runne
         runner.run(caches, np.zeros((1, 1), np.int64), np.array([0]), np.array([1]))
 
 
+def test_a_step_changes_no_cache_that_is_bound(pair: tuple[Runner, Runner]):
+    """Every change makes TensorRT call onShapeChange of all plugins behind it."""
+    _, runner = pair
+    caches, others = runner.allocate(1, 1), runner.allocate(1, 1)
+    context = runner._contexts[DECODE]  # type: ignore[attr-defined]
+
+    def changed(caches: Any, past: int) -> set[str]:
+        context.changed.clear()
+        runner.run(caches, np.zeros((1, 1), np.int64), np.array([past]), np.array([1]))
+        return {name for name in context.changed if "." in name}
+
+    everything = changed(caches, 0)
+    assert {"past_key_values.0.key", "present.1.value"} < everything
+    assert changed(caches, 1) == set()
+    assert changed(others, 0) == everything
+
+
 def test_the_capacity_is_the_builds(pair: tuple[Runner, Runner]):
     _, runner = pair
     assert runner.allocate(2, 1).capacity == CAPACITY
@@ -250,6 +275,7 @@ def test_the_real_product_refuses_what_is_no_plan(
     """TensorRT-RTX itself, up to where it would need a GPU: a file of the right size and hash that is no plan."""
     version = artifacts.runtime_version("tensorrt-rtx")
     folder = plan_folder(standard_engines, tmp_path, "dense", "tensorrt-rtx", versions={"runtime": version})
+    monkeypatch.setattr(TensorRTRunner, "_new_stream", lambda self: None)
     monkeypatch.setattr(TensorRTRunner, "_compute_capability", lambda self: "8.9")
     with pytest.raises(UserError, match=r"cannot load .*engine.plan .*--backend tensorrt-rtx"):
         open_runner(folder)
