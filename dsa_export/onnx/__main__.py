@@ -30,8 +30,8 @@ from dsa_export.selection import add_selection_arguments, chosen_options, select
 from dsa_export.topk import compact_topk, describe_topk
 
 MAX_PARITY_PROMPT = 2304
-STANDARD_LIBRARY = "standard library"
-"""What the manifest says if --calibrate names no file."""
+STANDARD_LIBRARY = Path("standard library")
+"""--calibrate without a file, and what the manifest says then."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
