@@ -1,0 +1,5 @@
+"""Comparison and measurement."""
+
+from dsa_export import interrupt
+
+interrupt.expect()

@@ -24,6 +24,9 @@ from typing import Any
 
 if not __package__:  # run as a file: import from the repository's root instead of from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from dsa_export import interrupt
+
+    interrupt.expect(__name__ == "__main__")
 
 import json
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -115,9 +116,12 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
     context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, args, method == "fork"))
+    # Ctrl-C waits until both can answer it: what libraries have registered to run at a fork would swallow it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
-    sender.close()
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        sender.close()
         kind, value = receiver.recv()
     except EOFError:
         process.join()
@@ -138,6 +142,7 @@ def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, .
     if is_forked:  # a runtime's session among the parent's garbage would wait for threads that a fork does not copy
         gc.freeze()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         sender.send(("value", function(*args)))
     except KeyboardInterrupt:
         os._exit(130)  # the parent got the signal too and reports it

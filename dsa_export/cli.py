@@ -21,6 +21,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dsa_export import interrupt
 from plugins import UnsupportedOnGPU
 
 
@@ -43,12 +44,13 @@ class Terminated(KeyboardInterrupt):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command's main and exits: errors that a user can cause end in one line, without a traceback."""
+    interrupt.loaded()
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(Terminated()))
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt as interrupt:
-        fail(str(interrupt) or "interrupted; nothing half-written was kept")
+    except KeyboardInterrupt as reason:
+        fail(str(reason) or interrupt.MESSAGE)
     except Exception as error:
         if not (isinstance(error, BrokenPipeError) and is_unread(sys.stdout.fileno())):
             message = user_message(error)

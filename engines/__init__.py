@@ -1,0 +1,5 @@
+"""Engines: building, running and serving them."""
+
+from dsa_export import interrupt
+
+interrupt.expect()

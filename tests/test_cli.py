@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from dsa_export import interrupt
 from dsa_export.cli import UserError, path, run
 from dsa_export.files import check_output, output_folder, read_manifest, write_atomically, write_manifest
+
+ROOT = Path(__file__).parents[1]
 
 
 def failing(error):
@@ -106,3 +113,24 @@ def test_manifests_that_do_not_fit_name_the_command(tmp_path):
     write_atomically(tmp_path / "manifest.json", "{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_manifest(tmp_path, "onnx", "python -m x")
+
+
+@pytest.mark.parametrize(
+    "command", ["-m train.warmup", "-m dsa_export.onnx", "-m engines.build", "-m bench.operators", "bench/compare.py"]
+)
+def test_interrupted_while_it_still_loads_its_libraries(command: str, tmp_path: Path):
+    for library in ("torch", "numpy"):
+        (tmp_path / f"{library}.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, *command.split()], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (1, f"error: {interrupt.MESSAGE}\n")
+
+
+def test_other_programs_keep_their_ctrl_c():
+    code = "import signal, train, engines; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

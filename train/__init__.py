@@ -1,0 +1,5 @@
+"""Training and evaluation."""
+
+from dsa_export import interrupt
+
+interrupt.expect()

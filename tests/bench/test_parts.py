@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import time
 import types
 from dataclasses import replace
@@ -336,6 +338,21 @@ def test_a_child_that_dies_is_reported():
         measure.in_child(os._exit, 9)
     with pytest.raises(UserError, match="what the child said"):
         measure.in_child(lambda: (_ for _ in ()).throw(UserError("what the child said")))
+
+
+def test_ctrl_c_at_the_fork_is_not_lost():
+    """Python ignores what is raised in a function that a library registered to run at a fork."""
+    code = (
+        "import os, signal, time\n"
+        "from bench.measure import in_child\n"
+        "os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "try:\n"
+        "    in_child(time.sleep, 20)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
 def test_text_comes_from_a_file_or_the_standard_library(export: Path, tmp_path: Path):
