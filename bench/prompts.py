@@ -49,8 +49,10 @@ def _texts(prompt_file: Path | None) -> Iterator[str]:
     if prompt_file:
         try:
             yield prompt_file.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError) as error:
-            raise UserError(f"{prompt_file} cannot be read as text: {error}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{prompt_file} is not UTF-8 text (byte {error.start})") from None
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise UserError(f"{prompt_file} cannot be read as text: {error.strerror}") from None
         return
     yield from modules()
 

@@ -54,6 +54,9 @@ def check_output(out: Path, kind: str | None = None) -> None:
         )
     if os.path.ismount(out):
         raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
+    for folder in out.resolve().parents:
+        if (found := manifest_kind(folder)) not in (None, "experiment"):  # which holds its twins' checkpoints
+            raise UserError(f"{out} lies in {folder}, {found!r} that is replaced as a whole: choose another --out")
     check_writable(out)
     check_writable(out.parent)  # where the folder lies under its temporary name
     if kind not in (None, "checkpoint"):
@@ -183,9 +186,10 @@ def as_in_manifest(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def manifest_kind(folder: Path) -> str | None:
-    """What a folder's manifest says that it holds; None without a manifest that can be read."""
+    """What a folder's manifest says that it holds; None without one of ours that can be read."""
     try:
-        return json.loads((folder / MANIFEST).read_text())["kind"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["kind"] if "source" in manifest else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

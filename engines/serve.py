@@ -67,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_engine_arguments(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; there is no authentication (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 chooses a free one (default: %(default)s)")
+    add("--port", type=not_negative, default=8000, help="0 chooses a free one (default: %(default)s)")
     add(
         "--slots",
         type=positive,

@@ -288,6 +288,11 @@ def start(args: argparse.Namespace) -> Processes:
     check(args)
     check_source(args.data)
     check_output(args.out, "checkpoint")
+    model = Path(getattr(args, "model", None) or "")
+    _require(
+        not args.out.exists() or args.out.resolve() != model.resolve(),
+        f"--out {args.out} is the --model, which training would replace: choose another folder",
+    )
     check_writable(args.cache, "--cache")
     processes = distributed.start(args.device, args.parallel)
     several = processes.count > 1

@@ -38,6 +38,8 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     if Path(name) == Path(DEFAULT_CHECKPOINT) and not Path(name).exists():
         raise UserError(f"there is no folder {DEFAULT_CHECKPOINT}: `python -m train.joint` makes it, or name a --model")
     folder = Path(name)
+    if folder.suffix == ".gguf":
+        raise UserError(f"{name} is a GGUF file: make a checkpoint of it first (docs/guide.md, From a GGUF file)")
     if (kind := manifest_kind(folder)) and kind != "checkpoint" and not (folder / "config.json").exists():
         raise UserError(f"{name} holds {kind!r}, not a checkpoint")
     if not folder.exists() and len(folder.parts) == 1:
@@ -45,7 +47,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     if not folder.exists() and any(folder.parent.glob(f"*/{MANIFEST}")):
         raise UserError(f"no such folder: {name}")  # beside outputs of ours: nobody need wait for the hub
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks, on a terminal
     except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         if isinstance(name, Path) or Path(name).exists() or str(name).startswith((".", "/")):
             what = f"no readable model in {name}" if Path(name).exists() else f"no such folder: {name}"
@@ -193,7 +195,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise UserError(f"no tokenizer in {name}: tokenizer.json is missing")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no tokenizer in {name} ({_first_line(error)})") from None
 

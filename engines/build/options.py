@@ -112,8 +112,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.dense_slots and "sparse" not in args.variant:
         parser.error("--dense-slots is for the sparse engine")
     for folder in filter(None, [args.out, args.triton_repository]):
-        if folder.resolve().is_relative_to(args.onnx.resolve()):
-            parser.error(f"{folder} lies in the export, {args.onnx}: the next export would remove it, choose another")
+        if not folder.name:
+            parser.error(f"{folder} is no place for engines: name a new folder")
     args.timing_cache = args.timing_cache or args.out / "tensorrt" / "timing.cache"
     for capability in args.compute_capability:
         if not re.fullmatch(r"\d+\.\d", capability):

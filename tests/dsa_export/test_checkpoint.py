@@ -37,7 +37,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_name_without_an_owner_is_not_looked_for_on_the_hub(monkeypatch):
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name: pytest.fail("waits for the hub"))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **_: pytest.fail("waits for the hub"))
     with pytest.raises(UserError, match=r"no such folder: qwen-dsa \(a model of the hub has an owner"):
         load_model("qwen-dsa")
 
@@ -52,6 +52,22 @@ def test_another_architecture(tmp_path):
     MistralConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"'mistral' models are not supported"):
         load_model(tmp_path)
+
+
+def test_a_gguf_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="is a GGUF file: make a checkpoint of it first"):
+        load_config(tmp_path / "model.gguf")
+
+
+def test_code_of_a_checkpoint_is_not_asked_for(tmp_path, monkeypatch):
+    """On a terminal transformers would ask whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    config = {"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit")
+    with pytest.raises(UserError, match="no readable model in"):
+        load_config(tmp_path)
 
 
 def test_truncated_weights(damaged):

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from dsa_export.cli import UserError
-from dsa_export.files import MANIFEST, link_or_copy
+from dsa_export.files import MANIFEST, link_or_copy, write_manifest
 from engines import build, nvidia, ort
 from engines.artifacts import open_engine, open_export
 from engines.ort import OrtRunner
@@ -210,11 +210,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path, 
     assert not leftovers(out)
 
 
-def test_engines_inside_of_the_export_are_refused(export: Path, tmp_path: Path, capsys):
-    for option in ("--out", "--triton-repository"):
-        for folder in (export, export / "engines"):
-            code, _, error = run_command(build.main, ["--onnx", str(export), option, str(folder)], capsys)
-            assert code == 2 and f"{folder} lies in the export" in error
+@pytest.mark.parametrize("option", ["--out", "--triton-repository"])
+def test_engines_inside_of_what_another_command_replaces_are_refused(
+    export: Path, tmp_path: Path, capsys, monkeypatch, option: str
+):
+    (tmp_path / "ckpt").mkdir()
+    write_manifest(tmp_path / "ckpt", "checkpoint", {})
+    monkeypatch.chdir(tmp_path)
+    for folder in (export, export / "engines", tmp_path / "ckpt"):
+        code, _, error = run_command(build.main, ["--onnx", str(export), option, str(folder)], capsys)
+        assert code == 1 and "is replaced as a whole: choose another --out" in one_line(error)
+        assert not leftovers(folder / "ort")
+    for folder in ("", "/"):
+        code, _, error = run_command(build.main, ["--onnx", str(export), option, folder], capsys)
+        assert code == 2 and "is no place for engines: name a new folder" in error
+    assert not leftovers(tmp_path / "ort") and not Path("/ort").exists()
+    beside = "ckpt/../engines"
+    assert run_command(build.main, ["--onnx", str(export), "--variant", "dense", "--out", beside], capsys)[0] == 0
 
 
 def test_no_variant_is_built_if_one_is_refused(export: Path, tmp_path: Path, capsys):

@@ -1039,7 +1039,7 @@ def test_an_address_that_is_taken_is_one_line(engines: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "options", [["--queue", "-1"], ["--grace", "-1"], ["--prefix-cache", "-1"], ["--slots", "0"], ["--port", "x"]]
+    "options", [["--queue", "-1"], ["--grace", "-1"], ["--prefix-cache", "-1"], ["--slots", "0"], ["--port", "-1"]]
 )
 def test_wrong_arguments_exit_with_2(options: list[str], capsys: pytest.CaptureFixture[str]):
     assert run_command(serve.main, options, capsys)[0] == 2

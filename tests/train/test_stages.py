@@ -478,6 +478,13 @@ def test_options_that_exclude_each_other_are_refused_before_any_text_is_read(
         stage.main(["--model", str(model), "--out", str(tmp_path / "out"), *SHORT, *arguments])
 
 
+@pytest.mark.parametrize("stage", [warmup, joint, finetune])
+def test_a_model_is_not_replaced_by_what_is_trained_from_it(stage, warm: Path, monkeypatch) -> None:
+    monkeypatch.chdir(warm.parent)
+    with pytest.raises(UserError, match="is the --model, which training would replace"):
+        stage.main(["--model", str(warm), "--out", warm.name, "--overwrite", *SHORT])
+
+
 @pytest.mark.parametrize("name", ["source", "after"])
 def test_a_manifest_that_was_edited_is_refused_by_the_name_of_its_entry(
     name: str, tiny: Path, records: Path, warm: Path, tmp_path: Path
