@@ -10,7 +10,7 @@ help:
 venv: .venv/installed ## create .venv with all that the demo and the tests need
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed, found " + sys.version.split()[0] + ": make venv PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check 'torch>=2.11,<=2.13.0'
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cpu,dev]'

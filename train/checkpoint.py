@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """torch and safetensors report a full disk as errors of their own: raised here as the OSError that it is."""
+    """Raises as an OSError of `path` what torch and safetensors say of a full disk, and Python without a name."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
@@ -64,3 +64,5 @@ def disk_errors(path: Path) -> Iterator[None]:
         if any(sign in text for sign in ("No space left", "StorageFull", "unexpected pos", "file write failed")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None

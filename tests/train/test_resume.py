@@ -253,7 +253,7 @@ def test_torch_reports_a_full_disk_the_way_we_expect(tmp_path: Path) -> None:
     (tmp_path / "state.pt.partial").symlink_to("/dev/full")
     with pytest.raises(OSError) as error:
         checkpoint.save_state(tmp_path, {"x": torch.zeros(10_000_000)})
-    assert error.value.errno == errno.ENOSPC
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a state", broken_pickle()])
