@@ -17,9 +17,8 @@ def expect(is_command: bool | None = None) -> None:
     """
     if is_command is None:
         is_command = sys.argv[:1] == ["-m"]
-    if (
-        is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # not ignored, as in a background job
+    is_heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    if is_command and is_heard:
         signal.signal(signal.SIGINT, _end)
 
 

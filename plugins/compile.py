@@ -49,7 +49,7 @@ def all_variants() -> list[Variant]:
 
 @cache
 def sources(function: Callable[..., object]) -> str:
-    """What decides a kernel's code: all kernel files of its operator, and what they share.
+    """What decides a kernel's code: all kernel files of its operator, what they share, and how they are compiled here.
 
     Not triton's own key of it: version 3.6 gives another one in every process.
     """
@@ -57,7 +57,7 @@ def sources(function: Callable[..., object]) -> str:
 
     folder = Path(inspect.getfile(function)).parent
     files = [path for path in sorted(folder.glob("*.py")) if path.name != "op.py"]
-    return "".join(path.read_text() for path in [*files, Path(inspect.getfile(begin.fn))])
+    return "".join(path.read_text() for path in [*files, Path(inspect.getfile(begin.fn)), Path(__file__)])
 
 
 def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path]:
@@ -66,14 +66,7 @@ def images_of(variant: Variant, arch: int, out: Path) -> tuple[list[Image], Path
 
     constants = variant.constants_on(arch)
     tools = (triton.__version__, triton.knobs.nvidia.ptxas.version)
-    recipe = (
-        *tools,
-        sources(variant.kernel.fn),
-        Path(__file__).read_text(),
-        variant.signature(),
-        constants,
-        variant.options,
-    )
+    recipe = (*tools, sources(variant.kernel.fn), variant.signature(), constants, variant.options)
     stem = f"{variant.name}.sm_{arch}.{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
     record = out / f"{stem}.txt"  # written last: "shared bytes"
     shared = int(record.read_text()) if record.exists() else 0

@@ -65,4 +65,6 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
