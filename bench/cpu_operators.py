@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench import measure
 from bench.floors import cpu_bandwidth
-from dsa_export.cli import UserError, console, path, positive, run, usable_cpus
+from dsa_export.cli import UserError, console, not_negative, path, positive, run, thread_count, usable_cpus
 from dsa_export.files import check_output_file, write_atomically
 from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
@@ -151,9 +151,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="records as JSON lines (default: %(default)s)")  # fmt: skip
     parser.add_argument("--context", type=positive, nargs="+", default=list(CONTEXTS), metavar="N",
                         help="cached tokens, 512 and more (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--threads", type=positive, default=usable_cpus(), metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=thread_count, default=usable_cpus(), metavar="N", help="(default: %(default)s)"
+    )
     parser.add_argument("--runs", type=positive, default=9, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if min(args.context) < 512:
         parser.error("--context must be 512 or more: the operators select 512 tokens")

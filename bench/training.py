@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.measure import Budget, alternate, in_child, machine
-from dsa_export.cli import UserError, console, path, progress_bar, run
+from dsa_export.cli import console, path, positive, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output_file, write_atomically
 from dsa_export.memory import PeakMemory
@@ -151,18 +151,23 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--model", metavar="NAME", help="folder or hub name of a supported model [random weights]")
-    result.add_argument("--length", type=int, default=2048, metavar="T", help="tokens of the window [2048]")
-    result.add_argument("--layers", type=int, metavar="N", help="only the first N layers [the model's; random: 4]")
-    result.add_argument("--runs", type=int, default=5, metavar="N", help="timed steps of each way, in turn [5]")
+    result.add_argument("--length", type=positive, default=2048, metavar="T", help="tokens of the window [2048]")
+    result.add_argument("--layers", type=positive, metavar="N", help="only the first N layers [the model's; random: 4]")
+    result.add_argument("--runs", type=positive, default=5, metavar="N", help="timed steps of each way, in turn [5]")
     result.add_argument(
         "--passes",
-        type=int,
+        type=positive,
         default=4,
         metavar="N",
         help="also one of N steps that share a forward of the base [4; 1: not]",
     )
     result.add_argument(
-        "--kl-lengths", type=int, nargs="*", default=[], metavar="T", help="also the memory of one layer's loss [none]"
+        "--kl-lengths",
+        type=positive,
+        nargs="*",
+        default=[],
+        metavar="T",
+        help="also the memory of one layer's loss [none]",
     )
     result.add_argument("--out", type=path, default=Path("out/bench/training.jsonl"), metavar="FILE")
     return result
@@ -170,8 +175,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if min(args.length, args.runs, args.passes, args.layers or 1, *args.kl_lengths) < 1:
-        raise UserError("--length, --runs, --passes, --layers and --kl-lengths must be at least 1")
     check_output_file(args.out)
     ways = {"original": ("original", 1), "ours": ("ours", 1)}
     if args.passes > 1:

@@ -6,6 +6,7 @@ has its own past length; batches padded on the left (transformers' generate) are
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -125,6 +126,7 @@ class DSAModel(DSAPreTrainedModel):
             caches=caches,
             observer=observer,
             selector=selector,
+            handed_on=UserDict() if self.training else {},
         )
         aux: list[dict[str, Tensor]] = []
         for layer in self.layers:

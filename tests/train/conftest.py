@@ -36,16 +36,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A plain Qwen2 folder: 2 layers, hidden 64, 4 query heads on 2 KV heads."""
-    folder = tmp_path_factory.mktemp("tiny")
+def write_qwen(folder: Path, tokenizer: PreTrainedTokenizerFast, layers: int) -> Path:
+    """A plain Qwen2 folder: hidden 64, 4 query heads on 2 KV heads."""
     torch.manual_seed(1)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -54,6 +52,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    return write_qwen(tmp_path_factory.mktemp("tiny"), tokenizer, layers=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_of_four(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    return write_qwen(tmp_path_factory.mktemp("tiny-of-four"), tokenizer, layers=4)
 
 
 @pytest.fixture(scope="session")

@@ -131,11 +131,14 @@ run(warmup.main)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_layers_that_follow_another_ones_indexer(tiny: Path, records: Path, tmp_path: Path, parallel: str) -> None:
-    """The follower's loss reaches its leader's indexer, whose shards another layer gathered. DDP: with two passes."""
+def test_layers_that_follow_another_ones_indexer(
+    tiny_of_four: Path, records: Path, tmp_path: Path, parallel: str
+) -> None:
+    """The follower's loss reaches its leader's indexer, whose shards another layer gathered, and the second pair of
+    layers does not see the first one's. DDP: with two passes."""
     script = tmp_path / "warmup.py"
     script.write_text(LEAVING_ALONE)
-    settings = ["--model", str(tiny), "--data", str(records), "--steps", "3", "--index-share", "2"]
+    settings = ["--model", str(tiny_of_four), "--data", str(records), "--steps", "3", "--index-share", "2"]
     settings += [*SETTINGS, *INDEXER, "--position-span", "300"]
     if parallel == "ddp":
         settings += ["--passes", "2"]

@@ -123,6 +123,15 @@ def test_with_everything_selected_dsa_is_its_dense_twin(command, capsys):
 
 
 @pytest.mark.usefixtures("no_measuring")
+def test_k_by_layer(command, capsys):
+    arguments = ("--seeds", "0", "--attention", "dense", "dsa", "--k", "4", "8")
+    out = command(*arguments)
+    assert load_model(out / "runs" / "glm4-moe-dsa-seed0").config.topk_per_layer == (4, 8)
+    command(*arguments)
+    assert "is there already" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("no_measuring")
 def test_stopped_anywhere_it_goes_on_and_ends_in_the_same_weights(command, monkeypatch, tmp_path, capsys):
     arguments = ("--seeds", "0", "--attention", "dense", "dsa", "--k", "auto")
     step, taken, limit = Trainer._step, [], [6]

@@ -168,7 +168,7 @@ def resolve(args: argparse.Namespace) -> list[Preset]:
         check_k(args, presets)
         if not args.auto_k:
             ks = [int(k) for k in args.k]
-            presets = [replace(preset, topk=ks[0] if len(ks) == 1 else ks) for preset in presets]
+            presets = [replace(preset, topk=ks[0] if len(ks) == 1 else tuple(ks)) for preset in presets]
     try:
         for preset in presets:
             preset.config()

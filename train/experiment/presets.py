@@ -27,7 +27,7 @@ class Preset:
     vocabulary: int = 4096
     index_heads: int = 4
     index_dim: int = 64
-    topk: int | list[int] = 64
+    topk: int | tuple[int, ...] = 64
     tokens_per_update: int = 2048
     warmup_steps: int = 200
     warmup_lr: float = 1e-3
@@ -66,7 +66,7 @@ class Preset:
             tie_word_embeddings=True,
             index_heads=self.index_heads,
             index_dim=self.index_dim,
-            index_topk=self.topk,
+            index_topk=self.topk if isinstance(self.topk, int) else list(self.topk),
             nsa_block_size=NSA_BLOCK,
             nsa_stride=NSA_BLOCK // 2,
             nsa_selection_size=NSA_BLOCK,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_export.cli import console
+from dsa_export.files import as_in_manifest
 from dsa_export.model import DSAForCausalLM, load_model
 from dsa_export.model.checkpoint import adapted_config
 from dsa_export.model.feed_forward import VARIANTS
@@ -77,7 +78,8 @@ class Twin:
         facts |= {name: data[name] for name in ("sha256", "held_out_sha256")}
         facts["auto_k"] = plan.auto_k and self.attention == "dsa"
         facts["kl_target"] = KL_TARGET
-        return {"stage": "experiment", "arguments": {**asdict(self.preset), **facts, "dtype": str(plan.dtype)}}
+        arguments = {**asdict(self.preset), **facts, "dtype": str(plan.dtype)}
+        return {"stage": "experiment", "arguments": as_in_manifest(arguments)}
 
 
 def terms(model: Any, batch: Batch, indexer: bool, sparse: bool) -> dict[str, Tensor]:

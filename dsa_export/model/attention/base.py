@@ -6,7 +6,7 @@ heads/size, K = k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -86,8 +86,9 @@ class Call:
     caches: list[LayerCache] | None  # None: no past, nothing is kept
     observer: Observer | None = None
     selector: Selector | None = None  # None: the layer's own indexer selects
-    handed_on: dict[int, AttentionTrace] = field(default_factory=dict)
-    """Of the layers whose selection others follow: what those need."""
+    handed_on: MutableMapping[int, AttentionTrace] = field(default_factory=dict)
+    """Of the layers whose selection others follow: what those need. In training no dict, but a UserDict: of a dict,
+    FSDP2 gives each layer a copy, and of a UserDict, torch.compile knows nothing."""
 
 
 def mean_over_layers(scalars: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
