@@ -137,8 +137,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how = parser.add_argument_group("measuring").add_argument
     how(
-        "--runs", type=positive, default=15, metavar="N",
-        help="timed calls per case, more if they are short (default: %(default)s)",
+        "--runs", type=positive, metavar="N",
+        help="timed calls per case, more if they are short (default: 15; --quick: 5)",
     )  # fmt: skip
     how(
         "--max-seconds", type=positive, metavar="S",
@@ -147,11 +147,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how("--threads", type=thread_count, default=usable_cpus(), metavar="N", help="(default: all)")
     how(
         "--score-tokens", type=positive, default=32, metavar="N",
-        help="teacher-forced tokens per context for loss and agreement (default: %(default)s)",
+        help="teacher-forced tokens for loss and agreement, half of the context at most (default: %(default)s)",
     )  # fmt: skip
     how(
         "--profile", type=not_negative, metavar="N",
-        help="context of the decoding step that ONNX Runtime's profiler looks into; 0: none (default: the longest)",
+        help="context of the decoding step that ONNX Runtime's profiler looks into; 0: none (default: the longest; "
+        "--quick: none)",
     )  # fmt: skip
     how(
         "--debug-layers", type=positive, nargs="?", const=0, metavar="TOKENS",
@@ -172,10 +173,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.quick:
         if args.caches == "prefill" or args.peers not in (None, ["none"]):
             raise UserError("--quick takes random caches and no peers: leave --caches and --peers out")
-        args.caches, args.peers, args.runs = "random", ["none"], min(args.runs, 5)
+        args.caches, args.peers, args.runs = "random", ["none"], args.runs or 5
         args.max_seconds = args.max_seconds or QUICK_SECONDS
         args.profile = args.profile or 0
-    args.caches = args.caches or "prefill"
+    args.caches, args.runs = args.caches or "prefill", args.runs or 15
     if args.peers is None:  # they decode one row
         args.peers = list(peers.NAMES) if args.phase != "prefill" and 1 in args.batch else ["none"]
     return args

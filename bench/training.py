@@ -150,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m bench.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--model", metavar="NAME", help="folder or hub name of a supported model [random weights]")
+    result.add_argument(
+        "--model", metavar="NAME", help="folder or hub name of a model without an indexer [random weights]"
+    )
     result.add_argument("--length", type=positive, default=2048, metavar="T", help="tokens of the window [2048]")
     result.add_argument("--layers", type=positive, metavar="N", help="only the first N layers [the model's; random: 4]")
     result.add_argument("--runs", type=positive, default=5, metavar="N", help="timed steps of each way, in turn [5]")

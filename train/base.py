@@ -31,6 +31,7 @@ OUT = "out/base"
 INIT_STD = 0.05
 VOCABULARY = 1024
 MUON_LR = 0.01
+"""At the recipe's --lr, in proportion to it otherwise."""
 WINDOW = 64
 """The evaluation also masks attention to the last WINDOW keys: what a model without long attention would get."""
 
@@ -135,7 +136,7 @@ def with_repeats(windows: Windows, seed: int) -> Windows:
 
 def muon_and_adamw(groups: dict[str, list[nn.Parameter]], settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for the rest: at this size it needs half of AdamW's tokens for the same loss."""
-    muon = torch.optim.Muon(groups["matrices"], lr=MUON_LR, weight_decay=0.01)
+    muon = torch.optim.Muon(groups["matrices"], lr=MUON_LR * settings.lr / SMALL.lr, weight_decay=0.01)
     return [muon, adamw(groups["others"], settings)]
 
 

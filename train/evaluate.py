@@ -29,7 +29,7 @@ from dsa_export.files import (
 from dsa_export.model import load_model, load_tokenizer
 from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, adapted_config, load_config, model_source, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
-from plugins.index_topk.op import check_options
+from plugins.index_topk.op import check_options, forced_groups
 from train import options, plots, precision
 from train.allocation import allocate, check_budget, check_topk_output, write_topk
 from train.data import TrainingData, check_tokenizer, load_data
@@ -110,7 +110,12 @@ def parser() -> argparse.ArgumentParser:
     auto = result.add_argument_group("k by layer (--k auto)")
     auto.add_argument("--k-budget", type=positive, metavar="K", help="mean k over the layers [the checkpoint's own]")
     auto.add_argument("--k-step", type=positive, metavar="N", help="every k is a multiple of this [budget / 8]")
-    auto.add_argument("--k-floor", type=positive, metavar="N", help="the least k of a layer [one step]")
+    auto.add_argument(
+        "--k-floor",
+        type=positive,
+        metavar="N",
+        help="the least k of a layer [one step, more if more are always selected]",
+    )
     auto.add_argument(
         "--write-topk", type=path, metavar="DIR",
         help="write the checkpoint with the chosen k there, its weights hard-linked: export and engines follow it",
@@ -370,9 +375,10 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     args.k_budget = budget
     pool = config.index_pool
     args.k_step = args.k_step or max(pool, budget // 8 // pool * pool)
-    args.k_floor = args.k_floor or args.k_step
     if args.k_step % pool:
         raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
+    always = pool * forced_groups(config.index_sinks, config.index_window, pool)
+    args.k_floor = args.k_floor or args.k_step * max(1, -(-always // args.k_step))
     check_k("k-floor", args.k_floor)
     check_budget(budget, step=args.k_step, floor=args.k_floor)
     if args.write_topk:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dsa_export.cli import run
+from dsa_export.cli import UserError, run
 from dsa_export.model import AttentionTrace, load_model
 from dsa_export.model.attention.base import mean_over_layers
 from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attention, load_config
@@ -35,7 +35,7 @@ from train.validation import evaluate
 
 OUT = "out/warmup"
 MEASURE_EVERY = 32
-"""While training, the recall is measured on every 32nd query that the indexer is trained on."""
+"""While training, the recall is measured on every 32nd query that the indexer is trained on, on four at least."""
 
 SMALL = Recipe(steps=150, batch_size=2, length=(512,), lr=1e-2, min_tokens=64, topk=64, index_heads=4, index_dim=32)
 REAL = Recipe(
@@ -60,7 +60,8 @@ def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None, kl_target: str) -> IndexerObserver:
     """The indexer's loss on a batch, over about kl_queries of each row's tokens (None: over all)."""
-    return IndexerObserver(topk, MEASURE_EVERY, queries_apart(batch["attention_mask"], kl_queries), kl_target)
+    every = MEASURE_EVERY if kl_queries is None else min(MEASURE_EVERY, max(1, kl_queries // 4))
+    return IndexerObserver(topk, every, queries_apart(batch["attention_mask"], kl_queries), kl_target)
 
 
 def warmup_terms(
@@ -147,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = base.config_of(args.model)
     attention = indexed_attention(config)
     resolve(args, SMALL, REAL, config)
+    if args.gradient_checkpointing and args.passes > 1:
+        raise UserError(f"--gradient-checkpointing needs --passes 1: {args.passes} share a forward without gradients")
     indexer = indexer_options(args, SMALL, REAL, config)
     adapted_config(config, attention, **indexer)  # refuses before time is spent what load_model would
     name = args.model or base.ensure()

@@ -158,7 +158,8 @@ def test_quick_contradicts_what_takes_long(options: list[str], capsys):
 def test_the_budget_is_what_was_asked_for():
     for options, budget in (
         (["--runs", "7", "--max-seconds", "2"], measure.Budget(7, at_most=2)),
-        (["--runs", "7", "--quick"], measure.Budget(5, at_most=compare.QUICK_SECONDS)),
+        (["--runs", "7", "--quick"], measure.Budget(7, at_most=compare.QUICK_SECONDS)),
+        (["--quick"], measure.Budget(5, at_most=compare.QUICK_SECONDS)),
     ):
         assert compare.budget_of(compare.parse_arguments(options)) == budget
 

@@ -12,6 +12,7 @@ from dsa_export.model import load_model
 from train import base, warmup
 from train.data import Windows
 from train.documents import Malformed, documents
+from train.trainer import Settings
 
 
 def test_the_tokenizer_keeps_any_text(records: Path) -> None:
@@ -68,3 +69,11 @@ def test_the_base_is_a_plain_qwen2_folder(records: Path, tmp_path: Path, monkeyp
     torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
     warmup.main(["--data", str(records), *arguments, "--topk", "8"])
     assert (tmp_path / "out" / "warmup" / "manifest.json").exists()
+
+
+def test_the_rate_is_that_of_all_parameters() -> None:
+    groups = base.parameter_groups(Qwen2ForCausalLM(base.small_config()))
+    for factor in (1, 0.1):
+        settings = Settings(1, (64,), 1, 1, lr=factor * base.SMALL.lr)
+        rates = [group["lr"] for optimizer in base.muon_and_adamw(groups, settings) for group in optimizer.param_groups]
+        assert rates[0] == pytest.approx(factor * base.MUON_LR) and rates[1] == pytest.approx(factor * base.SMALL.lr)

@@ -362,6 +362,12 @@ def test_the_command_writes_tables_json_and_pictures(checkpoint, tiny, records, 
     assert load_model(checkpoint).config.index_topk == K
 
 
+def test_no_layer_has_fewer_keys_than_are_always_selected(checkpoint, records, tmp_path: Path) -> None:
+    options = ["--index-sinks", "2", "--index-window", "4", "--k", "auto", "--k-budget", "24", "--k-step", "4"]
+    command.main(arguments(checkpoint, records, tmp_path / "out", *options, "--rungs", "trained"))
+    assert min(json.loads((tmp_path / "out" / "results.json").read_text())["auto"]["topk"]) >= 8
+
+
 def test_layers_that_follow_one_selection_are_measured_and_have_one_k(checkpoint, records, tmp_path: Path) -> None:
     options = ["--index-share", "2", "--k", "auto", "--k-budget", "24", "--k-step", "4", "--rungs", "trained"]
     command.main(arguments(checkpoint, records, tmp_path / "out", *options))

@@ -464,6 +464,7 @@ def test_the_default_warm_up_decides_what_the_joint_stage_can_be_asked_for(tmp_p
     [
         (warmup, ["--index-queries", "shared", "--index-heads", "3"], r"needs \(index_heads, index_dim\) = \(4, 16\)"),
         (warmup, ["--index-pool", "7"], "do not fit"),
+        (warmup, ["--gradient-checkpointing", "--passes", "2"], "--gradient-checkpointing needs --passes 1"),
         (joint, ["--index-pool", "7"], "do not fit"),
         (joint, ["--topk", "48"], "--topk 48 selects everything in windows of 48 tokens"),
         (finetune, ["--nsa-stride", "7"], "nsa_stride"),
@@ -476,6 +477,14 @@ def test_options_that_exclude_each_other_are_refused_before_any_text_is_read(
     model = warm if stage is joint else tiny
     with pytest.raises(UserError, match=message):
         stage.main(["--model", str(model), "--out", str(tmp_path / "out"), *SHORT, *arguments])
+
+
+def test_some_queries_that_choose_are_measured_however_few_there_are() -> None:
+    batch = {"attention_mask": torch.ones(1, 512)}
+    observers = {queries: warmup.observer(batch, 8, queries, "rms") for queries in (None, 2048, 128, 16, 2)}
+    assert {q: (o.every, o.measure_every) for q, o in observers.items()} == {
+        None: (1, 32), 2048: (1, 32), 128: (4, 32), 16: (32, 4), 2: (256, 1)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", [warmup, joint, finetune])
