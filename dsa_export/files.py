@@ -20,6 +20,8 @@ from dsa_export.cli import UserError
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
+REPLACED_AS_A_WHOLE = ("checkpoint", "onnx", "engine", "bench", "evaluation")
+"""Kinds of outputs that hold no others; an experiment holds its twins' checkpoints."""
 TRAINING_STATE = "state.pt"
 """What a stopped training goes on from, in the partial folder of its output."""
 
@@ -55,7 +57,7 @@ def check_output(out: Path, kind: str | None = None) -> None:
     if os.path.ismount(out):
         raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
     for folder in out.resolve().parents:
-        if (found := manifest_kind(folder)) not in (None, "experiment"):  # which holds its twins' checkpoints
+        if (found := manifest_kind(folder)) in REPLACED_AS_A_WHOLE:
             raise UserError(f"{out} lies in {folder}, {found!r} that is replaced as a whole: choose another --out")
     check_writable(out)
     check_writable(out.parent)  # where the folder lies under its temporary name
@@ -186,10 +188,9 @@ def as_in_manifest(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def manifest_kind(folder: Path) -> str | None:
-    """What a folder's manifest says that it holds; None without one of ours that can be read."""
+    """What a folder's manifest says that it holds; None without a manifest that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest["kind"] if "source" in manifest else None
+        return json.loads((folder / MANIFEST).read_text())["kind"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

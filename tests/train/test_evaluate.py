@@ -639,7 +639,7 @@ AUTO = ["--k", "auto", "--k-budget", "24"]
         (["--samples", "9"], "--samples needs --tasks"),
         (["--k", "auto", "--k-budget", "200"], "leaves nothing to choose"),
         ([*AUTO, "--k-step", "3", "--index-pool", "4"], "multiple of the pool of 4"),
-        ([*AUTO, "--index-window", "5"], "--k-floor 3 does not fit the options"),
+        ([*AUTO, "--index-window", "5", "--k-floor", "3"], "--k-floor 3 does not fit the options"),
         ([*AUTO, "--k-step", "16", "--k-floor", "24"], "--k-floor 24 must be a multiple of --k-step 16"),
         ([*AUTO, "--k-step", "32"], "--k-budget 24 is less than --k-floor 32, one --k-step unless given"),
         ([*AUTO, "--write-topk", "new", "--index-share", "2"], "--write-topk keeps the checkpoint's weights"),
