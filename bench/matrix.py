@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, manifest_kind, read_manifest
+from dsa_export.memory import available_memory
 from dsa_export.selection import describe_selection
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, open_engine
@@ -179,7 +178,7 @@ class Wish:
 
 def host_bytes() -> int:
     """Bytes of this machine's memory that a measurement may use now."""
-    return psutil.virtual_memory().available - MARGIN_BYTES
+    return available_memory() - MARGIN_BYTES
 
 
 def plan(group: Group, wish: Wish, available: int | None = None) -> tuple[list[Case], list[Skip]]:

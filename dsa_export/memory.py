@@ -1,4 +1,4 @@
-"""The memory of this process."""
+"""Memory: what this process took, and what a new one can have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import importlib
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+
+def available_memory() -> int:
+    """Bytes that a new process can have."""
+    return psutil.virtual_memory().available
 
 
 class PeakMemory:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
-
 from dsa_export.cli import UserError, console
+from dsa_export.memory import available_memory
 from engines.artifacts import Limits, Variant, nvidia_smi
 
 HOST_BYTES_PER_WEIGHT_BYTE = 4
@@ -82,11 +81,6 @@ def check(backend: str, needed: Estimate) -> None:
         )
     if backend == "ort" and free is not None and needed.total > free:  # its caches grow with use
         console.print(f"{where} has {free / MIB:,.0f} MiB: not enough for so many tokens of all rows at a time")
-
-
-def available_memory() -> int:
-    """Bytes that a new process can have."""
-    return psutil.virtual_memory().available
 
 
 def gpu_memory() -> int | None:

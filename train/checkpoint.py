@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from dsa_export.cli import UserError
 from dsa_export.files import TRAINING_STATE, temporary_name
 from dsa_export.model.checkpoint import quiet_transformers
+from train.precision import exact
 
 
 def save_state(folder: Path, state: dict[str, Any], name: str = TRAINING_STATE, *, shared: bool = False) -> None:
@@ -48,9 +49,15 @@ def load_state(folder: Path, name: str = TRAINING_STATE) -> dict[str, Any] | Non
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Writes the Hugging Face files: config, weights, tokenizer."""
+    """Writes the Hugging Face files: config, weights, tokenizer.
+
+    What bf16 holds exactly, such as all that a stage left as it was in a bf16 checkpoint, is written in bf16.
+    """
+    state = model.state_dict()
+    held = {t.data_ptr(): exact(t, torch.bfloat16) for t in state.values()}  # tied ones stay one
+    state = {name: t if (low := held[t.data_ptr()]) is None else low for name, t in state.items()}
     with disk_errors(folder), quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 

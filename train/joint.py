@@ -32,6 +32,7 @@ from train.options import (
     start,
     train_from,
 )
+from train.precision import hold_matrices
 from train.trainer import Settings, Stage, adamw
 
 SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64, indexer_lr=2e-3)
@@ -70,9 +71,7 @@ def dense_teacher(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     fp32, so that where nothing is left out the teacher predicts what the model does.
     """
     teacher = load_model(name, attention="dense").requires_grad_(False).train()
-    for module in teacher.model.layers.modules():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
+    hold_matrices(teacher, dtype, rounded=True)
     return teacher.to(device)
 
 

@@ -30,6 +30,7 @@ from train.options import (
     train_from,
 )
 from train.positions import model_inputs
+from train.precision import hold_matrices
 from train.trainer import Stage
 from train.validation import evaluate
 
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def prepare() -> tuple[Any, Stage]:
         model = load_model(name, attention=attention, **indexer)
+        hold_matrices(model, DTYPES[args.dtype])
         return model, Stage(
             name="warmup",
             groups=indexer_parameters,

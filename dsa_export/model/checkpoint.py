@@ -17,6 +17,7 @@ from transformers.utils import logging, resolve_revision
 from dsa_export.cli import UserError
 from dsa_export.config import DSAConfig
 from dsa_export.files import MANIFEST, checkpoint_hash, manifest_kind
+from dsa_export.memory import available_memory
 from dsa_export.model import families
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.decoder import DSAForCausalLM
@@ -125,10 +126,12 @@ def load_model(
     family's sparse one ("dsa") for a plain one. What the variant adds to a dense checkpoint is initialised.
     `options` are DSAConfig's fields of the variant (index_…, nsa_…); None keeps the checkpoint's or the default.
     Raises UserError when the checkpoint cannot be read, is of another architecture, lacks or holds tensors that it
-    should not (only what a new variant adds may be missing), or holds NaN or infinite numbers.
+    should not (only what a new variant adds may be missing), or holds NaN or infinite numbers; or when the machine's
+    memory cannot hold it.
     """
     base = load_config(name)
     config = adapted_config(base, attention, **options)
+    _check_memory(name, config, dtype)
     own = base.attention if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].dense
     attention = config.attention
     try:
@@ -167,6 +170,18 @@ def load_model(
     # transformers does not tie, whatever the configuration says, where the file holds two different matrices.
     model.config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
     return model.eval()
+
+
+def _check_memory(name: str | Path, config: DSAConfig, dtype: torch.dtype) -> None:
+    """Raises UserError if the weights do not fit: the system would end the process in the middle, without a word."""
+    with torch.device("meta"):
+        needed = DSAForCausalLM(config).num_parameters() * dtype.itemsize
+    if needed > (free := available_memory()):
+        name_of = {dtype: name for name, dtype in DTYPES.items()}
+        raise UserError(
+            f"the weights of {name} take {needed / 2**30:.1f} GiB in {name_of[dtype]}, and this machine has "
+            f"{free / 2**30:.1f} GiB of memory free: end other programs, or take a machine with more"
+        )
 
 
 def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from dsa_export.memory import available_memory
 from dsa_export.model import AttentionTrace, DSAForCausalLM
 from dsa_export.onnx import passes
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, cache_names
@@ -160,9 +161,17 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse else "1")
+    left_out = []
+    if not fuse:
+        # The weights stay in the file, which ONNX Runtime maps, instead of being copied into another order.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        if model.num_parameters() * torch.float32.itemsize > available_memory():
+            # In every call and one after the other, instead of all at loading: slower, but it fits.
+            left_out.append("ConstantFolding")
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
         ir.save(graph, path, external_data=external)
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out)
     finally:
         path.unlink(missing_ok=True)
         if folder == scratch:

@@ -114,6 +114,16 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(tmp_path)
     assert torch.equal(dense_twin(model).lm_head.weight, own) and torch.equal(model.lm_head.weight, own)
 
 
+def test_weights_that_do_not_fit_are_not_loaded(dsa_folder, monkeypatch):
+    needed = sum(tensor.nelement() * 4 for tensor in load_file(dsa_folder / "model.safetensors").values())
+    monkeypatch.setattr("dsa_export.model.checkpoint.available_memory", lambda: needed)
+    load_model(dsa_folder)
+    monkeypatch.setattr("dsa_export.model.checkpoint.available_memory", lambda: needed - 1)
+    load_model(dsa_folder, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"the weights of .* take 0\.0 GiB in fp32, and this machine has 0\.0 GiB of"):
+        load_model(dsa_folder)
+
+
 def test_weights_that_are_not_finite(damaged):
     edit_weights(damaged, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan))
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite"):

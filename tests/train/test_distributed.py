@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from subprocess import PIPE
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dsa_export.cli import UserError
 from tests.train.test_resume import interrupt_at
@@ -148,6 +149,21 @@ def test_layers_that_follow_another_ones_indexer(
     result = launch([*TORCHRUN, str(script)], [*settings, *options])
     assert result.returncode == 0, result.stderr
     # Muon computes in bf16: where shards are summed in another order, its steps differ by some percent.
+    assert_same_run(tmp_path / "one", tmp_path / "two", apart=0.03 * 1e-2)
+
+
+def test_shards_of_a_base_that_is_held_in_bf16(tiny: Path, records: Path, tmp_path: Path) -> None:
+    """Beside an indexer in fp32."""
+    folder = tmp_path / "low"
+    shutil.copytree(tiny, folder)
+    low = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(low, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = ["--model", str(folder), "--data", str(records), "--steps", "3", "--dtype", "bf16", *SETTINGS, *INDEXER]
+    settings += ["--indexer-optimizer", "adamw"]
+    warmup.main([*settings, "--out", str(tmp_path / "one")])
+    settings += ["--out", str(tmp_path / "two"), "--parallel", "fsdp"]
+    result = launch([*TORCHRUN, "-m", "train.warmup"], settings)
+    assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two", apart=0.03 * 1e-2)
 
 
