@@ -28,7 +28,6 @@ if not __package__:  # run as a file: import from the repository's root instead 
 
     interrupt.expect(__name__ == "__main__")
 
-import json
 
 import numpy as np
 
@@ -36,7 +35,15 @@ from bench import layers, matrix, measure, peers, plots, profiling, prompts, rep
 from bench.matrix import Case, Group, Wish
 from bench.runs import Record, Settings
 from dsa_export.cli import UserError, console, not_negative, path, positive, run, thread_count, usable_cpus
-from dsa_export.files import MANIFEST, check_output, output_folder, read_manifest, remove_partial, write_manifest
+from dsa_export.files import (
+    MANIFEST,
+    check_output,
+    output_folder,
+    read_manifest,
+    remove_partial,
+    write_lines,
+    write_manifest,
+)
 from engines import build, huge_pages
 from engines.artifacts import BACKENDS
 
@@ -74,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         def keep(more: Sequence[Record]) -> None:
             kept.extend(more)
             if summary.of_kind(kept, "timing"):
-                written.write_text("".join(json.dumps(with_facts(record, facts)) + "\n" for record in kept))
+                write_lines(written, [with_facts(record, facts) for record in kept])
 
         try:
             keep(skips)

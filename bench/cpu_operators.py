@@ -13,7 +13,6 @@ bandwidth of a large copy or sum on this machine, whichever is faster.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.table import Table
 from bench import measure
 from bench.floors import cpu_bandwidth
 from dsa_export.cli import UserError, console, not_negative, path, positive, run, thread_count, usable_cpus
-from dsa_export.files import check_output_file, write_atomically
+from dsa_export.files import check_output_file, write_lines
 from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
 from plugins.compiler import BuildFailed
@@ -184,8 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = (f"{ours:.3f}", f"{body:.3f}", f"{body / ours:.1f}×", f"{floor_ms / ours:.0%}")
         table.add_row(*shape, *figures)
         console.print(f"{case.operator} {case.keys} {case.queries} x {case.context:,}: {ours:.3f} ms, {body:.3f} ms")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, "".join(json.dumps(record) + "\n" for record in records))
+    write_lines(args.out, records)
     console.print(table)
     console.print(f"{args.threads} threads, {bandwidth / 1e9:.0f} GB/s. Wrote {args.out}")
 

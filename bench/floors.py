@@ -73,15 +73,15 @@ def call_flops(engine: Engine, case: Case) -> int:
     if engine.variant != "sparse" or case.capacity <= engine.dense_slots:
         return case.batch * (body + model.layers * attention * visible)
     selected = sum(min(position, k) for k in engine.topk for position in range(last - case.queries + 1, last + 1))
-    if not engine.reduces_to_dense:  # two more branches in the indexer's place
-        options = engine.selection
+    options, others = engine.selection, 0
+    if engine.reduces_to_dense:
+        scoring = sum(last > k for k in engine.topk[:: options.get("index_share", 1)])
+        others = scoring * 2 * model.index_heads * model.index_dim * visible // options.get("index_pool", 1)
+    elif "nsa_window" in options:  # two more branches in the indexer's place
         spans = range(last - case.queries + 1, last + 1)
         window = sum(min(position, options["nsa_window"]) for position in spans)
-        return case.batch * (body + attention * (selected + model.layers * (visible // options["nsa_stride"] + window)))
-    leaders, pool = engine.topk[:: engine.selection.get("index_share", 1)], engine.selection.get("index_pool", 1)
-    scoring = sum(last > k for k in leaders)
-    indexer = scoring * 2 * model.index_heads * model.index_dim * visible // pool
-    return case.batch * (body + attention * selected + indexer)
+        others = attention * model.layers * (visible // options["nsa_stride"] + window)
+    return case.batch * (body + attention * selected + others)
 
 
 def facts(engine_floor: Floor, dense_floor: Floor, ms: float) -> dict[str, Any]:

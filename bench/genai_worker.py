@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from engines.huge_pages import huge_pages  # needs no other package
+from dsa_export.memory import PeakMemory
+from engines.huge_pages import huge_pages  # neither needs another package
 
 WARM_UP = 2
 MIN_RUNS = 3
@@ -28,7 +29,7 @@ def main() -> None:
     import onnxruntime_genai as og
 
     task = json.load(sys.stdin)
-    before = resident_mib("VmRSS")
+    memory = PeakMemory()
     config = og.Config(task["model"])
     threads = {"intra_op_num_threads": task["threads"]}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
@@ -53,10 +54,14 @@ def main() -> None:
             if len(ms) >= MIN_RUNS and sum(ms) > task["at_most"] * 1e3:
                 break
         versions = {"onnxruntime-genai": og.__version__, "onnxruntime": onnxruntime.__version__}
-        peak = resident_mib("VmHWM")
-        added = None if peak is None or before is None else peak - before
         report(
-            {"context": context, "ttft_s": prefill_s + ms[0] / 1e3, "ms": ms, "peak_mib": added, "versions": versions}
+            {
+                "context": context,
+                "ttft_s": prefill_s + ms[0] / 1e3,
+                "ms": ms,
+                "peak_mib": memory.mib(),
+                "versions": versions,
+            }
         )
 
 
@@ -68,14 +73,6 @@ def timed(generator, tokens: list[int]) -> float:  # type: ignore[no-untyped-def
 
 def report(facts: dict[str, object]) -> None:
     print(json.dumps(facts), flush=True)
-
-
-def resident_mib(field: str) -> float | None:
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

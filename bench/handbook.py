@@ -4,8 +4,8 @@
     python -m bench.handbook out/handbook/usr/share/doc/debian-handbook/html --out out/handbook
 
 Writes en-US.jsonl and zh-CN.jsonl, a record per chapter in the schema of deepctrl-sft-data ("continue this chapter"),
-and mixed.jsonl: both, and as many characters of the standard library's modules. Chapters held out (train/data.py) are
-the same in all three.
+and mixed.jsonl: both, and as many characters of the standard library's modules. Chapters held out
+(train/documents.py) are the same in all three.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def chapters(folder: Path, ask: str) -> list[str]:
 def modules() -> list[str]:
     """Records of the standard library, of so many characters in all."""
     records, size = [], 0
-    for line in stdlib_records().read_text().splitlines():
+    for line in stdlib_records().read_text(encoding="utf-8").split("\n"):
         if len(line) >= SHORTEST_MODULE and size <= MODULES:
             records.append(line)
             size += len(line)

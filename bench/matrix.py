@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_export.cli import UserError
-from dsa_export.files import MANIFEST, manifest_kind, read_manifest
+from dsa_export.files import MANIFEST, PARTIAL, REPLACED, manifest_kind, read_manifest
 from dsa_export.memory import available_memory
 from dsa_export.selection import describe_selection
 from dsa_export.topk import compact_topk
@@ -102,7 +102,7 @@ def _named(folder: Path) -> dict[str, Any]:
 def engine_folders(folders: Sequence[Path]) -> list[Path]:
     """Every engine folder below the given ones; unfinished (`.partial`) ones are passed over."""
     found = [path.parent for folder in folders for path in sorted(folder.rglob(MANIFEST))]
-    whole = [folder for folder in found if ".partial" not in str(folder) and ".replaced" not in str(folder)]
+    whole = [folder for folder in found if PARTIAL not in str(folder) and REPLACED not in str(folder)]
     return [folder for folder in dict.fromkeys(whole) if manifest_kind(folder) == "engine"]
 
 
@@ -162,7 +162,7 @@ def check_comparable(groups: Sequence[Group]) -> None:
 def _tokenizer(group: Group) -> dict[str, str]:
     """Hashes of the files that say how a text becomes tokens."""
     files = group.sparse.manifest["files"]
-    return {name: facts["sha256"] for name, facts in files.items() if name in ("tokenizer.json", "tokenizer.model")}
+    return {name: facts["sha256"] for name, facts in files.items() if name == "tokenizer.json"}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from dsa_export.cli import UserError, console, path, run
+from dsa_export.files import check_output_file
 from plugins.index_topk import index_scores, index_topk
 from plugins.index_topk.rounding import round_keys
 from plugins.sparse_attention import sparse_attention
@@ -388,10 +389,11 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.operators", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=path, default=Path("out/bench/operators.jsonl"), help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8, help="begins no case after this (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_output_file(args.out)
     if not torch.cuda.is_available():
         raise UserError("bench.operators times GPU kernels: no CUDA GPU is visible to torch on this machine")
     started = time.monotonic()

@@ -243,7 +243,7 @@ def genai_model(model: Path) -> tuple[int, str]:
     try:
         limit = int(json.loads((model / "genai_config.json").read_text())["model"]["context_length"])
         return limit, genai_precision(model)
-    except (OSError, ValueError, KeyError, TypeError, DecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, DecodeError) as error:
         raise UserError(f"{model} is not as onnxruntime-genai's builder writes it: {error}") from None
 
 

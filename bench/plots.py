@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from bench.summary import Pair, Record, Series
 DENSE, PEER = "#6b7280", "#a16207"
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#7c3aed", "#db2777", "#0891b2")
 DPI = 130
+TICKS = {
+    2.3: (1, 2, 5),
+    0.5: (1, 1.2, 1.5, 2, 3, 4, 6, 8),
+    0: (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+}
+"""The numbers of a logarithmic axis that spans at least so many decades."""
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -50,7 +57,7 @@ def latency(measured: Sequence[Pair], peers: Sequence[Record]) -> Any:
         call = "decoding step" if phase == "decode" else "prefill call"
         panel.set(title=f"Time of one {call}", ylabel="ms (median, p10–p90)")
         _log_axis(panel, "{x:,g}")
-        _context_axis(panel, measured)
+        _context_axis(panel, measured, phase)
     return figure
 
 
@@ -76,7 +83,8 @@ def speedup(measured: Sequence[Pair]) -> Any:
             ):
                 text = ", ".join(part for part in (label, name) if part)
                 values = [pair.sparse[key] for pair in line]
-                panel.plot(contexts, values, style, marker="o", ms=4, color=colour, label=text)
+                fill = colour if key == "speedup" else "white"
+                panel.plot(contexts, values, style, marker="o", ms=4, color=colour, mfc=fill, label=text)
             crossing = summary.crossover([(pair.context, pair.sparse["speedup"]) for pair in line])
             if crossing.tokens:
                 panel.plot([crossing.tokens], [1], "x", ms=9, mew=2, color=colour)
@@ -86,7 +94,7 @@ def speedup(measured: Sequence[Pair]) -> Any:
             ylabel="dense time / sparse time",
         )
         _log_axis(panel, "{x:g}×")
-        _context_axis(panel, measured)
+        _context_axis(panel, measured, phase)
     return figure
 
 
@@ -98,8 +106,8 @@ def memory(measured: Sequence[Pair]) -> Any:
     for phase, panel in panels.items():
         _draw_sides(panel, known, phase, "peak_mib")
         panel.set(title=f"Peak memory, {phase}", ylabel="MiB")
-        panel.set_ylim(bottom=0)
-        _context_axis(panel, known)
+        panel.set_ylim(0, 1.08 * panel.dataLim.y1)
+        _context_axis(panel, known, phase)
     return figure
 
 
@@ -162,12 +170,14 @@ def _colours(lines: dict[Series, list[Pair]]) -> list[str]:
 
 def _log_axis(panel: Any, form: str) -> None:
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
+    low, high = panel.get_ylim()
+    decades = math.log10(high / low)
+    panel.yaxis.set_major_locator(LogLocator(subs=next(ticks for least, ticks in TICKS.items() if decades >= least)))
     panel.yaxis.set_major_formatter(form)
 
 
-def _context_axis(panel: Any, measured: Sequence[Pair]) -> None:
-    contexts = sorted({pair.context for pair in measured})
+def _context_axis(panel: Any, measured: Sequence[Pair], phase: str) -> None:
+    contexts = sorted({pair.context for pair in measured if pair.phase == phase})
     panel.set_xscale("log", base=2)
     panel.set_xticks(contexts, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in contexts])
     panel.minorticks_off()

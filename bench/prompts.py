@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsa_export.cli import UserError
+from dsa_export.files import read_text
 
 ROW_OFFSET = 997
 """Rows of a batch read the same text from places this many tokens apart."""
@@ -47,14 +48,9 @@ def _tokens(tokenizer: Tokenizer, prompt_file: Path | None, at_least: int) -> np
 
 def _texts(prompt_file: Path | None) -> Iterator[str]:
     if prompt_file:
-        try:
-            yield prompt_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{prompt_file} is not UTF-8 text (byte {error.start})") from None
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise UserError(f"{prompt_file} cannot be read as text: {error.strerror}") from None
-        return
-    yield from modules()
+        yield read_text(prompt_file)
+    else:
+        yield from modules()
 
 
 def modules() -> Iterator[str]:

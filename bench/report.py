@@ -67,7 +67,8 @@ def write(
             rates=rates.values(),
             limits=limits,
             sources=sources(records),
-        )
+        ),
+        encoding="utf-8",
     )
 
 

@@ -11,7 +11,6 @@ line. One JSON line per number of clients goes to --out.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import uuid
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from bench.prompts import modules
 from dsa_export.cli import UserError, console, cpu_name, path, positive, run
-from dsa_export.files import check_output_file, write_atomically
+from dsa_export.files import check_output_file, write_lines
 
 TIMEOUT = 600  # seconds of one answer
 
@@ -151,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             records.append(record | {"url": args.url, "machine": cpu_name()})
             seconds = ", ".join(f"{seconds:.2f}" for seconds in record["answer_s"])
             table.add_row(*(f"{record[name]:,}" for name in counts), f"{record['tokens_per_s']:.1f}", seconds)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, "".join(json.dumps(record) + "\n" for record in records))
+    write_lines(args.out, records)
     console.print(table)
     console.print(f"wrote {args.out}")
 

@@ -63,7 +63,7 @@ TIMING_NOTES = (
 
 
 def timing_tables(measured: Sequence[Pair]) -> list[Table]:
-    """One table of times per backend, precision and k, and one of throughput and memory for all."""
+    """One table of times per backend, precision and k."""
     by_group: dict[str, list[Pair]] = {}
     for pair in measured:
         backend, precision, k, _ = pair.series

@@ -14,7 +14,6 @@ Memory is what a fresh process gained at most beside its model. One JSON line pe
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 from bench.measure import Budget, alternate, in_child, machine
 from dsa_export.cli import console, path, positive, progress_bar, run
 from dsa_export.config import DSAConfig
-from dsa_export.files import check_output_file, write_atomically
+from dsa_export.files import check_output_file, write_lines
 from dsa_export.memory import PeakMemory
 from dsa_export.model import DSAForCausalLM, load_model
 from dsa_export.model.attention.base import Call
@@ -222,8 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             table.add_row(f"{T:,}", _mib(peak), f"{formula:.0f}")
             lines.append({"what": "kl", "length": T, "peak_mib": peak, "formula_mib": formula, **machine(1)})
         console.print(table)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(args.out, lines)
     console.print(f"written: {args.out}")
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,28 @@ def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
     """Writes a text file under a temporary name and renames it: readers see the old content or the new."""
     partial = temporary_name(path, shared=shared)
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON lines, one per record, and the folder where they go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_text(path: Path, most: int = -1) -> str:
+    """A UTF-8 file, or its first `most` characters. Raises UserError if it is another kind of file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(most)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as text: {error.strerror}") from None
 
 
 def check_output(out: Path, kind: str | None = None) -> None:
@@ -97,7 +114,7 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     `out` in the end is not ours: what was written stays in the partial folder then.
     """
     check_output(out)
-    partial = out.with_name(out.name + PARTIAL)
+    partial = temporary_name(out)
     if not keep_partial:
         remove_partial(out)
     partial.mkdir(parents=True, exist_ok=keep_partial)
@@ -120,7 +137,7 @@ def output_folder(out: Path, *, keep_partial: bool = False) -> Iterator[Path]:
 
 def remove_partial(out: Path) -> None:
     """Forgets what a stopped run left of `out`. Raises UserError if it is still running, or was a training."""
-    partial = out.with_name(out.name + PARTIAL)
+    partial = temporary_name(out)
     _check_no_training(out)
     if partial.exists():
         with _only_writer(partial):
@@ -128,7 +145,7 @@ def remove_partial(out: Path) -> None:
 
 
 def _check_no_training(out: Path) -> None:
-    partial = out.with_name(out.name + PARTIAL)
+    partial = temporary_name(out)
     if (partial / TRAINING_STATE).is_file():
         raise UserError(f"{partial} holds a training that was stopped: choose another --out, or remove it")
 

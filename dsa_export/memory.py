@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 
 def available_memory() -> int:
     """Bytes that a new process can have."""
+    import psutil  # PeakMemory also serves where it is not installed
+
     return psutil.virtual_memory().available
 
 
@@ -59,8 +59,8 @@ class PeakMemory:
     def _kib(self, field: str) -> float | None:
         if not self.STATUS.is_file():
             return None
-        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith(field))
-        return float(line.split()[1])
+        line = next((line for line in self.STATUS.read_text().splitlines() if line.startswith(field)), None)
+        return float(line.split()[1]) if line else None
 
 
 def _gpu(start: bool = False) -> Any:

@@ -19,8 +19,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsa_export.cli import UserError
-from engines import scheduler
+from dsa_export.cli import UserError, console
 from engines.api import (
     DEFAULT_COMPLETION_TOKENS,
     ApiError,
@@ -33,6 +32,7 @@ from engines.api import (
 )
 from engines.sampling import Sampler, Sampling
 from engines.scheduler import Busy, Event, Scheduler, Stopped
+from engines.scheduler import Request as Job
 from engines.text import Answer, Text
 
 T = TypeVar("T")
@@ -95,7 +95,9 @@ def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:] if first["type"] != "json_invalid") or None
         detail = f": {first['ctx']['error']}" if first["type"] == "json_invalid" else ""
-        return JSONResponse(error_body(400, f"{where or 'body'}: {first['msg']}{detail}", where), 400)
+        return JSONResponse(
+            error_body(400, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}{detail}", where), 400
+        )
 
     return app
 
@@ -118,6 +120,10 @@ class Server(uvicorn.Server):
         if self.should_exit and self.scheduler.alive:
             self.scheduler.stop(0)
         else:
+            if running := self.scheduler.running:
+                console.print(
+                    f"Stopping: {running} running requests have {self.grace} s to end; Ctrl-C again ends them now"
+                )
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -213,7 +219,7 @@ class Service:
         sampling = Sampling(default, 1.0 if body.top_p is None else body.top_p, body.seed)
         arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         requests = [
-            scheduler.Request(prompt, answer, Sampler(sampling, row=i), listener(arrived, i))
+            Job(prompt, answer, Sampler(sampling, row=i), listener(arrived, i))
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         events = self._events(requests, arrived)
@@ -250,7 +256,7 @@ class Service:
         return limit or room
 
     async def _events(
-        self, requests: Sequence[scheduler.Request], arrived: asyncio.Queue[tuple[int, Event]]
+        self, requests: Sequence[Job], arrived: asyncio.Queue[tuple[int, Event]]
     ) -> AsyncIterator[tuple[int, Event]]:
         """(choice, event) of all requests until the last one ends. Raises ApiError. Closing it frees their rows."""
         try:
@@ -269,7 +275,7 @@ class Service:
             for request in requests:
                 request.cancel()
 
-    def _submit(self, request: scheduler.Request) -> None:
+    def _submit(self, request: Job) -> None:
         try:
             self.scheduler.submit(request)
         except Busy as error:

@@ -123,8 +123,8 @@ class Variant:
 
     @property
     def reduces_to_dense(self) -> bool:
-        """Whether up to k tokens the variant computes what its dense twin does: DSA, and not NSA's sum of branches."""
-        return "nsa_window" not in self.selection
+        """Whether up to k tokens the variant computes what its dense twin does: where an indexer selects, as in DSA."""
+        return any(tensor.name in INDEX_CACHES for tensor in self.cache)
 
     @property
     def dense_slots(self) -> int:
@@ -434,9 +434,10 @@ def rebuild_command(folder: Path, manifest: dict[str, Any]) -> str:
         entry = manifest.get(name)
         return entry if isinstance(entry, dict) else {}
 
+    place = folder.resolve()
     options = {
         "--onnx": told("source").get("path") or "out/onnx",
-        "--out": str(folder.resolve().parent.parent),
+        "--out": str(place.parent.parent) if manifest.get("backend") in (None, place.parent.name) else None,
         "--backend": manifest.get("backend"),
         "--variant": manifest.get("variant"),
         **{f"--{name.replace('_', '-')}": told("limits").get(name) for name in Limits.__dataclass_fields__},

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsa_export.cli import is_out_of_memory
 from dsa_export.model.cache import fill_randomly
 from engines.artifacts import Engine
-from engines.memory import OutOfMemory
+from engines.memory import OutOfMemory, no_room
 from engines.session import check_room
 
 
@@ -46,8 +46,7 @@ class DeviceRunner:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
-            raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
+            raise no_room(self.engine, batch, capacity) from None
         return DeviceCaches(batch, capacity, tensors)
 
     def rows(self, caches: DeviceCaches, start: int, stop: int) -> DeviceCaches:

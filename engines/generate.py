@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsa_export.cli import Terminated, UserError, errors, path, positive, progress_bar, run, thread_count
+from dsa_export.files import read_text
 from engines.sampling import Sampler, Sampling
 from engines.session import Runner, Session, common_prefix, open_runner
 from engines.text import Answer, Text
@@ -102,16 +103,19 @@ def read_prompt(args: argparse.Namespace) -> str:
     """The prompt's text. Raises UserError if it is empty, or if the file cannot be read as UTF-8."""
     text = args.prompt
     if text is None:
-        if not args.file and sys.stdin.isatty():
-            errors.print("Type the prompt; Ctrl-D ends it")
-        try:
-            data = args.file.read_bytes() if args.file else sys.stdin.buffer.read()
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{args.file or 'standard input'} is not UTF-8 text (byte {error.start})") from None
+        text = read_text(args.file) if args.file else read_standard_input()
     if not text:
         raise UserError("the prompt is empty: nothing to answer")
     return text
+
+
+def read_standard_input() -> str:
+    if sys.stdin.isatty():
+        errors.print("Type the prompt; Ctrl-D ends it")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text (byte {error.start})") from None
 
 
 def next_message() -> str | None:
@@ -207,7 +211,7 @@ def figures(known: int, prompt: int, new: int, prefill_seconds: float, decode_se
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most: resident memory, and a GPU's if torch or TensorRT used one."""
+    """Bytes that this process held at most: resident memory, and what torch took on a GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     torch = sys.modules.get("torch")

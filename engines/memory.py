@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dsa_export.cli import UserError, console
 from dsa_export.memory import available_memory
-from engines.artifacts import Limits, Variant, nvidia_smi
+from engines.artifacts import Engine, Limits, Variant, nvidia_smi
 
 HOST_BYTES_PER_WEIGHT_BYTE = 4
 """TensorRT-RTX holds several copies while it builds: 9 GB for the 2.4 GB of Qwen2.5-0.5B in fp32."""
@@ -29,6 +29,11 @@ ADVICE = {
 
 class OutOfMemory(UserError):
     """There was no memory for caches or for a call: with less in use it may work."""
+
+
+def no_room(engine: Engine, batch: int, capacity: int) -> OutOfMemory:
+    gib = batch * capacity * engine.cache_bytes_per_token() / 2**30
+    return OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dsa_export.files import MANIFEST
 from engines import ort_graph
 from engines.artifacts import Engine, Variant, rebuild_command
 from engines.huge_pages import huge_pages
-from engines.memory import OutOfMemory
+from engines.memory import OutOfMemory, no_room
 from engines.session import check_room
 
 # What ONNX Runtime's CPU kernels compute in: bfloat16 has no MatMul there.
@@ -73,8 +73,7 @@ class OrtRunner:
                 for name, tensor in self.engine.cache_names()
             }
         except MemoryError:
-            gib = batch * capacity * self.engine.cache_bytes_per_token() / 2**30
-            raise OutOfMemory(f"no memory for {gib:.1f} GiB of caches ({batch} rows of {capacity} tokens)") from None
+            raise no_room(self.engine, batch, capacity) from None
         logits = np.empty((batch, 1, self.engine.model.vocab_size), np.float32)
         return self._bind(batch, capacity, arrays, logits)
 
@@ -146,7 +145,8 @@ def check_types(variant: Variant) -> None:
     """Raises UserError for types that ONNX Runtime's kernels do not take."""
     if variant.dtype not in CPU_DTYPES:
         raise UserError(
-            f"ONNX Runtime's CPU kernels do not compute in {variant.dtype}: export with --dtype fp32 or fp16"
+            f"ONNX Runtime's CPU kernels do not compute in {variant.dtype}: export with --dtype fp32 or fp16, or use "
+            "--backend torch"
         )
     if any(tensor.dtype not in NUMPY_DTYPES for tensor in variant.cache):
         raise UserError("ONNX Runtime cannot update fp8 caches: export with --index-keys int8, or use --backend torch")

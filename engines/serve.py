@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     address = listen(args.host, args.port)
     runner = open_runner(args.engine, threads=args.threads)
     engine = runner.engine
-    slots = min(args.slots or engine.limits.max_batch, engine.limits.max_batch)
+    slots = args.slots or engine.limits.max_batch
+    if slots > engine.limits.max_batch:
+        raise UserError(
+            f"--slots {slots}: {engine.folder} was built for {engine.limits.max_batch} rows (engines.build --max-batch)"
+        )
     prefix_cache = engine.limits.max_context if args.prefix_cache is None else args.prefix_cache
     if 0 < prefix_cache < (least := slots_of(engine, SHORTEST)):
         raise UserError(f"--prefix-cache {prefix_cache} would keep nothing: the least that is kept is {least} tokens")

@@ -109,7 +109,7 @@ def _update(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m plugins.embed", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BUILD, help="build folder (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=None, help="processes (default: one per processor)")
     args = parser.parse_args(argv)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from dsa_export.cli import console, run
 from dsa_export.files import MANIFEST
 from dsa_export.model.checkpoint import load_config
 from train.data import IGNORED, Windows
-from train.documents import Malformed, documents
+from train.documents import training_texts
 from train.options import Recipe, argument_parser, identity, is_done, resolve, start, train, training_data
 from train.trainer import Batch, Settings, Stage, adamw
 
 OUT = "out/base"
+SCRATCH = {"path": "from scratch", "sha256": None}
+"""The source of a model that was not made of another one."""
 INIT_STD = 0.05
 VOCABULARY = 1024
 MUON_LR = 0.01
@@ -179,14 +180,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     processes = start(args)
     resolve(args, SMALL, None, small_config())
-    source = {"path": "from scratch", "sha256": None}
     run_identity = identity("base", args)
     if is_done(args.out, None, run_identity, overwrite=args.overwrite):
         return
 
-    read = islice(documents(args.data, Malformed(args.allow_malformed), args.cache), args.max_rows)
-    texts = (document.answer for document in read if not document.is_held_out())
-    tokenizer = train_tokenizer(texts, VOCABULARY)
+    tokenizer = train_tokenizer(training_texts(args.data, args.allow_malformed, args.cache, args.max_rows), VOCABULARY)
     data = training_data(args, tokenizer, processes, train_on_prompt=True)
     data = replace(data, train=with_repeats(data.train, args.seed))
     torch.manual_seed(args.seed)
@@ -200,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate=evaluate,
         optimizers=muon_and_adamw,
     )
-    train(stage, model, tokenizer, data, source, run_identity, args, processes)
+    train(stage, model, tokenizer, data, SCRATCH, run_identity, args, processes)
 
 
 def config_of(model: str | None) -> PreTrainedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:
     state = {name: t if (low := held[t.data_ptr()]) is None else low for name, t in state.items()}
     with disk_errors(folder), quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
+        for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them, whatever the umask
+            file.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
         tokenizer.save_pretrained(folder)
 
 

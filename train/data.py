@@ -168,7 +168,7 @@ def load_data(
     builders = {split: _WindowBuilder(length, packing, scored) for split in wanted}
     reader = _Reader(wanted, max_rows, builders, Malformed(allow_malformed))
     options = [length, wanted, most, min_tokens, max_rows, packing, allow_malformed, train_on_prompt, scored]
-    name = f"tokens-{_fingerprint(source, tokenizer, options, cache)}.pt"
+    name = f"tokens-{_fingerprint(source, tokenizer, options, cache)}.pt" if cache else ""
     known = _load_tokens(cache, name) if cache else None
     if known:
         reader.restore(known)

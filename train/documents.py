@@ -20,6 +20,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -140,6 +141,12 @@ def check_source(source: str) -> None:
         raise UserError("no such data: '' (an empty name)")
     if source != "stdlib" and "://" not in source and not Path(source).exists():
         raise UserError(f"no such data: {source}")
+
+
+def training_texts(source: str, allow_malformed: bool, cache: Path | None, most: int) -> Iterator[str]:
+    """What a tokenizer learns from: the answers of the first `most` documents that are not held out."""
+    read = islice(documents(source, Malformed(allow_malformed), cache), most)
+    return (document.answer for document in read if not document.is_held_out())
 
 
 def documents(source: str, malformed: Malformed, cache: Path | None = None) -> Iterator[Document]:

@@ -16,13 +16,13 @@ from dsa_export.cli import UserError, console, not_negative, path, positive, pro
 from dsa_export.config import DSAConfig
 from dsa_export.files import (
     MANIFEST,
-    PARTIAL,
     as_in_manifest,
     check_output,
     manifest_object,
     output_folder,
     read_manifest,
     remove_partial,
+    temporary_name,
     write_atomically,
     write_manifest,
 )
@@ -40,7 +40,7 @@ from train.study import Choice, Record, Study
 from train.tables import show, task_table, text_table
 from train.tasks import TASKS, fit
 from train.timing import decoding_speed
-from train.trainer import first_difference
+from train.trainer import another_run, first_difference
 
 OUT = Path("out/evaluation")
 KIND, RESULTS = "evaluation", "results.json"
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_measured(args, length, int(part.held_out.lengths.max()))
     source = model_source(args.model)
     facts = manifest_facts(args, data)
-    partial = args.out.with_name(args.out.name + PARTIAL)
+    partial = temporary_name(args.out)
     check_partial(args.out, source, facts, args.overwrite)
     console.print(f"Loading {args.model}")
     model = load_model(args.model, **selection_options(args)).to(device)
@@ -214,7 +214,7 @@ def manifest_facts(args: argparse.Namespace, data: Mapping[int, TrainingData]) -
 
 def check_partial(out: Path, source: Record, facts: Record, overwrite: bool) -> None:
     """Raises UserError if a stopped run measured something else than this one; with `overwrite` it is forgotten."""
-    partial = out.with_name(out.name + PARTIAL)
+    partial = temporary_name(out)
     check_output(partial, KIND)
     if not (partial / MANIFEST).is_file():
         if overwrite:
@@ -225,10 +225,7 @@ def check_partial(out: Path, source: Record, facts: Record, overwrite: bool) -> 
     if difference and overwrite:
         remove_partial(out)
     elif difference:
-        raise UserError(
-            f"{partial} holds an unfinished run with another configuration ({difference}): use the same arguments, "
-            "another --out, or --overwrite to start again"
-        )
+        raise another_run(partial, difference)
 
 
 def measure(

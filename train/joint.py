@@ -17,7 +17,7 @@ from dsa_export.cli import UserError, positive, run
 from dsa_export.model import feed_forward, load_model
 from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, INDEXER, adapted_config, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
-from dsa_export.topk import topk_per_layer
+from dsa_export.topk import TopK, topk_per_layer
 from train import warmup
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
@@ -51,7 +51,7 @@ def parameter_groups(model: nn.Module, lora: bool = False) -> dict[str, list[nn.
 def joint_terms(
     model: Any,
     batch: dict[str, Tensor],
-    topk: int,
+    topk: TopK,
     kl_queries: int | None = None,
     kl_target: str = TARGETS[0],
     teacher: Any = None,

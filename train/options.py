@@ -288,9 +288,9 @@ def start(args: argparse.Namespace) -> Processes:
     check(args)
     check_source(args.data)
     check_output(args.out, "checkpoint")
-    model = Path(getattr(args, "model", None) or "")
+    model = getattr(args, "model", None)
     _require(
-        not args.out.exists() or args.out.resolve() != model.resolve(),
+        not model or not args.out.exists() or args.out.resolve() != Path(model).resolve(),
         f"--out {args.out} is the --model, which training would replace: choose another folder",
     )
     check_writable(args.cache, "--cache")

@@ -26,7 +26,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, console, progress_bar
-from dsa_export.files import PARTIAL, TRAINING_STATE, as_in_manifest, output_folder, write_atomically, write_manifest
+from dsa_export.files import (
+    TRAINING_STATE,
+    as_in_manifest,
+    output_folder,
+    temporary_name,
+    write_atomically,
+    write_manifest,
+)
 from train import precision
 from train.checkpoint import load_state, save_checkpoint, save_state
 from train.data import IGNORED, TrainingData, Windows
@@ -172,7 +179,7 @@ class Trainer:
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the evaluation of the result. Raises UserError, KeyboardInterrupt, OSError."""
-        self.folder = self.out.with_name(self.out.name + PARTIAL)
+        self.folder = temporary_name(self.out)
         first = self.processes.is_first
         after: dict[str, float] = {}
         with output_folder(self.out, keep_partial=True) if first else nullcontext(), self._named_interrupt():
@@ -459,10 +466,7 @@ class Trainer:
             return None
         difference = first_difference(json.loads(state["identity"]), self._full_identity())
         if difference and not self.overwrite:
-            raise UserError(
-                f"{self.folder} holds an unfinished run with another configuration ({difference}): "
-                "use the same arguments, another --out, or --overwrite to start again"
-            )
+            raise another_run(self.folder, difference)
         return None if difference else state
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -508,6 +512,14 @@ def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
         elif before != now:
             return f"{prefix}{name}: {_short(before)} there, {_short(now)} now"
     return None
+
+
+def another_run(folder: Path, difference: str) -> UserError:
+    """Of the first difference between what left `folder` and the present command."""
+    return UserError(
+        f"{folder} holds an unfinished run with another configuration ({difference}): use the same arguments, "
+        "another --out, or --overwrite to start again"
+    )
 
 
 def _short(value: Any) -> Any:

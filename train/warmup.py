@@ -15,6 +15,7 @@ from dsa_export.cli import UserError, run
 from dsa_export.model import AttentionTrace, load_model
 from dsa_export.model.attention.base import mean_over_layers
 from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attention, load_config
+from dsa_export.topk import TopK
 from train import base
 from train.data import Windows
 from train.losses import TARGETS, IndexerObserver, queries_apart
@@ -59,7 +60,7 @@ def indexer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"indexer": [p for name, p in model.named_parameters() if INDEXER in name]}
 
 
-def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None, kl_target: str) -> IndexerObserver:
+def observer(batch: dict[str, Tensor], topk: TopK, kl_queries: int | None, kl_target: str) -> IndexerObserver:
     """The indexer's loss on a batch, over about kl_queries of each row's tokens (None: over all)."""
     every = MEASURE_EVERY if kl_queries is None else min(MEASURE_EVERY, max(1, kl_queries // 4))
     return IndexerObserver(topk, every, queries_apart(batch["attention_mask"], kl_queries), kl_target)
@@ -68,7 +69,7 @@ def observer(batch: dict[str, Tensor], topk: int, kl_queries: int | None, kl_tar
 def warmup_terms(
     model: Any,
     batch: dict[str, Tensor],
-    topk: int,
+    topk: TopK,
     kl_queries: int | None = None,
     kl_target: str = TARGETS[0],
 ) -> dict[str, Tensor]:

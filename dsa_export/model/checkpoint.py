@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,8 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     folder = Path(name)
     if folder.suffix == ".gguf":
         raise UserError(f"{name} is a GGUF file: make a checkpoint of it first (docs/guide.md, From a GGUF file)")
+    if folder.is_file():
+        raise UserError(f"{name} is a file: name the folder of the checkpoint")
     if (kind := manifest_kind(folder)) and kind != "checkpoint" and not (folder / "config.json").exists():
         raise UserError(f"{name} holds {kind!r}, not a checkpoint")
     if not folder.exists() and len(folder.parts) == 1:
@@ -49,11 +52,11 @@ def load_config(name: str | Path) -> PreTrainedConfig:
         raise UserError(f"no such folder: {name}")  # beside outputs of ours: nobody need wait for the hub
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks, on a terminal
-    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        if isinstance(name, Path) or Path(name).exists() or str(name).startswith((".", "/")):
-            what = f"no readable model in {name}" if Path(name).exists() else f"no such folder: {name}"
-        else:
-            what = f"no folder and no reachable hub model is named {name!r}"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, StrictDataclassError) as error:
+        if not folder.exists() and (isinstance(name, Path) or name.startswith((".", "/"))):
+            raise UserError(f"no such folder: {name}") from None
+        missing = f"no folder and no reachable hub model is named {name!r}"
+        what = f"no readable model in {name}" if folder.exists() else missing
         raise UserError(f"{what} ({_first_line(error)})") from None
     if not isinstance(config, DSAConfig):
         try:
@@ -141,6 +144,9 @@ def load_model(
                 name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
+        for file in Path(name).glob("*.safetensors"):
+            if not os.access(file, os.R_OK):
+                raise UserError(f"{file} may not be read by this user: chmod a+r it, or copy the folder") from None
         raise UserError(
             f"cannot load the weights of {name}: {_first_line(error)}; the file may be truncated or "
             "of another configuration: fetch or train it again"
@@ -211,7 +217,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer in {name}: tokenizer.json is missing")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"no tokenizer in {name} ({_first_line(error)})") from None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError
+from dsa_export.files import read_text
 from dsa_export.model.attention import DenseAttention
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.onnx.parity import PARITY_MODULE
@@ -52,11 +53,7 @@ def calibration_windows(tokenizer: Any, path: Path | None, limit: int) -> Tensor
             if p.name != PARITY_MODULE  # on which the result is judged
         )
     else:
-        try:
-            with path.open(encoding="utf-8") as file:
-                texts = iter([file.read(LONGEST_TEXT)])
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text") from None
+        texts = iter([read_text(path, LONGEST_TEXT)])
     windows: list[list[int]] = []
     for text in texts:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -103,7 +103,7 @@ def compare_graphs(dense: ir.Model, sparse: ir.Model) -> Comparison:
         _compare_nodes(node, other)
         todo += list(zip(node.inputs, other.inputs, strict=True))
 
-    _check_rest(dense, seen_dense, {core.inputs[6] for core in dense_cores if len(core.inputs) > 6}, "dense")
+    _check_rest(dense, seen_dense, {core.inputs[6] for core in dense_cores}, "dense")
     indexer = _check_rest(sparse, seen_sparse, {core.inputs[3] for core in sparse_cores}, "sparse")
     selections = {node for node in sparse.graph if _operator(node) == SELECTION}
     if not sparse_cores or selections != {_selection(core) for core in sparse_cores}:

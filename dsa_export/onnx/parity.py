@@ -21,6 +21,7 @@ import shutil
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dsa_export.memory import available_memory
 from dsa_export.model import AttentionTrace, DSAForCausalLM
 from dsa_export.onnx import passes
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, cache_names
@@ -54,7 +54,7 @@ PARITY_MODULE = "argparse.py"
 
 def parity_text() -> str:
     """Real text on every machine: a module of the standard library."""
-    return (Path(sysconfig.get_paths()["stdlib"]) / PARITY_MODULE).read_text()
+    return (Path(sysconfig.get_paths()["stdlib"]) / PARITY_MODULE).read_text(encoding="utf-8")
 
 
 def check_parity(
@@ -148,34 +148,65 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: 
         graph.graph.outputs.append(output)
     if model.config.index_keys == "fp8":
         passes.upcast_fp8_caches(graph)
-    folder = graph_folder
-    external = None
-    if model.dtype == torch.bfloat16:
+    raised = model.dtype == torch.bfloat16
+    if raised:
         passes.upcast_bf16(graph)
-        if not fuse:
-            passes.round_dequantised(graph)
-        folder = scratch
-        folder.mkdir(exist_ok=True)
-        external = WEIGHTS_FILE
+    if not fuse:
+        raised |= _dequantise(graph, rounded=raised)
+    folder = scratch if raised else graph_folder
+    external = WEIGHTS_FILE if raised else None
+    folder.mkdir(exist_ok=True)
     path = folder / "parity.onnx"
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse else "1")
-    left_out = []
-    if not fuse:
-        # The weights stay in the file, which ONNX Runtime maps, instead of being copied into another order.
+    if not fuse:  # then the weights stay in the file, which ONNX Runtime maps, instead of being copied in another order
         options.add_session_config_entry("session.disable_prepacking", "1")
-        if model.num_parameters() * torch.float32.itemsize > available_memory():
-            # In every call and one after the other, instead of all at loading: slower, but it fits.
-            left_out.append("ConstantFolding")
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
         ir.save(graph, path, external_data=external)
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out)
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     finally:
         path.unlink(missing_ok=True)
         if folder == scratch:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _dequantise(graph: ir.Model, *, rounded: bool) -> bool:
+    """Stores quantised weights by their values, as ONNX Runtime computes them; returns whether there were any.
+
+    At loading it would compute them all into memory. rounded: to bf16, for a graph that was raised from it.
+    """
+    initializers = graph.graph.initializers
+    nodes = [node for node in graph.graph if node.op_type == "DequantizeLinear"]
+    for value in initializers.values() if nodes else ():
+        value.const_value = passes.read_tensor(value.const_value)
+    for node in nodes:
+        (product,) = node.outputs
+        integers, factors = node.inputs
+        weight, scales = integers.const_value, factors.const_value
+        compute = partial(_product, node.attributes, weight, scales, product.name, rounded)
+        tensor = ir.LazyTensor(compute, dtype=scales.dtype, shape=ir.Shape(weight.shape), name=product.name)
+        values = ir.Value(name=product.name, type=ir.TensorType(scales.dtype), shape=tensor.shape, const_value=tensor)
+        ir.convenience.replace_all_uses_with(product, values)
+        graph.graph.remove(node, safe=True)
+        graph.graph.register_initializer(values)
+        del initializers[integers.name], initializers[factors.name]
+    return bool(nodes)
+
+
+def _product(
+    attributes: Any, weight: ir.TensorProtocol, scales: ir.TensorProtocol, name: str, rounded: bool
+) -> ir.Tensor:
+    """What ONNX Runtime's DequantizeLinear makes of a weight."""
+    constants = [ir.val(tensor.name, const_value=tensor) for tensor in (weight, scales)]
+    node = ir.node("DequantizeLinear", constants, attributes)
+    node.outputs[0].type = ir.TensorType(scales.dtype)
+    graph = ir.Graph([], node.outputs, nodes=[node], initializers=constants, opset_imports={"": 24}, name="weight")
+    proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    (values,) = ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, {})
+    if rounded:
+        values = torch.from_numpy(values).bfloat16().float().numpy()
+    return ir.tensor(values, name=name)
 
 
 def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[int]) -> tuple[Tensor, list[Tensor]]:

@@ -184,20 +184,6 @@ def upcast_bf16(model: ir.Model) -> None:
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
 
 
-def round_dequantised(model: ir.Model) -> None:
-    """Ensures that the weights of an upcast graph are what DequantizeLinear makes of them in bf16: products rounded.
-
-    Requires upcast_bf16(). For comparisons only: no runtime fuses what it dequantises through these casts.
-    """
-    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
-        (product,) = node.outputs
-        rounded = ir.node("Cast", [product], {"to": ir.AttrInt64("to", ir.DataType.BFLOAT16)})
-        raised = ir.node("Cast", rounded.outputs, {"to": ir.AttrInt64("to", ir.DataType.FLOAT)})
-        ir.convenience.replace_all_uses_with(product, raised.outputs[0])
-        rounded.replace_input_with(0, product)
-        model.graph.insert_after(node, [rounded, raised])
-
-
 def upcast_fp8_caches(model: ir.Model) -> None:
     """Ensures that no cache is fp8: what is rounded to fp8 goes back to fp32 before it is stored.
 

@@ -17,6 +17,7 @@ from dsa_export.files import read_manifest, write_manifest
 from dsa_export.selection import describe_selection
 from dsa_export.topk import compact_topk
 from engines.artifacts import Export, Graph, Limits, content_hash, runtime_version
+from engines.session import Session, bucket, open_runner
 from engines.text import tokenizer_files
 
 CHECK_TOKENS = 4
@@ -102,8 +103,6 @@ def step_weights(path: Path) -> StepWeights:
 
 def check_engine(folder: Path) -> None:
     """Loads a fresh engine folder and runs calls of every kind. Raises UserError if a logit is not finite."""
-    from engines.session import Session, bucket, open_runner
-
     runner = open_runner(folder, verify=False)
     engine = runner.engine
     tokens = np.arange(min(CHECK_TOKENS, engine.model.vocab_size))

@@ -123,10 +123,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def limits_of(export: Export, args: argparse.Namespace) -> Limits:
     """The engine's limits. Raises UserError where the model cannot follow them."""
-    graph = next(iter(export.graphs.values()))
     missing = [variant for variant in args.variant if variant not in export.graphs]
     if missing:
         raise UserError(f"{export.folder} holds no {missing[0]} graph: choose another --variant")
+    graph = next(iter(export.graphs.values()))
     positions = graph.model.max_position_embeddings
     context = args.max_context or positions
     if context > positions and not args.beyond_positions:

@@ -14,6 +14,16 @@ from dsa_export.cli import UserError, console, cpu_name
 from dsa_export.files import link_or_copy, manifest_kind, output_folder
 from engines.artifacts import Export, Graph, Limits, runtime_version
 from engines.build.folder import check_engine, dense_slots_facts, report, write_engine_manifest
+from engines.ort_graph import (
+    HALVED,
+    OPERATOR,
+    OWN_OPERATOR,
+    dense_while_short,
+    fits_cpu_kernels,
+    group_query,
+    with_cpu_kernels,
+    with_half_caches,
+)
 from plugins import cpu
 from plugins.compiler import BuildFailed
 
@@ -23,7 +33,6 @@ WITH_GQA, WITH_KERNELS = "dense-gqa", "dense-kernels"
 
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     from engines.ort import check_types, runs_on_gpu
-    from engines.ort_graph import HALVED, OPERATOR, OWN_OPERATOR, group_query, with_cpu_kernels
 
     runtime_version("ort")
     for_cpu = not runs_on_gpu()
@@ -74,8 +83,6 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
 
 def keep_caches(model: onnx.ModelProto, graph: Graph, args: argparse.Namespace) -> Graph:
     """Gives the model the caches that were asked for; returns what its manifest is to say."""
-    from engines.ort_graph import with_half_caches
-
     if args.kv_cache:
         with_half_caches(model)
     return as_cached(graph, args)
@@ -83,8 +90,6 @@ def keep_caches(model: onnx.ModelProto, graph: Graph, args: argparse.Namespace) 
 
 def as_cached(graph: Graph, args: argparse.Namespace) -> Graph:
     """The graph as an engine with our kernels caches its keys and values."""
-    from engines.ort_graph import HALVED
-
     if not args.kv_cache:
         return graph
     halved = (replace(tensor, dtype="float16") if tensor.name in HALVED else tensor for tensor in graph.cache)
@@ -94,7 +99,6 @@ def as_cached(graph: Graph, args: argparse.Namespace) -> Graph:
 def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
     """Whether our CPU kernels are to select and attend."""
     from engines.ort import runs_on_gpu
-    from engines.ort_graph import fits_cpu_kernels
 
     wanted = backend == "ort" and not args.standard_operators
     return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not runs_on_gpu()
@@ -111,8 +115,6 @@ class Adapted:
 
 def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> Adapted | None:
     """The sparse graph as CPUs run it fastest; None: as exported."""
-    from engines.ort_graph import dense_while_short, with_cpu_kernels
-
     attends_densely = graph.can_attend_densely
     if attends_densely:
         model = dense_while_short(graph, args.dense_slots or min(graph.topk))

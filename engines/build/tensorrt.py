@@ -15,8 +15,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dsa_export.cli import UserError, console
-from dsa_export.files import PARTIAL, link_or_copy, output_folder, write_manifest
-from engines import nvidia_graph, trtexec
+from dsa_export.files import link_or_copy, output_folder, temporary_name, write_manifest
+from engines import nvidia, nvidia_graph, trtexec
 from engines.artifacts import Export, Graph, Limits, content_hash, installed_gpu, open_export, runtime_version
 from engines.build.folder import report, source_of, write_engine_manifest
 from engines.build.options import limits_of
@@ -48,9 +48,7 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
                     else:
                         build_with_python(job, f"tensorrt {variant} {job.plan.name}")
                 if job.plugin_library:
-                    from engines.nvidia import check_plugin_layers
-
-                    check_plugin_layers(job.layers.read_text(), plugin_nodes(graph.path))
+                    nvidia.check_plugin_layers(job.layers.read_text(), plugin_nodes(graph.path))
             write_engine_manifest(
                 folder, "tensorrt", graph, export, limits, {job.plan.name: None for job in jobs},
                 runtime=version, compute_capability=[gpu],
@@ -79,9 +77,7 @@ def run_trtexec(binary: str, command: list[str], folder: Path) -> None:
 
 
 def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
-    from engines.nvidia import build_plan, inspect
-
-    build_plan(
+    nvidia.build_plan(
         job.onnx,
         job.plan,
         job.profiles,
@@ -92,7 +88,7 @@ def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
         decompose_attention=job.dtype == "fp32",
         timing_cache=job.timing_cache,
     )
-    job.layers.write_text(inspect(job.plan))
+    job.layers.write_text(nvidia.inspect(job.plan))
 
 
 def installed_tensorrt(trtexec_path: str | None) -> str:
@@ -159,7 +155,7 @@ def timing_cache(shared: Path, private: Path) -> Iterator[None]:
     yield
     if private.is_file():
         shared.parent.mkdir(parents=True, exist_ok=True)
-        partial = shared.with_name(shared.name + PARTIAL)
+        partial = temporary_name(shared)
         shutil.copyfile(private, partial)
         partial.replace(shared)
         private.unlink()

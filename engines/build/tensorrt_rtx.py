@@ -6,6 +6,7 @@ import argparse
 
 from dsa_export.cli import UserError
 from dsa_export.files import output_folder
+from engines import nvidia
 from engines.artifacts import Export, Limits, runtime_version
 from engines.build.folder import report, write_engine_manifest
 from engines.build.plans import adapted_graph, plans_of, profile_table
@@ -16,8 +17,6 @@ QUANTISED = "; quantised sparse graphs are known to fail: export without --weigh
 
 
 def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace) -> None:
-    from engines.nvidia import build_plan
-
     runtime_version("tensorrt-rtx")
     for variant in args.variant:
         graph = export.graphs[variant]
@@ -25,7 +24,7 @@ def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace)
         with output_folder(args.out / "tensorrt-rtx" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
             try:
                 for file, shapes in plans.items():
-                    build_plan(
+                    nvidia.build_plan(
                         onnx,
                         folder / file,
                         shapes,

@@ -29,3 +29,11 @@ def test_pages_become_records(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="no chapters in"):
         handbook.main([str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_a_record_of_a_module_is_one_line_whatever_separates_lines_within(tmp_path, monkeypatch):
+    line = json.dumps({"text": "a\u2028b\x85c" + "d" * handbook.SHORTEST_MODULE}, ensure_ascii=False)
+    path = tmp_path / "stdlib.jsonl"
+    path.write_text(f"{line}\n{line}\n", encoding="utf-8")
+    monkeypatch.setattr(handbook, "stdlib_records", lambda: path)
+    assert handbook.modules() == [line, line]

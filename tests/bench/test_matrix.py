@@ -203,6 +203,14 @@ def test_an_indexers_operations_are_those_of_the_keys_that_it_scores(
     assert scores == 2 * model.index_heads * model.index_dim * scored
 
 
+def test_what_selects_without_an_indexer_scores_nothing(group: Group):
+    sparse = group.sparse
+    cache = tuple(tensor for tensor in sparse.cache if tensor.name in ("key", "value"))
+    without, case = replace(sparse, cache=cache), Case("decode", 1, 500, 1000, 1)
+    scores = sparse.model.layers * 2 * sparse.model.index_heads * sparse.model.index_dim * 500
+    assert floors.call_flops(sparse, case) - floors.call_flops(without, case) == scores
+
+
 def test_a_floor_is_the_larger_of_both_times(group: Group):
     case = Case("decode", 1, 500, 500, 1)
     by_bytes = floors.floor(group.sparse, case, floors.Rates(1e9, 1e30, ""))

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from bench import plots, report
+from bench import plots, report, summary
 from tests.bench import records
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -69,6 +69,27 @@ def test_the_report_says_everything(page: Path):
     assert "needs a &lt;GPU&gt; &amp; more" in text
     assert "python bench/compare.py --engines &#39;my engines&#39;" in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_a_panel_shows_the_contexts_of_its_phase_and_tells_what_was_predicted():
+    decoding = [record for n in (512, 8192) for record in records.pair(30, 10, context=n)]
+    measured = summary.pairs([*decoding, *records.pair(30, 10, context=512, phase="prefill")])
+    for figure in (plots.latency(measured, []), plots.speedup(measured)):
+        labels = [[tick.get_text() for tick in panel.get_xticklabels()] for panel in figure.axes]
+        assert labels == [["512", "8K"], ["512"]]
+    marks = [line.get_markerfacecolor() for line in figure.axes[1].lines if line.get_marker() == "o"]
+    assert len(set(marks)) == len(marks) == 2
+
+
+@pytest.mark.parametrize(("highest", "least", "most"), [(1.1, 2, 9), (8, 3, 9), (2000, 4, 14)])
+def test_a_logarithmic_axis_has_some_numbers_and_not_too_many(highest: float, least: int, most: int):
+    _, panels = plots._panels(summary.pairs(records.pair(30, 10)))
+    (panel,) = panels.values()
+    panel.plot([1, 2], [0.7, highest])
+    plots._log_axis(panel, "{x:g}")
+    low, high = panel.get_ylim()
+    shown = [tick for tick in panel.get_yticks() if low <= tick <= high]
+    assert least <= len(shown) <= most, shown
 
 
 def test_pictures_are_left_out_where_nothing_was_measured(tmp_path: Path):

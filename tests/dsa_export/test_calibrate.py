@@ -248,7 +248,11 @@ def test_the_command(dsa_folder: Path, tmp_path: Path):
     assert weights[0] != weights[1]
     assert all(manifest["parity"][variant]["passed"] for variant in ("dense", "sparse"))
     result = export_command(*command, str(tmp_path / "missing"))
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "missing: No such file" in result.stderr
+    assert (
+        result.returncode == 1
+        and result.stderr.count("\n") == 1
+        and "missing cannot be read as text: No such file" in result.stderr
+    )
     result = export_command(*command)
     assert (result.returncode, result.stderr) == (0, "")
     assert read_manifest(out, "onnx", "")["quantisation"]["calibration"]["text"] == "standard library"

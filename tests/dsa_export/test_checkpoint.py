@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -40,6 +41,18 @@ def test_a_name_without_an_owner_is_not_looked_for_on_the_hub(monkeypatch):
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **_: pytest.fail("waits for the hub"))
     with pytest.raises(UserError, match=r"no such folder: qwen-dsa \(a model of the hub has an owner"):
         load_model("qwen-dsa")
+
+
+def test_a_file_is_no_checkpoint(dsa_folder):
+    with pytest.raises(UserError, match=r"config\.json is a file: name the folder of the checkpoint"):
+        load_config(dsa_folder / "config.json")
+
+
+def test_weights_that_this_user_may_not_read(damaged, monkeypatch):
+    (damaged / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"model\.safetensors may not be read by this user: chmod a\+r"):
+        load_model(damaged)
 
 
 def test_no_such_hub_model(monkeypatch):
@@ -227,6 +240,26 @@ def test_our_checkpoint_with_another_attention_leaves_its_indexer(dsa_folder, at
 def test_options_that_cannot_work_name_the_option(qwen_folder):
     with pytest.raises(UserError, match="index_topk"):
         load_model(qwen_folder, index_topk=-3)
+
+
+@pytest.mark.parametrize(
+    "text", ["null", '{"model_type": ["qwen2"]}', '{"model_type": "qwen2", "vocab_size": []}', "[1]"]
+)
+def test_a_configuration_that_is_no_object_of_one(dsa_folder, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="no readable model in"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("tokenizer.json", "[1]"), ("tokenizer.json", '{"model": {"vocab": 5}}'), ("tokenizer_config.json", "[]")],
+)
+def test_a_tokenizer_that_is_none(qwen_folder, tmp_path, file, text):
+    shutil.copytree(qwen_folder, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(text)
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_tokenizer(tmp_path / "model")
 
 
 def test_no_tokenizer(tmp_path, qwen_folder):

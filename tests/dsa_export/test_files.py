@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,11 +119,19 @@ def test_an_output_that_is_a_link_is_refused(tmp_path):
         check_output(tmp_path / "out")
 
 
+def test_texts_are_utf8_whatever_the_locale(tmp_path):
+    """Others read them so."""
+    code = "import dsa_export.files as f; f.write_atomically(f.Path('x'), '\\u2192')"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path.cwd())}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | locale, check=True)
+    assert (tmp_path / "x").read_bytes() == "→".encode()
+
+
 def test_a_text_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_atomically(path, "of the run before")
 
-    def full(self, text):
+    def full(self, text, **_):
         self.write_bytes(text[:2].encode())
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 
@@ -229,23 +228,6 @@ def test_quantised_weights(dsa_folder, tmp_path, weights, block, indexer, dtype)
     for over in ("", "text_"):
         assert 0 < abs(loss[f"{over}loss"] - loss[f"{over}reference_loss"]) < (0.1 if weights == "int4" else 0.02)
     compare_folder(out)
-
-
-@pytest.mark.parametrize("short", [False, True])
-def test_the_check_of_quantised_weights_where_memory_is_short(dsa_folder, tmp_path, monkeypatch, short):
-    """Then they are raised to fp32 in every call instead of once."""
-    sessions = []
-    original = ort.InferenceSession
-
-    def session(path, options, disabled_optimizers, **rest):
-        sessions.append((disabled_optimizers, options.enable_cpu_mem_arena))
-        return original(path, options, disabled_optimizers=disabled_optimizers, **rest)
-
-    monkeypatch.setattr(ort, "InferenceSession", session)
-    monkeypatch.setattr(parity, "available_memory", lambda: 0 if short else 2**40)
-    export_main.main(["--model", str(dsa_folder), "--out", str(tmp_path / "onnx"), "--weights", "int4"])
-    whole = ([], True)
-    assert sessions == [(["ConstantFolding"], False) if short else whole, whole] * 2
 
 
 def test_a_quantised_tied_embedding_stays_exact():

@@ -81,8 +81,14 @@ def test_the_advice_builds_the_same_engine_again(export: Path, tmp_path: Path, o
     ],
 )
 def test_the_advice_names_options_of_other_backends(facts: dict[str, object], options: str):
-    command = artifacts.rebuild_command(Path("/e/tensorrt/sparse"), {"limits": "damaged", **facts})
+    folder = Path("/e") / str(facts.get("backend", "tensorrt")) / "sparse"
+    command = artifacts.rebuild_command(folder, {"limits": "damaged", **facts})
     assert command.startswith("python -m engines.build --onnx out/onnx --out /e ") and command.endswith(options)
+
+
+def test_the_advice_names_no_folder_where_a_moved_engine_would_not_be_replaced():
+    command = artifacts.rebuild_command(Path("/e/tensorrt/sparse"), {"backend": "ort"})
+    assert "--out" not in command
 
 
 def test_an_engine_opens_in_every_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

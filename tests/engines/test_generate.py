@@ -341,7 +341,9 @@ def test_bad_prompts_end_in_one_line(engines: Path, tmp_path: Path, capsys):
     engine = ["--engine", str(engines / "ort/sparse")]
     (tmp_path / "latin1").write_bytes("häl".encode("latin-1"))
     assert "is not UTF-8 text (byte 1)" in refusal([*engine, "--file", str(tmp_path / "latin1")], capsys)
-    assert "missing: No such file" in refusal([*engine, "--file", str(tmp_path / "missing")], capsys)
+    assert "missing cannot be read as text: No such file" in refusal(
+        [*engine, "--file", str(tmp_path / "missing")], capsys
+    )
     assert "the prompt is empty" in refusal([*engine, "--prompt", ""], capsys)
     assert "not valid Unicode at character 1" in refusal([*engine, "--prompt", "a\udcff", "--raw"], capsys)
     long = "x" * (toy.MAX_POSITIONS + 1)

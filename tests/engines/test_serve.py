@@ -28,6 +28,7 @@ from dsa_export.files import MANIFEST
 from engines import prefix_cache, serve
 from engines.api import ChatRequest, Content, Prompt, Stop
 from engines.app import Server, create_app
+from engines.artifacts import open_engine
 from engines.memory import OutOfMemory
 from engines.ort import OrtRunner
 from engines.sampling import Sampler, Sampling
@@ -1021,6 +1022,7 @@ def test_a_second_interrupt_ends_the_grace(engines: Path, tmp_path: Path):
             assert "the server is shutting down" in [line for line in lines if line][-1]
         output, error = process.communicate(timeout=10)
         assert (process.returncode, error) == (0, "")
+        assert "Stopping: 1 running requests have 30 s to end; Ctrl-C again ends them now" in output
         assert "Stopped" in output
 
 
@@ -1043,6 +1045,13 @@ def test_an_address_that_is_taken_is_one_line(engines: Path, capsys: pytest.Capt
 )
 def test_wrong_arguments_exit_with_2(options: list[str], capsys: pytest.CaptureFixture[str]):
     assert run_command(serve.main, options, capsys)[0] == 2
+
+
+def test_more_requests_than_the_engine_has_rows_are_refused(engines: Path, capsys: pytest.CaptureFixture[str]):
+    rows = open_engine(engines / "ort/sparse").limits.max_batch
+    options = ["--engine", str(engines / "ort/sparse"), "--port", "0", "--slots", str(rows + 1)]
+    code, _, error = run_command(serve.main, options, capsys)
+    assert code == 1 and f"was built for {rows} rows (engines.build --max-batch)" in one_line(error)
 
 
 def test_every_option_reaches_the_server(engines: Path, monkeypatch: pytest.MonkeyPatch, capsys):

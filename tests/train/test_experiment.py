@@ -46,9 +46,7 @@ def command(tmp_path, records, monkeypatch):
 
 def step_peak_mib_here(twin, folder, plan):
     """In this process instead of one of its own, which takes seconds to start."""
-    return measure._step_peak_mib(
-        twin, folder, plan.data["glm4-moe"], "cpu", 1, torch.get_num_threads(), str(plan.dtype)
-    )
+    return measure._step_peak_mib(twin, folder, plan.data["glm4-moe"], "cpu", 1, torch.get_num_threads(), plan.dtype)
 
 
 def results(out):
@@ -220,7 +218,7 @@ def test_a_steps_memory_is_beside_the_optimizers_state(monkeypatch, records, tok
     twin, model = Twin(TOY, "dense", 0), fresh(Twin(TOY, "dense", 0))
     model.save_pretrained(tmp_path)
     data = load_data(str(records), tokenizer, 32, train_windows=4, held_out_windows=2, train_on_prompt=True)
-    assert measure._step_peak_mib(twin, tmp_path, data, "cpu", 1, 1, str(torch.float32)) == 1.0
+    assert measure._step_peak_mib(twin, tmp_path, data, "cpu", 1, 1, torch.float32) == 1.0
     assert taken == [2 * sum(p.numel() for p in model.parameters() if p.requires_grad)]
 
 

@@ -82,6 +82,7 @@ def test_the_warm_up_trains_the_indexer_and_leaves_the_base_bitwise(tiny: Path, 
     indexer = [name for name in after if ".indexer." in name]
     assert set(after) - set(before) == set(indexer) and indexer
     assert all(not torch.equal(untrained[name], after[name]) for name in indexer)
+    assert len({path.stat().st_mode for path in warm.iterdir()}) == 1  # the weights can be read by whom the rest can
 
 
 @pytest.mark.parametrize(
@@ -492,6 +493,13 @@ def test_a_model_is_not_replaced_by_what_is_trained_from_it(stage, warm: Path, m
     monkeypatch.chdir(warm.parent)
     with pytest.raises(UserError, match="is the --model, which training would replace"):
         stage.main(["--model", str(warm), "--out", warm.name, "--overwrite", *SHORT])
+
+
+def test_a_first_model_may_be_trained_into_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch) -> None:
+    """Where no --model was given there is none to replace."""
+    monkeypatch.chdir(tmp_path)
+    args = warmup.parser().parse_args(["--out", str(tmp_path), "--device", "cpu"])
+    assert args.model is None and options.start(args).count == 1
 
 
 @pytest.mark.parametrize("name", ["source", "after"])

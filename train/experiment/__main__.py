@@ -10,7 +10,6 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from train import distributed
 from train.base import train_tokenizer
 from train.data import MAX_ROWS, TrainingData, load_data
 from train.distributed import Processes
-from train.documents import CACHE, Malformed, documents
+from train.documents import CACHE, training_texts
 from train.experiment import measure, report
 from train.experiment.presets import PRESETS, Preset, quick
 from train.experiment.twins import Plan, Twin, train_twin
@@ -253,8 +252,7 @@ def make_plan(args: argparse.Namespace, presets: Sequence[Preset], processes: Pr
     data: dict[str, TrainingData] = {}
     for preset in presets:
         if preset.vocabulary not in tokenizers:
-            read = islice(documents(args.data, Malformed(args.allow_malformed), args.cache), MAX_ROWS)
-            texts = (document.answer for document in read if not document.is_held_out())
+            texts = training_texts(args.data, args.allow_malformed, args.cache, MAX_ROWS)
             with processes.first_goes_first(), console.status("Training the tokenizer"):
                 tokenizers[preset.vocabulary] = train_tokenizer(texts, preset.vocabulary)
         with processes.first_goes_first():

@@ -23,7 +23,6 @@ from dsa_export.model import AttentionTrace, DSAForCausalLM, load_model
 from train import precision
 from train.data import TrainingData, Windows
 from train.experiment.twins import Plan, Twin, stage_of
-from train.options import DTYPES
 from train.selection import SelectionMeter
 from train.study import Study
 from train.timing import decode_call, in_turn, prefill_call
@@ -86,14 +85,13 @@ def step_peak_mib(twin: Twin, folder: Path, plan: Plan) -> float | None:
     device = str(plan.processes.device)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         arguments = twin, folder, plan.data[twin.preset.name], device, plan.processes.count, torch.get_num_threads()
-        return pool.submit(_step_peak_mib, *arguments, str(plan.dtype)).result()
+        return pool.submit(_step_peak_mib, *arguments, plan.dtype).result()
 
 
 def _step_peak_mib(
-    twin: Twin, folder: Path, data: TrainingData, device: str, processes: int, threads: int, dtype_name: str
+    twin: Twin, folder: Path, data: TrainingData, device: str, processes: int, threads: int, dtype: torch.dtype
 ) -> float | None:
     torch.set_num_threads(threads)
-    dtype = next(dtype for dtype in DTYPES.values() if str(dtype) == dtype_name)
     model = load_model(folder).to(device).train()
     stage = stage_of(twin.preset, twin.attention, dtype, sparse=True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

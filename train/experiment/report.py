@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsa_export.files import write_atomically
+from dsa_export.files import write_atomically, write_lines
 from dsa_export.topk import describe_topk
 from train.experiment.measure import Record, Selection, crossover
 
@@ -136,7 +136,7 @@ def speed_rows(speeds: Sequence[Record]) -> list[list[str]]:
 def write(folder: Path, records: Sequence[Record], speeds: Sequence[Record], notes: Sequence[str]) -> str:
     """results.json, results.jsonl (a line per run and per timing) and results.md, whose text is returned."""
     lines = [{"what": "run", **r} for r in records] + [{"what": "speed", **r} for r in speeds]
-    write_atomically(folder / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(folder / "results.jsonl", lines)
     said = verdicts(records, speeds)
     everything = {"runs": records, "speed": speeds, "verdicts": said, "notes": notes}
     write_atomically(folder / "results.json", json.dumps(everything, indent=1) + "\n")

@@ -29,6 +29,7 @@ from dsa_export.model.checkpoint import adapted_config
 from dsa_export.model.feed_forward import VARIANTS
 from train import joint, precision
 from train.allocation import allocate
+from train.base import SCRATCH
 from train.cross_entropy import cross_entropy_terms
 from train.data import IGNORED, TrainingData, Windows
 from train.distributed import Processes
@@ -39,7 +40,6 @@ from train.options import is_done
 from train.study import Study
 from train.trainer import Batch, Settings, Stage, Trainer
 
-SCRATCH = {"path": "from scratch", "sha256": None}
 MEASURE_EVERY = 8
 KL_TARGET = "rms"
 ALLOCATION_WINDOWS = 32

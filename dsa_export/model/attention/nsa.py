@@ -26,6 +26,7 @@ from dsa_export.model.attention.dense import DenseAttention
 from dsa_export.model.attention.dsa import masked_attention
 from dsa_export.model.cache import CacheEntry
 from dsa_export.model.standard_ops import gather_rows, rotary, split_heads, visible_attention
+from dsa_export.selection import NSA_OPTIONS
 from plugins.block_topk import block_importance, block_topk
 from plugins.block_topk.op import FORCED_BLOCKS
 from plugins.sparse_attention import sparse_attention
@@ -83,7 +84,7 @@ class NativeSparseAttention(DenseAttention):
     @classmethod
     def check(cls, config: DSAConfig) -> None:
         super().check(config)
-        for name in ("nsa_block_size", "nsa_stride", "nsa_selection_size", "nsa_selected_blocks", "nsa_window"):
+        for name in NSA_OPTIONS:
             value = getattr(config, name)
             if value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
