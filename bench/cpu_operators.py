@@ -30,7 +30,7 @@ from dsa_export.cli import UserError, console, not_negative, path, positive, run
 from dsa_export.files import check_output_file, write_lines
 from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
-from plugins.compiler import BuildFailed
+from plugins.cxx import BuildFailed
 from plugins.registry import DOMAIN, ONNX_OPSET, PLUGIN_ATTRIBUTES, function_protos
 
 HQ, HKV, D, HI, DI = 14, 2, 64, 8, 64

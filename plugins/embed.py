@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plugins.compile import Image, compile_all
-from plugins.compiler import LINK_FLAGS, BuildFailed, compiler, run, run_all
+from plugins.cxx import LINK_FLAGS, BuildFailed, compiler, run, run_all
 from plugins.headers import HeadersNotFound, tensorrt_headers
 from plugins.load import LIBRARY
 

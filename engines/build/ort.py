@@ -25,7 +25,7 @@ from engines.ort_graph import (
     with_half_caches,
 )
 from plugins import cpu
-from plugins.compiler import BuildFailed
+from plugins.cxx import BuildFailed
 
 WITH_GQA, WITH_KERNELS = "dense-gqa", "dense-kernels"
 """Folders of the dense engines whose attention is ONNX Runtime's other operator, and ours."""

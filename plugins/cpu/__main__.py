@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plugins.compiler import BuildFailed
 from plugins.cpu.library import BUILD, build
+from plugins.cxx import BuildFailed
 
 
 def main(argv: Sequence[str] | None = None) -> None:

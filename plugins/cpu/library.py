@@ -11,7 +11,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from plugins.compiler import LINK_FLAGS, BuildFailed, compiler, run, run_all
+from plugins.cxx import LINK_FLAGS, BuildFailed, compiler, run, run_all
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build/plugins"

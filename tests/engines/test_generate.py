@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -417,3 +418,13 @@ def test_a_conversation_that_holds_the_whole_answer_computes_its_last_token(engi
     speaker.answer(prompt)
     speaker.answer([*prompt, *answered, 4, 5])
     assert "5 known + 3 + " in capsys.readouterr().err
+
+
+def test_the_guides_example_in_python(engines: Path, capsys: pytest.CaptureFixture[str]):
+    guide = (Path(__file__).parents[2] / "docs/guide.md").read_text()
+    (block,) = re.findall(r"\*\*From Python\*\*.*?\n\n((?:    .*\n|\n)+)", guide)
+    code = textwrap.dedent(block).replace("out/qwen-engines/ort/sparse", str(engines / "ort/sparse"))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert len(scope["prompts"]) == 2 and 0 < len(scope["answer"]) <= 64
+    assert capsys.readouterr().out.endswith(scope["text"].backend.decode(scope["answer"]) + "\n")

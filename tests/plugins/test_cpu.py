@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engines.ort_graph import with_cpu_kernels
 from plugins import cpu
-from plugins.compiler import BuildFailed
+from plugins.cxx import BuildFailed
 from plugins.index_topk import index_topk_reference
 from plugins.index_topk.op import forced_groups
 from plugins.index_topk.rounding import round_keys, round_queries
