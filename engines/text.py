@@ -84,13 +84,16 @@ class Answer:
         known = [after[-1]] if before and HALF not in before else []
         self._stream = DecodeStream(known, skip_special_tokens=True)
         self._held = ""
+        self._unshown: list[int] = []  # tokens that have made no character yet
 
     def push(self, token: int) -> str:
         """Appends a token; returns the text that has become certain. Sets finish_reason where the answer ends."""
         self.tokens.append(token)
         if token in self._text.end_tokens:
             return self._finish("stop")
-        self._held += self._step(token)
+        characters = self._step(token)
+        self._unshown = [] if characters else [*self._unshown, token]
+        self._held += characters
         found = [self._held.find(stop) for stop in self._stop if stop in self._held]
         if found:
             self._held = self._held[: min(found)]
@@ -113,7 +116,10 @@ class Answer:
 
     def _finish(self, reason: Literal["stop", "length"]) -> str:
         self.finish_reason = reason
-        shown, self._held = self._held, ""
+        # The stream takes U+FFFD for half a character; it is a whole one where its own tokens made it.
+        last = self._text.backend.decode(self._unshown)
+        whole = last and self._text.backend.encode(last, add_special_tokens=False).ids == self._unshown
+        shown, self._held = self._held + (last if whole else ""), ""
         return shown
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -54,6 +54,8 @@ def pieces(
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=30))
+@example("\ufffd")
+@example("a\ufffd\ufffd")
 @settings(deadline=None)
 def test_streamed_text_is_the_text_and_no_character_is_split(text: Text, original: str):
     tokens = text.encode(original)
