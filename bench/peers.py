@@ -28,7 +28,7 @@ from bench import measure
 from bench.matrix import MARGIN_BYTES, Group, host_bytes
 from bench.runs import PEAK_MIB
 from dsa_export.cli import UserError, progress_bar
-from dsa_export.files import read_manifest, weight_files
+from dsa_export.files import read_manifest
 from dsa_export.memory import PeakMemory
 
 if TYPE_CHECKING:
@@ -82,18 +82,12 @@ def torch_bytes(checkpoint: str, context: int) -> int:
     """What a torch peer needs in fp32: the weights, and the cache twice, since every step may copy it."""
     from dsa_export.model import families
     from dsa_export.model.attention import VARIANTS
-    from dsa_export.model.checkpoint import load_config
+    from dsa_export.model.checkpoint import load_config, parameter_count
 
-    config = load_config(checkpoint)
-    weights = 0
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        width = 4 if "32" in str(config.dtype) else 2
-        weights = sum(path.stat().st_size for path in weight_files(folder)) * 4 // width
-    dense = families.dense_config(config)
+    dense = families.dense_config(load_config(checkpoint))
     layout = VARIANTS[dense.attention].cache_layout(dense, 0)
-    per_token = 4 * sum(entry.heads * entry.dim for entry in layout) * config.num_hidden_layers
-    return weights + 2 * context * per_token + MARGIN_BYTES
+    per_token = 4 * sum(entry.heads * entry.dim for entry in layout) * dense.num_hidden_layers
+    return 4 * parameter_count(dense) + 2 * context * per_token + MARGIN_BYTES
 
 
 def _measure_torch(name: str, task: Task, contexts: Sequence[int]) -> list[Record]:

@@ -51,10 +51,11 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def read_text(path: Path, most: int = -1) -> str:
     """A UTF-8 file, or its first `most` characters. Raises UserError if it is another kind of file."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             return file.read(most)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        where = f" (byte {error.start})" if most < 0 else ""  # else it counts from the last piece read
+        raise UserError(f"{path} is not UTF-8 text{where}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read as text: {error.strerror}") from None
 

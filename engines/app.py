@@ -122,7 +122,7 @@ class Server(uvicorn.Server):
         else:
             if running := self.scheduler.running:
                 console.print(
-                    f"Stopping: {running} running requests have {self.grace} s to end; Ctrl-C again ends them now"
+                    f"Stopping; running requests, {running}, have {self.grace} s to end; Ctrl-C again ends them now"
                 )
             super().handle_exit(sig, frame)
 

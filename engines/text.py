@@ -92,11 +92,12 @@ class Answer:
         if token in self._text.end_tokens:
             return self._finish("stop")
         characters = self._step(token)
-        self._unshown = [] if characters else [*self._unshown, token]
+        if characters:
+            self._unshown = []
+        elif self._text.backend.decode([token]):  # and not a special one
+            self._unshown.append(token)
         self._held += characters
-        found = [self._held.find(stop) for stop in self._stop if stop in self._held]
-        if found:
-            self._held = self._held[: min(found)]
+        if self._cut():
             return self._finish("stop")
         if len(self.tokens) >= self._max_new_tokens:
             return self._finish("length")
@@ -114,12 +115,22 @@ class Answer:
         self._stream = DecodeStream(skip_special_tokens=True)
         return self._stream.step(self._text.backend, token) or ""
 
+    def _cut(self) -> bool:
+        """Ends the text before the first stop string; whether there is one."""
+        found = [self._held.find(stop) for stop in self._stop if stop in self._held]
+        if found:
+            self._held = self._held[: min(found)]
+        return bool(found)
+
     def _finish(self, reason: Literal["stop", "length"]) -> str:
         self.finish_reason = reason
-        # The stream takes U+FFFD for half a character; it is a whole one where its own tokens made it.
+        # The stream takes U+FFFD for half a character; it is a whole one where these are its tokens.
         last = self._text.backend.decode(self._unshown)
-        whole = last and self._text.backend.encode(last, add_special_tokens=False).ids == self._unshown
-        shown, self._held = self._held + (last if whole else ""), ""
+        before, both = (self._text.backend.encode(t, add_special_tokens=False).ids for t in ("a", f"a{last}"))
+        if both[len(before) :] == self._unshown:
+            self._held += last
+            self._cut()
+        shown, self._held = self._held, ""
         return shown
 
 

@@ -25,7 +25,7 @@ def exact(values: Tensor, dtype: torch.dtype) -> Tensor | None:
 def hold_matrices(model: Any, dtype: torch.dtype, *, rounded: bool = False) -> None:
     """Keeps the matrices of the layers, but for the indexers', in `dtype`, in which autocast multiplies them anyway.
 
-    rounded: also those that lose something by it, which changes no result either but must not be saved.
+    rounded: also those that lose something by it, which must not be saved then.
     """
     for name, module in model.model.layers.named_modules():
         if isinstance(module, nn.Linear) and INDEXER not in f".{name}.":

@@ -134,10 +134,10 @@ def load_model(
     """
     base = load_config(name)
     config = adapted_config(base, attention, **options)
-    _check_memory(name, config, dtype)
     own = base.attention if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].dense
     attention = config.attention
     try:
+        _check_memory(name, config, dtype)
         with quiet_transformers():
             # Mismatched sizes are refused below: transformers would say which in its report only, which is quiet here.
             model, info = DSAForCausalLM.from_pretrained(
@@ -178,11 +178,19 @@ def load_model(
     return model.eval()
 
 
-def _check_memory(name: str | Path, config: DSAConfig, dtype: torch.dtype) -> None:
-    """Raises UserError if the weights do not fit: the system would end the process in the middle, without a word."""
+def parameter_count(config: DSAConfig) -> int:
     with torch.device("meta"):
-        needed = DSAForCausalLM(config).num_parameters() * dtype.itemsize
-    if needed > (free := available_memory()):
+        return DSAForCausalLM(config).num_parameters()
+
+
+def _check_memory(name: str | Path, config: DSAConfig, dtype: torch.dtype) -> None:
+    """Raises UserError if the weights do not fit: the system would end the process in the middle, without a word.
+
+    Not for files of that type, which are mapped.
+    """
+    needed = parameter_count(config) * dtype.itemsize
+    mapped = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) >= needed
+    if not mapped and needed > (free := available_memory()):
         name_of = {dtype: name for name, dtype in DTYPES.items()}
         raise UserError(
             f"the weights of {name} take {needed / 2**30:.1f} GiB in {name_of[dtype]}, and this machine has "

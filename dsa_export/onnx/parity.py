@@ -64,7 +64,7 @@ def check_parity(
 
     text: the last DECODED_TOKENS are fed one at a time. `scratch` is a folder for temporary graphs. unquantised:
     reference() of the model before its weights were quantised. Memory: the torch model and one ONNX Runtime
-    session.
+    session, whose weights are mapped; a graph of bf16 or with quantised weights is raised to fp32 in `scratch` for it.
     """
     session = _session(model, graph_folder, scratch, fuse=False)
     ort_logits, ort_indices = _run_onnx(model, session, text)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -135,6 +136,11 @@ def test_a_failing_genai_says_why(genai: tuple[Path, Path], tmp_path: Path):
         peers.measure_genai(tmp_path, str(python), task(tmp_path))
     (model / "genai_config.json").write_text("{}")
     with pytest.raises(UserError, match="is not as onnxruntime-genai's builder writes it: 'model'"):
+        peers.measure_genai(model, str(python), task(tmp_path))
+    (model / "genai_config.json").write_text(json.dumps({"model": {"context_length": 50}}))
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph), model / "model.onnx")
+    with pytest.raises(UserError, match="is not as onnxruntime-genai's builder writes it"):
         peers.measure_genai(model, str(python), task(tmp_path))
     with pytest.raises(UserError, match="nowhere is no program"):
         peers.genai_python(tmp_path / "nowhere")

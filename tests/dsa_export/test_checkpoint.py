@@ -127,14 +127,16 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(tmp_path)
     assert torch.equal(dense_twin(model).lm_head.weight, own) and torch.equal(model.lm_head.weight, own)
 
 
-def test_weights_that_do_not_fit_are_not_loaded(dsa_folder, monkeypatch):
+def test_weights_that_do_not_fit_are_not_loaded(dsa_folder, damaged, monkeypatch):
     needed = sum(tensor.nelement() * 4 for tensor in load_file(dsa_folder / "model.safetensors").values())
     monkeypatch.setattr("dsa_export.model.checkpoint.available_memory", lambda: needed)
     load_model(dsa_folder)
     monkeypatch.setattr("dsa_export.model.checkpoint.available_memory", lambda: needed - 1)
-    load_model(dsa_folder, dtype=torch.bfloat16)
+    load_model(dsa_folder)  # mapped
+    edit_weights(damaged, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    load_model(damaged, dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"the weights of .* take 0\.0 GiB in fp32, and this machine has 0\.0 GiB of"):
-        load_model(dsa_folder)
+        load_model(damaged)
 
 
 def test_weights_that_are_not_finite(damaged):
@@ -150,6 +152,7 @@ def test_weights_that_are_not_finite(damaged):
         ({"vocab_size": 300}, r"lm_head\.weight has the shape \[512, 96\], and \[300, 96\] by the configuration"),
         ({"num_hidden_layers": 5}, r"`num_hidden_layers` \(5\) must be equal to the number of `layer_types` \(2\)"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
+        ({"intermediate_size": -1}, "negative dimension -1"),
         ({"hidden_size": "x"}, "'hidden_size' expected int"),
         ({"index_heads": "x"}, "index_heads must be of type int, got 'x'"),
         ({"index_heads": 4.0}, "index_heads must be of type int, got 4.0"),

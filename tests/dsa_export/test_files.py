@@ -17,6 +17,7 @@ from dsa_export.files import (
     checkpoint_hash,
     output_folder,
     read_manifest,
+    read_text,
     remove_partial,
     write_atomically,
     write_manifest,
@@ -125,6 +126,17 @@ def test_texts_are_utf8_whatever_the_locale(tmp_path):
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path.cwd())}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | locale, check=True)
     assert (tmp_path / "x").read_bytes() == "→".encode()
+
+
+def test_a_text_is_read_as_it_stands(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("a\r\nb\rü\n".encode())
+    assert read_text(path) == "a\r\nb\rü\n" and read_text(path, 2) == "a\r"
+    path.write_bytes("ü".encode() * 300_000 + b"\xff")
+    with pytest.raises(UserError, match=r"is not UTF-8 text \(byte 600000\)"):
+        read_text(path)
+    with pytest.raises(UserError, match=r"is not UTF-8 text$"):
+        read_text(path, 400_000)
 
 
 def test_a_text_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):

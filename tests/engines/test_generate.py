@@ -64,6 +64,16 @@ def test_streamed_text_is_the_text_and_no_character_is_split(text: Text, origina
     assert original.count("\ufffd") == "".join(shown).count("\ufffd")
 
 
+def test_a_replacement_character_at_the_end_is_a_character(text: Text):
+    """Of a text, of a stop string; half of it is none."""
+    *most, last = text.encode("a\ufffd")
+    assert "".join(pieces(text, [*most, last, toy.END_OF_TEXT])) == "a\ufffd"
+    assert "".join(pieces(text, [*most, last], limit=len(most) + 1)) == "a\ufffd"
+    assert "".join(pieces(text, [*most, last, toy.END_OF_TEXT], ("\ufffd",))) == "a"
+    assert "".join(pieces(text, [*text.encode("b"), *most, last, toy.END_OF_TEXT], ("a\ufffd",))) == "b"
+    assert "".join(pieces(text, [*most, toy.END_OF_TEXT])) == "a"
+
+
 def test_half_a_character_is_held_back(text: Text):
     tokens = text.encode("a😀b")
     assert len(tokens) == 6

@@ -1022,7 +1022,7 @@ def test_a_second_interrupt_ends_the_grace(engines: Path, tmp_path: Path):
             assert "the server is shutting down" in [line for line in lines if line][-1]
         output, error = process.communicate(timeout=10)
         assert (process.returncode, error) == (0, "")
-        assert "Stopping: 1 running requests have 30 s to end; Ctrl-C again ends them now" in output
+        assert "Stopping; running requests, 1, have 30 s to end; Ctrl-C again ends them now" in output
         assert "Stopped" in output
 
 

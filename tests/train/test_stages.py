@@ -20,11 +20,12 @@ from torch import nn
 from transformers import Qwen2Config
 
 from dsa_export.cli import UserError
-from dsa_export.model import AttentionTrace, load_model, load_tokenizer
+from dsa_export.config import DSAConfig
+from dsa_export.model import AttentionTrace, DSAForCausalLM, load_model, load_tokenizer
 from dsa_export.model.checkpoint import load_config
 from train import finetune, joint, options, precision, trainer, warmup
 from train.data import IGNORED, Windows
-from train.losses import IndexerObserver, indexer_kl_reference
+from train.losses import TARGETS, IndexerObserver, indexer_kl_reference
 from train.muon import COEFFICIENTS, ITERATIONS, HeadwiseMuon, muon, orthogonalise
 from train.options import resolve, settings_of
 from train.positions import GAPS, spread, with_gaps
@@ -967,6 +968,32 @@ def test_a_frozen_base_in_bf16_stays_in_bf16(
     monkeypatch.setattr(warmup, "hold_matrices", lambda *_: None)
     plain = weights(trained(tiny_in_bf16, records, tmp_path / "plain", "--dtype", dtype))
     assert all(torch.equal(after[name], plain[name]) for name in after)
+
+
+@pytest.mark.parametrize("attention", ["dsa", "mla-dsa"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_held_in_bf16_changes_no_bit(attention: str, target: str) -> None:
+    latent = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "qkv_bias": False}
+    kind = {"num_key_value_heads": 1, **latent} if attention == "mla-dsa" else {"num_key_value_heads": 2}
+    config = DSAConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        attention=attention, **kind, **INDEXER,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DSAForCausalLM(config).train()
+    for name, parameter in model.named_parameters():
+        if "o_proj" not in name:  # which stays in fp32 then
+            parameter.data = parameter.bfloat16().float()
+    parameters = warmup.indexer_parameters(model)["indexer"]
+    found = []
+    for _ in range(2):
+        with precision.autocast(torch.device("cpu"), torch.bfloat16):
+            terms = warmup.warmup_terms(model, batch(), 8, kl_target=target)
+        found.append([terms["kl"], *torch.autograd.grad(terms["kl"], parameters)])
+        precision.hold_matrices(model, torch.bfloat16)
+    kinds = {p.dtype for name, p in model.named_parameters() if "proj.weight" in name and ".indexer." not in name}
+    assert kinds == {torch.float32, torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_what_is_held_in_bf16(tiny: Path, tiny_in_bf16: Path) -> None:

@@ -101,7 +101,7 @@ class LatentAttention(DenseAttention):
 
     def value_maps(self) -> Tensor:
         expand_values = self.kv_b_proj.weight.unflatten(0, (self.query_heads, -1))[:, self.nope_size :]
-        maps = super().value_maps() @ expand_values  # [H, E, R]
+        maps = super().value_maps().float() @ expand_values.float()  # [H, E, R]
         return nn.functional.pad(maps, (0, self.rope_size))
 
     def queries(self, hidden: Tensor) -> Tensor:
