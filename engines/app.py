@@ -95,9 +95,8 @@ def create_app(scheduler: Scheduler, text: Text, *, model: str, max_body: int) -
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:] if first["type"] != "json_invalid") or None
         detail = f": {first['ctx']['error']}" if first["type"] == "json_invalid" else ""
-        return JSONResponse(
-            error_body(400, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}{detail}", where), 400
-        )
+        said = first["msg"].removeprefix("Value error, ")  # pydantic's words before a validator's own
+        return JSONResponse(error_body(400, f"{where or 'body'}: {said}{detail}", where), 400)
 
     return app
 

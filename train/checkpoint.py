@@ -55,8 +55,8 @@ def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:
     What bf16 holds exactly, such as all that a stage left as it was in a bf16 checkpoint, is written in bf16.
     """
     state = model.state_dict()
-    held = {t.data_ptr(): exact(t, torch.bfloat16) for t in state.values()}  # tied ones stay one
-    state = {name: t if (low := held[t.data_ptr()]) is None else low for name, t in state.items()}
+    held = {t.data_ptr(): exact(t, torch.bfloat16) for t in state.values() if t.is_floating_point()}  # tied ones once
+    state = {name: t if (low := held.get(t.data_ptr())) is None else low for name, t in state.items()}
     with disk_errors(folder), quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
         for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them, whatever the umask
