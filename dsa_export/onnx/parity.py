@@ -35,6 +35,7 @@ from torch.nn.functional import cross_entropy
 from dsa_export.model import AttentionTrace, DSAForCausalLM
 from dsa_export.onnx import passes
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, cache_names
+from plugins.registry import ONNX_OPSET
 
 DECODED_TOKENS = 32
 CHUNK = 128
@@ -201,7 +202,9 @@ def _product(
     constants = [ir.val(tensor.name, const_value=tensor) for tensor in (weight, scales)]
     node = ir.node("DequantizeLinear", constants, attributes)
     node.outputs[0].type = ir.TensorType(scales.dtype)
-    graph = ir.Graph([], node.outputs, nodes=[node], initializers=constants, opset_imports={"": 24}, name="weight")
+    graph = ir.Graph(
+        [], node.outputs, nodes=[node], initializers=constants, opset_imports={"": ONNX_OPSET}, name="weight"
+    )
     proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     (values,) = ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, {})
     if rounded:
