@@ -389,8 +389,15 @@ def check_machine(engine: Engine, again: str) -> None:
     if gpu is not None and gpu not in built_for:
         built = " and ".join(built_for)
         raise UserError(f"{engine.folder} was built for compute capability {built}, this GPU has {gpu}: {again}")
-    if plugin and Path(plugin["path"]).is_file() and content_hash(Path(plugin["path"])) != plugin["sha256"]:
-        raise UserError(f"{engine.folder} was built with another {plugin['path']} than the present one: {again}")
+    if not plugin:
+        return
+    library = Path(plugin["path"])
+    if not library.is_file():
+        if engine.manifest.get("plugins_serialized"):
+            return
+        raise UserError(f"the plugin library {library} of {engine.folder} is missing: {again} after `make plugins`")
+    if content_hash(library) != plugin["sha256"]:
+        raise UserError(f"{engine.folder} was built with another {library} than the present one: {again}")
 
 
 def check_source(engine: Engine, again: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,15 +35,13 @@ def build_plan(
     compute_capabilities: Sequence[str] = (),
     plugin_library: Path | None = None,
     serialize_plugins: bool = False,
-    decompose_attention: bool = False,
     timing_cache: Path | None = None,
 ) -> None:
     """Builds an engine from a graph of engines.nvidia_graph and writes the plan.
 
     product: "tensorrt-rtx" (needs no GPU) or "tensorrt". compute_capabilities: e.g. "8.9"; none leaves them open
-    (TensorRT-RTX only). plugin_library: TensorRT only. decompose_attention: there is no fused attention in fp32, so
-    the builder may then take it apart. timing_cache: a file that is read, if it is there, and written (TensorRT only:
-    TensorRT-RTX times nothing while it builds).
+    (TensorRT-RTX only). plugin_library: TensorRT only. timing_cache: a file that is read, if it is there, and written
+    (TensorRT only: TensorRT-RTX times nothing while it builds).
     Raises UserError if the product is not installed or refuses the graph, KeyboardInterrupt on Ctrl-C.
     """
     trt = _import(product)
@@ -61,8 +60,7 @@ def build_plan(
                 # The parser finds the creators of a loaded library in the global registry.
                 load_plugins(trt.get_plugin_registry(), plugin_library)
             builder, network, parser = NetworkFromOnnxPath(str(onnx_path), strongly_typed=True)()
-            if decompose_attention:
-                _decompose_attention(trt, network)
+            _allow_decomposed_attention(trt, network)
             config = CreateConfig(
                 profiles=ranges,
                 progress_monitor=monitor,
@@ -90,24 +88,32 @@ def load_plugins(registry: Any, library: Path) -> None:
         raise UserError(str(error)) from None
 
 
-def plugin_layers(layer_information: str) -> Counter[str]:
-    """How often each of our plugins is a layer of an engine, by the engine inspector's JSON (or trtexec's).
+def plugin_layers(layer_information: str) -> dict[int, Counter[str]]:
+    """How often each of our plugins is a layer, by profile, by the engine inspector's JSON (or trtexec's).
 
-    The function bodies' layers carry the operators' names too; only layers that the product calls plugins count.
+    A plan has the layers of all its profiles, those of a profile N > 0 under names that end in " [profile N]". The
+    function bodies' layers carry the operators' names too; only layers that the product calls plugins count.
     """
-    layers = json.loads(layer_information)["Layers"]
-    texts = [json.dumps(layer) for layer in layers if _is_plugin(layer)]
-    return Counter({plugin: sum(plugin in text for text in texts) for plugin in PLUGINS})
+    found: dict[int, Counter[str]] = {0: Counter()}
+    for layer in json.loads(layer_information)["Layers"]:
+        name = layer.get("Name", "") if isinstance(layer, dict) else layer
+        profile = re.search(r" \[profile (\d+)\]$", name)
+        counts = found.setdefault(int(profile.group(1)) if profile else 0, Counter())
+        if _is_plugin(layer):
+            text = json.dumps(layer)
+            counts.update(plugin for plugin in PLUGINS if plugin in text)
+    return found
 
 
 def check_plugin_layers(layer_information: str, nodes: Mapping[str, int]) -> None:
-    """Raises UserError unless the engine has a plugin layer for each of the graph's `nodes`, counted by operator."""
-    found = plugin_layers(layer_information)
-    if any(found[plugin] != nodes.get(plugin, 0) for plugin in PLUGINS):
+    """Raises UserError unless every profile has a plugin layer for each of the graph's `nodes`, counted by operator."""
+    for profile, found in sorted(plugin_layers(layer_information).items()):
+        if all(found[plugin] == nodes.get(plugin, 0) for plugin in PLUGINS):
+            continue
         counts, wanted = (", ".join(f"{n.get(plugin, 0)} {plugin}" for plugin in PLUGINS) for n in (found, nodes))
         raise UserError(
-            f"the engine holds {counts} plugin layers instead of {wanted}: TensorRT took the function bodies; "
-            "check that the plugin library matches this TensorRT version (make plugins)"
+            f"profile {profile} of the engine holds {counts} plugin layers instead of {wanted}: TensorRT took the "
+            "function bodies; check that the plugin library matches this TensorRT version (make plugins)"
         )
 
 
@@ -138,7 +144,8 @@ def _is_plugin(layer: Any) -> bool:
     return isinstance(layer, dict) and "plugin" in str(layer.get("LayerType", "")).lower()
 
 
-def _decompose_attention(trt: Any, network: Any) -> None:
+def _allow_decomposed_attention(trt: Any, network: Any) -> None:
+    """Lets the builder take attention apart where the product has no fused kernel: it refuses the graph otherwise."""
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         if layer.type == trt.LayerType.ATTENTION_INPUT:

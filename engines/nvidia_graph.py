@@ -101,13 +101,20 @@ def _without_branches(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProt
         yield from _without_branches(branch.node)
 
 
-def write(graph: Graph, capacity: int, path: Path) -> None:
-    """Writes the adapted graph to `path`; its weight file must be put beside it.
+def check_caches(graph: Graph) -> None:
+    """Raises UserError for caches of a type that NVIDIA's cache update does not take."""
+    for option, dtype in (("int8", "uint8"), ("fp8", "float8_e4m3fn")):
+        if any(tensor.dtype == dtype for tensor in graph.cache):
+            raise UserError(
+                "TensorRT and TensorRT-RTX update caches in fp32, fp16 and bf16 only: export without "
+                f"--index-keys {option}"
+            )
 
-    Raises UserError for caches that neither NVIDIA's cache update nor the plugin takes.
+
+def write(graph: Graph, capacity: int, path: Path) -> None:
+    """Writes the adapted graph, whose caches must be such as check_caches() accepts, to `path`; its weight file must
+    be put beside it.
     """
-    if any(tensor.dtype == "uint8" for tensor in graph.cache):
-        raise UserError("--index-keys int8 is for CPUs: export with --index-keys fp8, or without it")
     model = onnx.load(graph.path, load_external_data=False)
     fix_capacity(model, capacity)
     mask_explicitly(model, capacity)

@@ -41,8 +41,9 @@ def build_command(job: TrtexecJob, version: str) -> list[str]:
     command = ["trtexec", f"--onnx={job.onnx}", f"--saveEngine={job.plan}", "--skipInference"]
     command += ["--stronglyTyped"] if version == "10.16" else []
     if job.dtype == "fp32":
-        # There is no fused attention kernel in fp32; TF32 would break the parity with the exported graph.
-        command += ["--noTF32", "--decomposableAttentions=*"]
+        command.append("--noTF32")  # TF32 would break the parity with the exported graph
+    # Where there is no fused attention: in fp32, and for one token with long caches.
+    command.append("--decomposableAttentions=*")
     command += _plugins(job)
     if job.plugin_library and job.serialize_plugins:
         command.append(f"--setPluginsToSerialize={job.plugin_library}")

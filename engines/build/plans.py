@@ -11,8 +11,16 @@ from typing import Any
 
 from dsa_export.files import link_or_copy
 from engines import nvidia_graph
-from engines.artifacts import Graph, Limits
+from engines.artifacts import Export, Graph, Limits
 from engines.profiles import Profile, as_json, profiles
+
+
+def buildable(export: Export, variants: Sequence[str]) -> list[Graph]:
+    """The graphs of these variants. Raises UserError, before time is spent on one, if another cannot be built."""
+    graphs = [export.graphs[variant] for variant in variants]
+    for graph in graphs:
+        nvidia_graph.check_caches(graph)
+    return graphs
 
 
 def plans_of(graph: Graph, limits: Limits, args: argparse.Namespace) -> dict[str, list[Profile]]:

@@ -20,7 +20,7 @@ from engines import nvidia, nvidia_graph, trtexec
 from engines.artifacts import Export, Graph, Limits, content_hash, installed_gpu, open_export, runtime_version
 from engines.build.folder import report, source_of, write_engine_manifest
 from engines.build.options import limits_of
-from engines.build.plans import adapted_graph, plans_of, profile_table
+from engines.build.plans import adapted_graph, buildable, plans_of, profile_table
 from plugins.registry import DOMAIN
 
 
@@ -34,17 +34,18 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
     library = args.plugin_library
     if "sparse" in args.variant and not library.is_file():
         raise UserError(f"{library} is missing: run `make plugins`, or name it with --plugin-library")
+    graphs = buildable(export, args.variant)
     version = installed_tensorrt(binary)
     gpu = gpu_compute_capability()
-    for variant in args.variant:
-        graph = export.graphs[variant]
+    for graph in graphs:
+        variant = graph.variant
         with output_folder(args.out / "tensorrt" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
             jobs = trtexec_jobs(graph, limits, args, onnx, folder)
             for job in jobs:
                 with timing_cache(args.timing_cache, job.timing_cache):
                     if binary:
                         flavour = "10.16" if version.startswith("10.") else "11.x"
-                        run_trtexec(binary, trtexec.build_command(job, flavour), folder)
+                        run_trtexec(binary, trtexec.build_command(job, flavour), job)
                     else:
                         build_with_python(job, f"tensorrt {variant} {job.plan.name}")
                 if job.plugin_library:
@@ -65,15 +66,15 @@ def plugin_nodes(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in ir.load(path).graph if node.domain == DOMAIN)
 
 
-def run_trtexec(binary: str, command: list[str], folder: Path) -> None:
-    """Runs trtexec; its output goes to <folder>/build.log. Raises UserError with its last error line."""
-    log = folder / "build.log"
+def run_trtexec(binary: str, command: list[str], job: trtexec.TrtexecJob) -> None:
+    """Runs trtexec; its output goes to build.log beside the plan. Raises UserError with its last error line."""
+    log = job.plan.with_name("build.log")
     with console.status("trtexec builds the engine…"), log.open("w") as output:
         code = subprocess.run([binary, *command[1:]], stdout=output, stderr=subprocess.STDOUT).returncode
-    if code:
+    if code or not (job.plan.is_file() and job.layers.is_file()):  # it has been seen to pass without having written
         lines = log.read_text(errors="replace").splitlines()
         error = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "no output")
-        raise UserError(f"trtexec failed with exit code {code}: {error}")
+        raise UserError(f"trtexec failed (exit code {code}): {error}")
 
 
 def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
@@ -85,7 +86,6 @@ def build_with_python(job: trtexec.TrtexecJob, title: str) -> None:
         title=title,
         plugin_library=job.plugin_library,
         serialize_plugins=job.serialize_plugins,
-        decompose_attention=job.dtype == "fp32",
         timing_cache=job.timing_cache,
     )
     job.layers.write_text(nvidia.inspect(job.plan))
@@ -111,8 +111,8 @@ def print_trtexec(args: argparse.Namespace) -> None:
     export = open_export(args.onnx)
     limits = limits_of(export, args)
     blocks = []
-    for variant in args.variant:
-        graph = export.graphs[variant]
+    for graph in buildable(export, args.variant):
+        variant = graph.variant
         target = args.out / "trtexec" / variant
         with output_folder(target) as folder:
             nvidia_graph.write(graph, limits.max_context, folder / "model.onnx")

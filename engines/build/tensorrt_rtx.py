@@ -9,7 +9,7 @@ from dsa_export.files import output_folder
 from engines import nvidia
 from engines.artifacts import Export, Limits, runtime_version
 from engines.build.folder import report, write_engine_manifest
-from engines.build.plans import adapted_graph, plans_of, profile_table
+from engines.build.plans import adapted_graph, buildable, plans_of, profile_table
 
 # TensorRT-RTX 1.7.1 (an internal check of its compiler; tried with fp32 and fp16 models of two layers).
 ONE_KV_HEAD = "; models with a single KV head are known to need --max-batch 1"
@@ -18,8 +18,8 @@ QUANTISED = "; quantised sparse graphs are known to fail: export without --weigh
 
 def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     runtime_version("tensorrt-rtx")
-    for variant in args.variant:
-        graph = export.graphs[variant]
+    for graph in buildable(export, args.variant):
+        variant = graph.variant
         plans = plans_of(graph, limits, args)
         with output_folder(args.out / "tensorrt-rtx" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
             try:
@@ -31,7 +31,6 @@ def build_tensorrt_rtx(export: Export, limits: Limits, args: argparse.Namespace)
                         product="tensorrt-rtx",
                         title=f"tensorrt-rtx {variant} {file}",
                         compute_capabilities=args.compute_capability,
-                        decompose_attention=graph.dtype == "fp32",
                     )
             except UserError as error:
                 hint = ONE_KV_HEAD if graph.model.kv_heads == 1 and limits.max_batch > 1 else ""

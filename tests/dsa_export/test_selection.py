@@ -184,8 +184,8 @@ def test_graph_with_int8_keys(dsa_folder, tmp_path, tokens):
         ("index_scale", "float32", 4),
     ]
     assert_graph_equals_model(graph.path, load_model(dsa_folder, index_keys="int8"), tokens, [(20, 31), (1, 1), (1, 1)])
-    with pytest.raises(UserError, match="--index-keys int8 is for CPUs"):
-        nvidia_graph.write(graph, 64, tmp_path / "adapted.onnx")
+    with pytest.raises(UserError, match="export without --index-keys int8"):
+        nvidia_graph.check_caches(graph)
 
 
 def test_graph_with_fp8_keys(dsa_folder, tmp_path):
@@ -197,6 +197,8 @@ def test_graph_with_fp8_keys(dsa_folder, tmp_path):
         ("index", "float8_e4m3fn", 32),
         ("index_scale", "float32", 4),
     ]
+    with pytest.raises(UserError, match="export without --index-keys fp8"):
+        nvidia_graph.check_caches(graph)
 
 
 def test_packed_weights_in_fp16_stay_outside_the_branches(dsa_folder, tmp_path, tokens):

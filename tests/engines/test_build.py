@@ -90,6 +90,15 @@ def test_both_graphs_build_in_tensorrt_rtx_without_a_gpu(tmp_path: Path, dtype: 
         assert ("past_key_values.0.index" in decode["shapes"]) == (variant == "sparse")
 
 
+def test_attention_over_long_caches_builds_without_a_fused_kernel(tmp_path: Path, capsys):
+    """TensorRT-RTX 1.7.1 has none for one token and so many slots, and refuses attention that it may not take apart."""
+    export = toy.write_export(tmp_path / "onnx", dtype="bf16")
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--backend", "tensorrt-rtx"]
+    options += ["--variant", "dense", "--max-context", "32768", "--beyond-positions", "--compute-capability", "8.9"]
+    code, _, error = run_command(build.main, options, capsys)
+    assert (code, error) == (0, "")
+
+
 def test_a_graph_that_tensorrt_rtx_refuses_is_one_line(tmp_path: Path, capsys, monkeypatch):
     nvidia._import("tensorrt-rtx")  # before Polygraphy, which chooses its product when it is imported
     from polygraphy.logger import logger

@@ -26,7 +26,7 @@ from engines.ort import CUDA_PROVIDER
 from engines.ort_cuda import OrtCudaRunner
 from engines.scheduler import Batch, Row
 from engines.session import Runner, Session, open_runner
-from engines.tensorrt_runner import DECODE, PREFILL, TensorRTRunner, check_gpu, check_plugin
+from engines.tensorrt_runner import DECODE, PREFILL, TensorRTRunner, check_gpu
 from plugins import cpu
 from tests.engines import toy
 from tests.engines.commands import copy_tree
@@ -315,20 +315,6 @@ def test_no_gpu_or_another_one(standard_engines: Path, tmp_path: Path, machine: 
         check_gpu(engine, "9.0")
     check_gpu(engine, "8.9")
     check_gpu(open_engine(plan_folder(standard_engines, tmp_path / "open", "dense", compute_capability=[])), "12.0")
-
-
-def test_a_plugin_library_that_is_gone_or_another(standard_engines: Path, tmp_path: Path, machine: Any):
-    library = tmp_path / "libdsa_plugins.so"
-    library.write_bytes(b"code")
-    plugin = {"path": str(library), "sha256": sha256(library)}
-    engine = open_engine(plan_folder(standard_engines, tmp_path, "sparse", plugin=plugin))
-    check_plugin(engine)
-    library.write_bytes(b"other code")
-    with pytest.raises(UserError, match=r"is not the one that .* was built with: run `make plugins` and then `python"):
-        check_plugin(engine)
-    library.unlink()
-    with pytest.raises(UserError, match=r"plugin library .* is missing: run `make plugins`"):
-        check_plugin(engine)
 
 
 def test_without_a_gpu_the_command_says_so(standard_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -55,7 +55,7 @@ def test_the_versions_differ_where_they_must(export: Path, tmp_path: Path, capsy
     for command in (*old, *new):
         assert not {"--fp16", "--bf16", "--best"} & set(command)
         assert "--dynamicPlugins=build/plugins/libdsa_plugins.so" in command
-    assert "--decomposableAttentions=*" in new[0]  # fp32 has no fused attention kernel
+        assert ("--decomposableAttentions=*" in command) == (command in (old[0], new[0]))
 
 
 def test_every_input_has_shapes_in_both_profiles(export: Path, tmp_path: Path, capsys):
@@ -120,23 +120,35 @@ def test_version_of_the_banner(banner: str, version: str | None):
     assert parse_version(banner) == version
 
 
-def layer_information(plugins: int) -> str:
-    """What TensorRT's engine inspector says of a two-layer model, shortened; the bodies' layers have the names too."""
-    layers = [
-        {"Name": "IndexTopK_body/TopK", "LayerType": "TopK"},
-        {"Name": "SparseAttention_body", "LayerType": "kgen"},
-    ]
-    for number in range(plugins):
-        for plugin in ("IndexTopK", "SparseAttention"):
-            layers.append({"Name": f"{plugin}_{number}", "LayerType": "PluginV3", "PluginType": plugin})
+def layer_information(*plugins: int) -> str:
+    """What TensorRT's engine inspector says of a two-layer model with so many plugin layers by profile, shortened; the
+    bodies' layers have the names too."""
+    layers = []
+    for profile, count in enumerate(plugins):
+        of_profile = f" [profile {profile}]" if profile else ""
+        layers.append({"Name": f"IndexTopK_body/TopK{of_profile}", "LayerType": "TopK"})
+        layers.append({"Name": f"SparseAttention_body{of_profile}", "LayerType": "kgen"})
+        for number in range(count):
+            for plugin in ("IndexTopK", "SparseAttention"):
+                name = f"{plugin}_{number}{of_profile}"
+                layers.append({"Name": name, "LayerType": "PluginV3", "PluginType": plugin})
     return json.dumps({"Layers": layers, "Bindings": ["input_ids"]})
 
 
-def test_function_bodies_are_not_taken_for_plugins():
-    nvidia.check_plugin_layers(layer_information(2), {"IndexTopK": 2, "SparseAttention": 2})
-    for plugins in (0, 1):
-        with pytest.raises(UserError, match=f"holds {plugins} IndexTopK, {plugins} SparseAttention plugin layers"):
-            nvidia.check_plugin_layers(layer_information(plugins), {"IndexTopK": 2, "SparseAttention": 2})
+PLUGINS_TAKEN = layer_information(toy.LAYERS, toy.LAYERS)
+"""Of a plan with both profiles."""
+
+
+@pytest.mark.parametrize("plugins", [(2,), (2, 2)])
+def test_every_profile_has_the_plugins(plugins: tuple[int, ...]):
+    nvidia.check_plugin_layers(layer_information(*plugins), {"IndexTopK": 2, "SparseAttention": 2})
+
+
+@pytest.mark.parametrize(("plugins", "profile", "found"), [((0,), 0, 0), ((1,), 0, 1), ((2, 0), 1, 0), ((4,), 0, 4)])
+def test_function_bodies_are_not_taken_for_plugins(plugins: tuple[int, ...], profile: int, found: int):
+    wanted = f"profile {profile} of the engine holds {found} IndexTopK, {found} SparseAttention plugin layers"
+    with pytest.raises(UserError, match=wanted):
+        nvidia.check_plugin_layers(layer_information(*plugins), {"IndexTopK": 2, "SparseAttention": 2})
 
 
 @pytest.fixture
@@ -145,12 +157,13 @@ def trtexec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "bin"
     folder.mkdir()
 
-    def stand_in(*, version: str = "110400", layers: str = layer_information(toy.LAYERS), code: int = 0) -> Path:
+    def stand_in(*, version: str = "110400", layers: str = PLUGINS_TAKEN, code: int = 0, writes: bool = True) -> Path:
         (folder / "layers.json").write_text(layers)
         script = f"""#!/bin/sh
 echo "&&&& RUNNING TensorRT.trtexec [TensorRT v{version}] # $0"
 [ "$1" = --help ] && exit 0
 printf '%s\\n' "$@" > {folder}/arguments
+{"true" if writes else "exit 0"}
 for word in "$@"; do case "$word" in
   --saveEngine=*) echo plan > "${{word#*=}}";;
   --timingCacheFile=*) echo times >> "${{word#*=}}";;
@@ -220,10 +233,18 @@ def without_tokenizer(export: Path, folder: Path) -> None:
     (export / "tokenizer.json").unlink()
 
 
-def with_fp8(export: Path, folder: Path) -> None:
+def with_index_keys(export: Path, dtype: str) -> None:
     manifest = json.loads((export / "manifest.json").read_text())
-    manifest["graphs"]["sparse"]["cache"][2]["dtype"] = "float8_e4m3fn"
+    manifest["graphs"]["sparse"]["cache"][2]["dtype"] = dtype
     (export / "manifest.json").write_text(json.dumps(manifest))
+
+
+def with_fp8(export: Path, folder: Path) -> None:
+    with_index_keys(export, "float8_e4m3fn")
+
+
+def with_int8(export: Path, folder: Path) -> None:
+    with_index_keys(export, "uint8")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +253,7 @@ def with_fp8(export: Path, folder: Path) -> None:
         (without_gpu, "nvidia-smi names no GPU"),
         (without_tokenizer, "tokenizer.json is missing: run `python -m dsa_export.onnx` again"),
         (with_fp8, "Triton Inference Server has no fp8: export without --index-keys fp8"),
+        (with_int8, "update caches in fp32, fp16 and bf16 only: export without --index-keys int8"),
     ],
 )
 def test_what_cannot_succeed_is_refused_before_the_build(
@@ -313,10 +335,31 @@ def test_the_gpu_is_the_first_that_is_visible(tmp_path: Path, monkeypatch):
         assert installed_gpu() == capability
 
 
-def test_an_engine_with_another_plugin_library_is_refused(opened: Path, tmp_path: Path):
-    (tmp_path / "libdsa_plugins.so").write_bytes(b"plugins, compiled again")
+def test_a_plugin_library_that_is_gone_or_another_is_refused(opened: Path, tmp_path: Path):
+    library = tmp_path / "libdsa_plugins.so"
+    library.write_bytes(b"plugins, compiled again")
     with pytest.raises(UserError, match=r"built with another .*libdsa_plugins.so than the present one"):
         open_engine(opened)
+    library.unlink()
+    with pytest.raises(UserError, match=r"libdsa_plugins.so of .* is missing: run `python .*` after `make plugins`"):
+        open_engine(opened)
+    manifest = json.loads((opened / "manifest.json").read_text()) | {"plugins_serialized": True}
+    (opened / "manifest.json").write_text(json.dumps(manifest))
+    open_engine(opened)  # the plan carries it
+
+
+@pytest.mark.parametrize("option", ["fp8", "int8"])
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", None])
+def test_index_keys_in_8_bits_are_refused(export: Path, tmp_path: Path, capsys, option: str, backend: str | None):
+    """TensorRT-RTX 1.7.1: "cache has type FP8 but must have type Float, Half, or BFloat16"."""
+    folder = copy_tree(export, tmp_path / "onnx")
+    with_index_keys(folder, {"fp8": "float8_e4m3fn", "int8": "uint8"}[option])
+    how = ["--backend", backend] if backend else ["--print-trtexec"]
+    code, _, error = run_command(
+        build.main, ["--onnx", str(folder), "--out", str(tmp_path / "out"), "--max-context", "256", *how], capsys
+    )
+    assert code == 1 and f"export without --index-keys {option}" in one_line(error)
+    assert not any((tmp_path / "out").rglob("*.plan"))
 
 
 def test_an_engine_of_an_older_export_is_refused(opened: Path, tmp_path: Path):
@@ -366,7 +409,11 @@ def test_a_failing_trtexec_is_one_line(trtexec, options, capsys):
     trtexec(code=3)
     code, _, error = run_command(build.main, options, capsys)
     assert code == 1
-    assert "trtexec failed with exit code 3: [11/22/2026-05:00:00] [E] Error[9]: Out of memory" in one_line(error)
+    assert "trtexec failed (exit code 3): [11/22/2026-05:00:00] [E] Error[9]: Out of memory" in one_line(error)
+    trtexec(writes=False)
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1
+    assert "trtexec failed (exit code 0): &&&& RUNNING TensorRT.trtexec" in one_line(error)
 
 
 @pytest.mark.parametrize("version", ["8403", "100300", "101599", "120000"])
@@ -385,7 +432,7 @@ def python_package(trtexec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorrt" or find_spec(name))
 
-    def stand_in(version: str = "11.4.0.106", layers: str = layer_information(toy.LAYERS)) -> list[dict[str, object]]:
+    def stand_in(version: str = "11.4.0.106", layers: str = PLUGINS_TAKEN) -> list[dict[str, object]]:
         builds: list[dict[str, object]] = []
 
         def build_plan(graph: Path, plan: Path, profiles: object, **options: object) -> None:
