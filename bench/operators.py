@@ -40,7 +40,7 @@ DTYPE = torch.bfloat16
 OURS = ("index_topk", "sparse_attention", "both operators")
 Call = Callable[[dict[str, Tensor]], Any]
 CACHED_BYTES = 256 * 2**20  # what input sets read of each cache together: several times the L2 cache of any GPU
-MEMORY = 24 * 2**30  # of all input sets
+MEMORY, MEMORY_SHARE = 24 * 2**30, 0.6  # of all input sets, at most; of the memory that is free, too
 MAX_SETS, MAX_CACHES = 1024, 256
 WARM_UP_COPIES = 400
 FLEX_CASE = (8, 128 * 1024, 2048)  # B, C, k
@@ -89,17 +89,18 @@ class Case:
         rows = min(self.S * self.k, self.C)
         return self.B * self.index_rows * self.index_row_bytes, self.B * rows * self.row_bytes
 
-    def counts(self) -> tuple[int, int]:
-        """Sets of inputs, and caches that they are spread over."""
+    def counts(self, memory: int) -> tuple[int, int]:
+        """Sets of inputs, and caches of `memory` bytes or, if one needs more, one that they are spread over."""
         scored, selected = self.bytes_read
         bytes_a_set = scored + self.B * self.C * self.row_bytes
         sets = max(1, min(-(-CACHED_BYTES // min(selected, scored)), MAX_SETS))
-        return sets, max(1, min(sets, MEMORY // bytes_a_set, MAX_CACHES))
+        return sets, max(1, min(sets, memory // bytes_a_set, MAX_CACHES))
 
     def fill(self, device: str = "cuda") -> None:
         """Random inputs; all rows are as long as the capacity, since dense attention takes no lengths."""
         B, S, C, Hkv, D = self.B, self.S, self.C, self.Hkv, self.D
-        count, caches = self.counts()
+        free = torch.cuda.mem_get_info()[0] if device == "cuda" else MEMORY
+        count, caches = self.counts(min(MEMORY, int(MEMORY_SHARE * free)))
         query_shapes = {"index_q": (B, S, HI, DI), "index_weights": (B, S, HI), "q": (B, self.Hq, S, D)}
         cache_shapes = {"index_k": (B, self.index_rows, DI), "k": (B, Hkv, C, D), "v": (B, Hkv, C, D)}
 
@@ -388,6 +389,15 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def rows_of(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The rows of measure(), and one that says so where the GPU's memory did not suffice."""
+    try:
+        yield from measure(case, machine)
+    except torch.OutOfMemoryError:
+        shape = {"case": case.name, "B": case.B, "S": case.S, "C": case.C, "k": case.k}
+        yield {**shape, "left_out": "this GPU has too little memory"}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.operators", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=path, default=Path("out/bench/operators.jsonl"), help="(default: %(default)s)")
@@ -407,13 +417,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case in cases():
             label = f"{case.name} B={case.B} S={case.S} C={case.C} k={case.k}"
             if time.monotonic() - started > args.minutes * 60:
-                console.print(f"{label}: left out, {args.minutes:g} minutes are over")
-                lines.write(json.dumps({"case": label, "left_out": True}) + "\n")
+                why = f"{args.minutes:g} minutes are over"
+                console.print(f"{label}: left out, {why}")
+                lines.write(json.dumps({"case": label, "left_out": why}) + "\n")
                 continue
             console.print(label)
-            for row in measure(case, machine):
+            for row in rows_of(case, machine):
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
+                if "left_out" in row:
+                    console.print(f"  left out: {row['left_out']}")
+                    continue
                 if "error" in row:
                     failed |= "what" not in row
                     console.print(f"  {row.get('what', 'WRONG'):28} {row['error']}")

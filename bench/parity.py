@@ -23,6 +23,8 @@ TYPE_ROUNDINGS = 4
 """The same as TOLERANCE for the type that an engine computes in, in roundings of its largest logit."""
 OWN_ROUNDING = 2
 """How often what the dense engine itself rounds may stand between dense and sparse."""
+BLOCK = 64
+"""Tokens whose losses are taken together in a standard error."""
 PACKED_OPERATORS = 8
 """Of packed weights, dense operators may differ by this part of `allowance`: what they sum otherwise in fp32 moves a
 few activations to the next int8."""
@@ -140,7 +142,7 @@ def allowance(engine: Engine, values: np.ndarray) -> float:
 class Agreement:
     """Teacher-forced comparison of the sparse side with a dense one, over `tokens` tokens of the text (all rows)."""
 
-    loss_error: float  # standard error of what sparse loses more than dense, tokens taken as independent
+    loss_error: float | None  # standard error of what sparse loses more than dense, see between_blocks()
     top1: float  # share of tokens for which both prefer the same next token
     kl: float  # mean KL(dense || sparse) in nats
     tokens: int
@@ -173,7 +175,7 @@ def score(sessions: Mapping[str, Session], tokens: np.ndarray) -> Score | None:
     count = np.size(losses[sparse])
     agreement = {
         name: Agreement(
-            loss_error=float(np.std(np.subtract(losses[sparse], losses[name])) / np.sqrt(count)),
+            loss_error=between_blocks(np.subtract(losses[sparse], losses[name])[..., 0]),
             top1=float(np.mean(same[name])),
             kl=float(np.mean(divergences[name])),
             tokens=count,
@@ -181,6 +183,16 @@ def score(sessions: Mapping[str, Session], tokens: np.ndarray) -> Score | None:
         for name in dense
     }
     return Score({name: float(np.mean(values)) for name, values in losses.items()}, agreement)
+
+
+def between_blocks(differences: np.ndarray) -> float | None:
+    """Standard error of the mean of [T, B] numbers between blocks of BLOCK tokens of a row; None of a single block.
+
+    Tokens near each other miss the same keys: taken as independent they give too small an error (as in train.ladder).
+    """
+    blocks = np.array_split(differences, max(1, len(differences) // BLOCK))
+    means = np.concatenate([block.mean(0) for block in blocks])
+    return float(np.std(means, ddof=1) / np.sqrt(means.size)) if means.size > 1 else None
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -161,6 +161,7 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
         if agreement is None:
             continue
         backend, precision, k, batch = pair.series
+        error = agreement["loss_error"]
         row = [
             backend,
             precision,
@@ -169,7 +170,7 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
             f"{pair.context:,}",
             f"{pair.dense['loss']:.4f}",
             f"{pair.sparse['loss']:.4f}",
-            f"{pair.sparse['loss'] - pair.dense['loss']:+.4f} ± {agreement['loss_error']:.4f}",
+            f"{pair.sparse['loss'] - pair.dense['loss']:+.4f}" + (f" ± {error:.4f}" if error is not None else ""),
             f"{agreement['top1']:.1%}",
             f"{agreement['kl']:.1e}",
             str(agreement["tokens"]),
@@ -190,7 +191,7 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
     )
     notes = (
         "Teacher-forced on the last tokens of the same text, sparse against the strongest dense side: mean negative "
-        "log-likelihood in nats, the difference with its standard error between tokens, agreement, KL."
+        "log-likelihood in nats, the difference with its standard error between blocks of 64 tokens, agreement, KL."
     )
     return [Table("Agreement and loss", columns, list(rows.values()), notes, left=2)]
 

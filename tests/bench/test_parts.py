@@ -178,10 +178,22 @@ def test_sparse_is_scored_against_every_dense_side(runners):
     """The strongest, which the tables name, need not be the first."""
     reversed_logits = Off(runners["dense"], lambda logits: -logits)
     sides = {"weak": reversed_logits, "strong": runners["dense"], "sparse": runners["sparse"]}
-    found = parity.score({name: Session(runner) for name, runner in sides.items()}, np.arange(7)[None])
+    found = parity.score({name: Session(runner, 2) for name, runner in sides.items()}, np.arange(14).reshape(2, 7))
     assert found is not None
     assert found.agreement["strong"].top1 == 1 and found.agreement["strong"].loss_error < 1e-5
     assert found.agreement["weak"].top1 == 0 and found.agreement["weak"].loss_error > 1e-3
+
+
+def test_an_error_is_between_blocks_of_tokens():
+    """Eight independent means, each of 64 alike tokens: 512 independent tokens would seem to tell eight times more."""
+    means = np.random.default_rng(0).normal(size=8)
+    differences = np.repeat(means, 64)[:, None]
+    expected = means.std(ddof=1) / np.sqrt(8)
+    assert parity.between_blocks(differences) == pytest.approx(expected)
+    assert parity.between_blocks(differences.reshape(2, 256).T) == pytest.approx(expected), (
+        "rows have blocks of their own"
+    )
+    assert parity.between_blocks(differences[:100]) is None
 
 
 def test_caches_are_filled_as_a_whole_text_would_fill_them(runners, monkeypatch):
