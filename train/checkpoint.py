@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, is_out_of_memory
 from dsa_export.files import TRAINING_STATE, temporary_name
 from dsa_export.model.checkpoint import quiet_transformers
 from train.precision import exact
@@ -38,13 +38,20 @@ def save_state(folder: Path, state: dict[str, Any], name: str = TRAINING_STATE, 
 
 
 def load_state(folder: Path, name: str = TRAINING_STATE) -> dict[str, Any] | None:
-    """The last state saved in a folder, or None. Raises UserError if it cannot be read."""
+    """The last state saved in a folder, or None.
+
+    Raises UserError for a broken one; what says nothing of the file (no memory, no permission) as it comes.
+    """
     path = folder / name
     if not path.is_file():
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of broken pickles torch raises anything, an IndexError too
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # that of a failed read has no name
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]  # of an empty file it says nothing
         raise UserError(f"{path} cannot be read ({reason}): remove it, or start again with --overwrite") from None
 

@@ -240,7 +240,7 @@ def _load_tokens(cache: Path, name: str) -> dict[str, Any] | None:
     """What an earlier run tokenized; a file that cannot be read is made anew."""
     try:
         return load_state(cache, name)
-    except UserError:
+    except (UserError, OSError):
         console.print(f"{cache / name} cannot be read: tokenizing again")
         return None
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, user_message
 from dsa_export.files import write_atomically
 
 HELD_OUT_SHARE = 20
@@ -244,6 +244,8 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
         for row in rows:
             yield row["text"]
     except Exception as error:  # missing, not reachable, not as compressed as its name says: each library has its own
+        if user_message(error) is not None:  # no memory, no permission, a full disk
+            raise
         raise UserError(f"cannot read {address}: {(str(error).splitlines() or ['empty'])[0]}") from None
 
 

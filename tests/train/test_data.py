@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import multiprocessing
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -365,6 +367,18 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, records: Path, tokenizer, 
     del encoded[:]
     load(str(records), tokenizer, cache=tmp_path)
     assert not encoded
+
+
+def test_a_cache_that_may_not_be_read_is_made_anew_and_one_that_memory_lacks_for_is_not(
+    tmp_path: Path, records: Path, tokenizer, encoded: list, monkeypatch
+) -> None:
+    load(str(records), tokenizer, cache=tmp_path)
+    for error, again in ((PermissionError(errno.EACCES, "Permission denied"), True), (MemoryError(), False)):
+        del encoded[:]
+        monkeypatch.setattr(data, "load_state", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with nullcontext() if again else pytest.raises(MemoryError):
+            load(str(records), tokenizer, cache=tmp_path)
+        assert bool(encoded) == again
 
 
 def test_tokenizing_goes_on_where_it_was_stopped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -80,6 +81,20 @@ def test_a_file_that_is_not_as_compressed_as_its_name_says_is_one_line(tmp_path:
     (tmp_path / name).write_bytes(b"junk")
     with pytest.raises(UserError, match=f"cannot read .*{name}: "):
         list(documents(str(tmp_path / name), Malformed()))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), PermissionError(errno.EACCES, "Permission denied", "d"), OSError(errno.ENOSPC, "full")]
+)
+def test_what_says_nothing_of_the_data_is_not_hidden(tmp_path: Path, monkeypatch, error: Exception) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [record("text")])
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", failing)
+    with pytest.raises(type(error)):
+        list(documents(source, Malformed()))
 
 
 def test_bad_lines_stop_a_long_stream_early(tmp_path: Path) -> None:

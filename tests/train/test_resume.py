@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, user_message
 from dsa_export.files import TRAINING_STATE
 from train import checkpoint, joint, trainer, warmup
 
@@ -261,6 +261,34 @@ def test_an_unreadable_state_is_one_line(tmp_path: Path, content: bytes) -> None
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(UserError, match="--overwrite"):
         checkpoint.load_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "out of memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+            "out of mem",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "state.pt"), "state.pt: Permission denied"),
+        (OSError(errno.EIO, "Input/output error"), "state.pt: Input/output error"),
+    ],
+)
+def test_a_state_that_could_not_be_read_this_time_is_not_said_to_be_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    """Removing it would cost the hours that it holds."""
+    checkpoint.save_state(tmp_path, {"step": 1})
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(type(error)) as raised:
+        checkpoint.load_state(tmp_path)
+    message = user_message(raised.value)
+    assert message is not None and said in message and "remove" not in message
 
 
 def test_max_minutes_ends_the_run_early_with_a_checkpoint(tiny: Path, records: Path, tmp_path: Path, capsys) -> None:
