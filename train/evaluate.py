@@ -38,7 +38,7 @@ from train.documents import check_source
 from train.ladder import RUNGS
 from train.study import Choice, Record, Study
 from train.tables import show, task_table, text_table
-from train.tasks import TASKS, fit
+from train.tasks import TASKS, smallest
 from train.timing import decoding_speed
 from train.trainer import another_run, first_difference
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_tokenizer(tokenizer, config.vocab_size)
     for name in args.tasks:
         for length in args.task_lengths:
-            fit(name, length, tokenizer, args.seed)  # raises where a length is too short
+            smallest(name, length, tokenizer, args.seed)  # raises where a length is too short
     data = {
         length: load_data(
             args.data,

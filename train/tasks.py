@@ -264,31 +264,41 @@ def prompt_ids(sample: Sample, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def smallest(name: str, length: int, tokenizer: Any, seed: int) -> tuple[Sample, list[int]]:
+    """The smallest sample of a task, and its prompt. Raises UserError if it does not fit into `length` tokens."""
+    sample, prompt = _build(name, length, tokenizer, seed, 1)
+    if len(prompt) > length - TASKS[name].answer_tokens:
+        raise UserError(f"--task-lengths {length} is too short for the task {name}: {len(prompt)} tokens at least")
+    return sample, prompt
+
+
 def fit(name: str, length: int, tokenizer: Any, seed: int) -> tuple[Sample, list[int]]:
     """The largest sample of a task whose prompt and answer fit into `length` tokens, and its prompt.
 
     Raises UserError if not even the smallest fits.
     """
-    task = TASKS[name]
 
-    def build(size: int) -> tuple[Sample, list[int]]:
-        sample = task.build(random.Random(f"{name} {length} {seed}"), size)
-        return sample, prompt_ids(sample, tokenizer)
+    def fitting(size: int) -> tuple[Sample, list[int]] | None:
+        candidate = _build(name, length, tokenizer, seed, size)
+        return candidate if len(candidate[1]) <= length - TASKS[name].answer_tokens else None
 
-    room = length - task.answer_tokens
-    smallest = 1
-    best = build(smallest)
-    if len(best[1]) > room:
-        raise UserError(f"--task-lengths {length} is too short for the task {name}: {len(best[1])} tokens at least")
-    largest = length
-    while smallest < largest:
-        middle = (smallest + largest + 1) // 2
-        candidate = build(middle)
-        if len(candidate[1]) <= room:
-            smallest, best = middle, candidate
+    best = smallest(name, length, tokenizer, seed)
+    too_large = 2
+    while too_large <= length and fitting(too_large):
+        too_large *= 2
+    low, high = 1, length  # of one token each there are no more; what is known not to fit is not made
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle < too_large and (candidate := fitting(middle)):
+            low, best = middle, candidate
         else:
-            largest = middle - 1
+            high = middle - 1
     return best
+
+
+def _build(name: str, length: int, tokenizer: Any, seed: int, size: int) -> tuple[Sample, list[int]]:
+    sample = TASKS[name].build(random.Random(f"{name} {length} {seed}"), size)
+    return sample, prompt_ids(sample, tokenizer)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from dsa_export.cli import UserError
 from dsa_export.model import load_model
-from train.tasks import TASKS, answer, common, fit, recall
+from train.tasks import TASKS, answer, common, fit, recall, smallest
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -26,6 +26,28 @@ def test_samples_fill_the_length_and_hold_their_answer(name: str, tokenizer) -> 
     assert fit(name, 4000, tokenizer, seed=1)[0] == sample != fit(name, 4000, tokenizer, seed=2)[0]
     with pytest.raises(UserError, match=f"too short for the task {name}"):
         fit(name, 80, tokenizer, seed=1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_sample_is_made_that_is_many_times_too_long(name: str, tokenizer) -> None:
+    """The search begins with small samples; from `length` sentences downwards it read 80 times what it kept."""
+    made: list[int] = []
+
+    class Counting:
+        chat_template = tokenizer.chat_template
+        apply_chat_template = tokenizer.apply_chat_template
+
+        def __call__(self, text: str, **options):
+            encoded = tokenizer(text, **options)
+            made.append(len(encoded["input_ids"]))
+            return encoded
+
+    _, prompt = fit(name, 4000, Counting(), seed=1)
+    assert max(made) < 2.5 * 4000 and sum(made) < 20 * 4000
+    assert len(prompt) in made
+    del made[:]
+    smallest(name, 4000, Counting(), seed=1)
+    assert len(made) == 1 and made[0] < 2000
 
 
 @pytest.mark.parametrize("size", [1, 39, 100, 1000, 5000, 40_000])
