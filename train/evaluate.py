@@ -295,6 +295,23 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     require_indexer(config, args.model)
     trained_share = config.index_share
     config = adapted_config(config, **selection_options(args))
+    fill_defaults(args, config)
+    check_scored_end(args)
+    choose_data(args)
+    check_base(args, config)
+    most = most_k(pick_device(args.device))
+    resolve_ks(args, config, most)
+    check_ranges(args, config)
+    check_ks(args, config, most)
+    if args.auto:
+        resolve_budget(args, config, trained_share)
+    else:
+        for name in ("k_budget", "k_step", "k_floor", "write_topk"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --topk auto")
+
+
+def fill_defaults(args: argparse.Namespace, config: DSAConfig) -> None:
     small = config.hidden_size <= options.SMALL_HIDDEN_SIZE
     args.length = sorted(set(args.length or [512 if small else 2048]))
     args.windows = args.windows or (2 if args.quick else 4)
@@ -304,40 +321,59 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
     args.samples = args.samples or (1 if args.quick else 5)
     args.every = args.every or (1 if (args.score_tokens or max(args.length)) <= 1024 else 8)
     args.rungs = args.rungs or [rung for rung in RUNGS if not (args.score_tokens and rung == "random")]
-    if args.score_tokens:
-        if args.score_tokens >= min(args.length) or args.score_tokens < 2:
-            raise UserError(
-                f"--score-tokens {args.score_tokens} must be at least 2 and less than --length {min(args.length)}"
-            )
-        if args.packing == "cut":
-            raise UserError("--score-tokens needs --packing pack: it is about the end of a window, which `cut` pads")
-        if "random" in args.rungs:
-            raise UserError("--score-tokens excludes the rung random: the prefix has no keys of a random indexer")
     if args.quick and not args.tasks:
         args.tasks = ["passkey", "kv"]
     args.tasks = list(TASKS) if "all" in args.tasks else list(dict.fromkeys(args.tasks))
     args.task_lengths = sorted(set(args.task_lengths or args.length))
+
+
+def check_scored_end(args: argparse.Namespace) -> None:
+    if not args.score_tokens:
+        return
+    if args.score_tokens >= min(args.length) or args.score_tokens < 2:
+        raise UserError(
+            f"--score-tokens {args.score_tokens} must be at least 2 and less than --length {min(args.length)}"
+        )
+    if args.packing == "cut":
+        raise UserError("--score-tokens needs --packing pack: it is about the end of a window, which `cut` pads")
+    if "random" in args.rungs:
+        raise UserError("--score-tokens excludes the rung random: the prefix has no keys of a random indexer")
+
+
+def choose_data(args: argparse.Namespace) -> None:
     if args.data is None:
         args.data = trained_on(args.model) or "stdlib"
         try:
             check_source(args.data)
         except UserError as error:
             raise UserError(f"{error} (on which {args.model} was trained): name other --data") from None
+
+
+def check_base(args: argparse.Namespace, config: DSAConfig) -> None:
     if args.base == "":
         raise UserError("--base is empty: name a checkpoint, or leave it out")
     if args.base and adapted_config(load_config(args.base), "dense").vocab_size != config.vocab_size:
         raise UserError(f"--base {args.base} has another vocabulary than {args.model}")
 
-    longest = max(args.length)
+
+def resolve_ks(args: argparse.Namespace, config: DSAConfig, most: int) -> None:
+    """args.ks, the k that are the same in all layers, and args.auto, whether k by layer under args.k_budget is added.
+
+    most: the largest k that can be measured.
+    """
     shares = (8,) if args.quick else (16, 8, 4)
-    most = most_k(pick_device(args.device))
-    wanted = args.topk or list(dict.fromkeys(str(max(1, min(longest // share, most))) for share in shares))
+    wanted = args.topk or list(dict.fromkeys(str(max(1, min(max(args.length) // share, most))) for share in shares))
     args.auto = "auto" in wanted
-    budget = args.k_budget or round(sum(config.topk_per_layer) / config.num_hidden_layers)
+    if args.auto:
+        args.k_budget = args.k_budget or round(sum(config.topk_per_layer) / config.num_hidden_layers)
     try:
-        args.ks = sorted({int(k) for k in wanted if k != "auto"} | ({budget} if args.auto else set()))
+        args.ks = sorted({int(k) for k in wanted if k != "auto"} | ({args.k_budget} if args.auto else set()))
     except ValueError:
         raise UserError(f"--topk takes whole numbers and `auto`, got {' '.join(wanted)}") from None
+
+
+def check_ranges(args: argparse.Namespace, config: DSAConfig) -> None:
+    """Raises UserError for a k or length too small, or a length beyond the model's positions."""
     for name, values, least in (
         ("topk", args.ks, 1),
         ("length", args.length, 8),
@@ -350,34 +386,39 @@ def resolve(args: argparse.Namespace, config: Any) -> None:
             limit = config.max_position_embeddings
             raise UserError(f"--{name} {max(values)} is beyond the model's {limit} positions")
 
-    def check_k(option: str, k: int) -> None:
-        try:
-            check_options(k, config.index_sinks, config.index_window, config.index_pool)
-        except ValueError as error:
-            raise UserError(f"--{option} {k} does not fit the options of the selection: {error}") from None
 
+def check_ks(args: argparse.Namespace, config: DSAConfig, most: int) -> None:
+    """Raises UserError for a k that cannot be measured, or if every one covers a whole text."""
     for k in args.ks:
-        check_k("topk", k)
+        check_selected("topk", k, config)
     if max(args.ks) > most:
         raise UserError(f"--topk {max(args.ks)}: the GPU kernels select up to {most} keys; --device cpu takes more")
-    if args.auto and budget >= longest:
-        raise UserError(f"--k-budget {budget} leaves nothing to choose at {longest} tokens: measure a longer --length")
+    longest = max(args.length)
+    if args.auto and args.k_budget >= longest:
+        raise UserError(
+            f"--k-budget {args.k_budget} leaves nothing to choose at {longest} tokens: measure a longer --length"
+        )
     if min(args.ks) >= min(args.length):
         raise UserError(f"k = {min(args.ks)} leaves nothing out of {min(args.length)} tokens: lower --topk")
-    if not args.auto:
-        for name in ("k_budget", "k_step", "k_floor", "write_topk"):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} needs --topk auto")
-        return
-    args.k_budget = budget
+
+
+def check_selected(option: str, k: int, config: DSAConfig) -> None:
+    try:
+        check_options(k, config.index_sinks, config.index_window, config.index_pool)
+    except ValueError as error:
+        raise UserError(f"--{option} {k} does not fit the options of the selection: {error}") from None
+
+
+def resolve_budget(args: argparse.Namespace, config: DSAConfig, trained_share: int) -> None:
+    """How k by layer is chosen. trained_share: index_share of the checkpoint, config's being that of the arguments."""
     pool = config.index_pool
-    args.k_step = args.k_step or max(pool, budget // 8 // pool * pool)
+    args.k_step = args.k_step or max(pool, args.k_budget // 8 // pool * pool)
     if args.k_step % pool:
         raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
     always = pool * forced_groups(config.index_sinks, config.index_window, pool)
     args.k_floor = args.k_floor or args.k_step * max(1, -(-always // args.k_step))
-    check_k("k-floor", args.k_floor)
-    check_budget(budget, step=args.k_step, floor=args.k_floor)
+    check_selected("k-floor", args.k_floor, config)
+    check_budget(args.k_budget, step=args.k_step, floor=args.k_floor)
     if args.write_topk:
         if config.index_share != trained_share:
             raise UserError(
