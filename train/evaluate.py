@@ -271,10 +271,9 @@ def measure(
             record = next((record for record in results["text"] if record["length"] == length), None)
             if record is None:
                 count(progress, f"text, {length:,} tokens", study.forwards(choices, part.held_out))
-                record = study.text(part.held_out, choices)
+                record, meter = study.text(part.held_out, choices)
                 study.model.set_topk(topk)
                 record |= {**decoding_speed(study.model, length), "data": part.facts}
-                meter = study.meters[-1]
                 plots.plot_maps(meter.maps, meter.ks[0], length, out / "maps.png")  # that of the longest stays
                 results["text"].append(record)
                 keep()

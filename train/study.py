@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import exp
 from typing import Any
 
@@ -60,7 +60,6 @@ class Study:
     score_tokens: int | None = None
     """Tokens at the end of a window that are scored, after a prefix that attends to everything; None: all, without."""
     tick: Tick = lambda: None
-    meters: list[SelectionMeter] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +107,8 @@ class Study:
         used = [choice for choice in choices if min(choice.ks) < length]
         return [(rung, c) for rung in self.rungs for c in used if rung == "trained" or c.label != "auto"]
 
-    def text(self, windows: Windows, choices: Sequence[Choice]) -> Record:
-        """The ladder at every k below the length, and what the indexers catch and select.
+    def text(self, windows: Windows, choices: Sequence[Choice]) -> tuple[Record, SelectionMeter]:
+        """The ladder at every k below the length, and what the indexers catch and select, with what measured that.
 
         Raises UserError if a selection of everything does not equal dense attention, or no k is below the length.
         """
@@ -122,7 +121,6 @@ class Study:
         if self.base is not None:
             heads["base"] = self.base.lm_head
         meter = self.meter([choice.ks[0] for choice in uniform], maps=True)
-        self.meters.append(meter)
         plan = self._plan(choices, length)
         sums: dict[str, dict[str, Score]] = {reference: defaultdict(Score) for reference in heads}
         check: Record = {}
@@ -131,53 +129,46 @@ class Study:
             text = batch["input_ids"]
             cache = self.prefix(self.model, text)
             scored = slice(-(self.score_tokens or text.shape[1]), None)
-            input_ids, labels = text[:, scored], batch["labels"][0, scored]
-            hidden = {"dense": self.dense_states(input_ids, meter, cache)}
+            dense = self.dense_states(text[:, scored], meter, cache)
             if row == 0:
-                first = text[:, :FULL_TOKENS]
-                check = self._check_full(first, hidden["dense"][:FULL_TOKENS] if cache is None else None)
-            for number, (rung, choice) in enumerate(plan):
-                with random_indexers(self.model, self.seed) if rung == "random" else nullcontext():
-                    hidden[str(number)] = hidden_states(self.model, input_ids, rung, choice.ks, cache)
-                self.tick()
-            if self.base is not None:
-                cache = self.prefix(self.base, text)
-                with torch.no_grad():
-                    hidden["base"] = states_after(self.base, input_ids, cache)
-                self.tick()
-            for reference, scores in score(heads, hidden, labels, tuple(heads)).items():
+                check = self._check_full(text[:, :FULL_TOKENS], dense[:FULL_TOKENS] if cache is None else None)
+            hidden = {"dense": dense, **self._states(text, scored, plan, cache)}
+            for reference, scores in score(heads, hidden, batch["labels"][0, scored], tuple(heads)).items():
                 for name, one in scores.items():
                     sums[reference][name] += one
-        means = {name: _means(one, sums["dense"]["dense"]) for name, one in sums["dense"].items()}
-        for name, one in sums.get("base", {}).items():
-            from_base = _means(one, sums["base"]["base"])
-            means[name]["from_base"] = {term: from_base[term] for term in ("increase", "increase_error", "kl", "top1")}
-        ladder = [
-            {
-                "rung": "auto" if choice.label == "auto" else rung,
-                "k": list(choice.ks) if choice.label == "auto" else choice.ks[0],
-                "mean_k": choice.mean,
-                **means[str(number)],
-            }
-            for number, (rung, choice) in enumerate(plan)
-        ]
-        record: Record = {
+        caught = meter.caught()
+        record = {
             "length": length,
             "windows": len(windows),
             "score_tokens": self.score_tokens,
             "tokens": sums["dense"]["dense"].tokens,
             "full_selection": check,
-            "dense": means["dense"],
-            "base": means.get("base"),
-            "ladder": ladder,
+            **_ladder(plan, sums),
             "attention": meter.results(),
             "heads": meter.heads(),
+            "caught": [{"k": str(choice), "mean_k": choice.mean, "mass": _mass(caught, choice.ks)} for choice in used],
         }
-        caught = meter.caught()
-        record["caught"] = [
-            {"k": str(choice), "mean_k": choice.mean, "mass": _mass(caught, choice.ks)} for choice in used
-        ]
-        return record
+        return record, meter
+
+    def _states(
+        self, text: Tensor, scored: slice, plan: Sequence[tuple[str, Choice]], cache: DSACache | None
+    ) -> dict[str, Tensor]:
+        """The hidden states of a window's scored tokens at every rung, by its number in the plan, and of "base".
+
+        cache: what stands before the scored tokens, see prefix().
+        """
+        input_ids = text[:, scored]
+        hidden = {}
+        for number, (rung, choice) in enumerate(plan):
+            with random_indexers(self.model, self.seed) if rung == "random" else nullcontext():
+                hidden[str(number)] = hidden_states(self.model, input_ids, rung, choice.ks, cache)
+            self.tick()
+        if self.base is not None:
+            cache = self.prefix(self.base, text)
+            with torch.no_grad():
+                hidden["base"] = states_after(self.base, input_ids, cache)
+            self.tick()
+        return hidden
 
     def _check_full(self, input_ids: Tensor, dense: Tensor | None) -> Record:
         dense = self.dense_states(input_ids) if dense is None else dense
@@ -244,6 +235,24 @@ class Study:
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ids = configured if isinstance(configured, list) else [configured]
         return {int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None}
+
+
+def _ladder(plan: Sequence[tuple[str, Choice]], sums: dict[str, dict[str, Score]]) -> Record:
+    """{"dense", "base", "ladder"}: the means over the tokens. sums: as of score(), a rung by its number in the plan."""
+    means = {name: _means(one, sums["dense"]["dense"]) for name, one in sums["dense"].items()}
+    for name, one in sums.get("base", {}).items():
+        from_base = _means(one, sums["base"]["base"])
+        means[name]["from_base"] = {term: from_base[term] for term in ("increase", "increase_error", "kl", "top1")}
+    ladder = [
+        {
+            "rung": "auto" if choice.label == "auto" else rung,
+            "k": list(choice.ks) if choice.label == "auto" else choice.ks[0],
+            "mean_k": choice.mean,
+            **means[str(number)],
+        }
+        for number, (rung, choice) in enumerate(plan)
+    ]
+    return {"dense": means["dense"], "base": means.get("base"), "ladder": ladder}
 
 
 def _means(one: Score, reference: Score) -> Record:

@@ -525,7 +525,7 @@ def test_what_is_lost_from_the_base_is_held_against_the_base(model, tiny, ids) -
     base = load_model(tiny, attention="dense").train()
     with torch.no_grad():
         base.lm_head.weight.mul_(0.5)
-    record = Study(model, ["trained"], 1, 0, base).text(windows(ids), [Choice(str(K), (K, K))])
+    record, _ = Study(model, ["trained"], 1, 0, base).text(windows(ids), [Choice(str(K), (K, K))])
     assert record["base"]["loss"] != pytest.approx(record["dense"]["loss"], rel=0.01)
     for row in (record["dense"], *record["ladder"]):
         assert row["from_base"]["increase"] == pytest.approx(row["loss"] / record["base"]["loss"] - 1)
