@@ -97,12 +97,6 @@ def argument_parser(
 
     model_help: what --model is; None: the stage has no such argument.
     """
-
-    def default(field: str) -> str:
-        values = [getattr(recipe, field) for recipe in (real, small) if recipe]
-        shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
-        return f"[{shown[0]}]" if shown[0] == shown[-1] else f"[{shown[0]}; small models: {shown[-1]}]"
-
     parser = argparse.ArgumentParser(
         prog=f"python -m train.{name}",
         description=description,
@@ -110,6 +104,25 @@ def argument_parser(
         epilog="A stopped run (Ctrl-C, kill, power) goes on when the same command is given again, and ends in the same "
         "weights.\nWithout a terminal the progress bar becomes a line now and then.",
     )
+    _add_places(parser, out, model_help)
+    run = parser.add_argument_group("training")
+    _add_extent(run, small, real)
+    if trains_indexer:
+        _add_indexer_training(run, small, real)
+    _add_optimization(run, small, real)
+    _add_running(run)
+    _add_data(parser, small, real)
+    return parser
+
+
+def _default(field: str, small: Recipe, real: Recipe | None) -> str:
+    """What the help says of a default that hangs on the model's size."""
+    values = [getattr(recipe, field) for recipe in (real, small) if recipe]
+    shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
+    return f"[{shown[0]}]" if shown[0] == shown[-1] else f"[{shown[0]}; small models: {shown[-1]}]"
+
+
+def _add_places(parser: argparse.ArgumentParser, out: str, model_help: str | None) -> None:
     where = parser.add_argument_group("input and output")
     if model_help:
         where.add_argument("--model", metavar="NAME", help=model_help)
@@ -126,7 +139,9 @@ def argument_parser(
         "--overwrite", action="store_true", help="replace a finished run, or a stopped one of other arguments"
     )
 
-    run = parser.add_argument_group("training")
+
+def _add_extent(run: argparse._ArgumentGroup, small: Recipe, real: Recipe | None) -> None:
+    """How much is read."""
     end = run.add_mutually_exclusive_group()
     recipes = [recipe for recipe in (real, small) if recipe]
     length_of_run = "; small models: ".join(
@@ -140,7 +155,10 @@ def argument_parser(
         help=f"as many updates as read at most this many tokens [{length_of_run}]",
     )
     run.add_argument(
-        "--batch-size", type=positive, metavar="N", help=f"windows per micro-batch {default('batch_size')}"
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help=f"windows per micro-batch {_default('batch_size', small, real)}",
     )
     run.add_argument(
         "--accumulation",
@@ -154,48 +172,53 @@ def argument_parser(
         nargs="+",
         metavar="T",
         help="tokens per window; with several the windows grow in this order, and each length gets the same number of "
-        f"tokens: more steps while they are short {default('length')}",
+        f"tokens: more steps while they are short {_default('length', small, real)}",
     )
-    if trains_indexer:
-        run.add_argument(
-            "--kl-queries",
-            type=positive,
-            metavar="N",
-            help="train and judge the indexer on about N queries of each window, evenly spaced: long windows then cost "
-            "little more than the model itself "
-            + (
-                "[all]"
-                if real is None or real.kl_queries is None
-                else f"[{real.kl_queries} over --passes; small models: all]"
-            ),
-        )
-        run.add_argument(
-            "--kl-target",
-            choices=TARGETS,
-            default=TARGETS[0],
-            help="what of the heads' attention the indexer learns: the root of its mean square (rms), this weighed by "
-            "what each key's value adds to the layer's output (output), or, as published, its "
-            f"mean [{TARGETS[0]}]",
-        )
-        run.add_argument(
-            "--position-span",
-            type=not_negative,
-            metavar="N",
-            help="let the tokens of a window stand at positions below N, with gaps between some of them: short windows "
-            "then teach the distances of longer texts, in the same time; 0: without gaps "
-            + (
-                f"[{real.position_span}, or the model's positions; small models: {small.position_span}]"
-                if real
-                else f"[{small.position_span}]"
-            ),
-        )
-        run.add_argument(
-            "--indexer-optimizer",
-            choices=INDEXER_OPTIMIZERS,
-            default="muon",
-            help="muon (for matrices, and AdamW for the rest) needs far fewer tokens than AdamW [muon]",
-        )
-    run.add_argument("--lr", type=positive_number, help=f"peak learning rate {default('lr')}")
+
+
+def _add_indexer_training(run: argparse._ArgumentGroup, small: Recipe, real: Recipe | None) -> None:
+    run.add_argument(
+        "--kl-queries",
+        type=positive,
+        metavar="N",
+        help="train and judge the indexer on about N queries of each window, evenly spaced: long windows then cost "
+        "little more than the model itself "
+        + (
+            "[all]"
+            if real is None or real.kl_queries is None
+            else f"[{real.kl_queries} over --passes; small models: all]"
+        ),
+    )
+    run.add_argument(
+        "--kl-target",
+        choices=TARGETS,
+        default=TARGETS[0],
+        help="what of the heads' attention the indexer learns: the root of its mean square (rms), this weighed by "
+        "what each key's value adds to the layer's output (output), or, as published, its "
+        f"mean [{TARGETS[0]}]",
+    )
+    run.add_argument(
+        "--position-span",
+        type=not_negative,
+        metavar="N",
+        help="let the tokens of a window stand at positions below N, with gaps between some of them: short windows "
+        "then teach the distances of longer texts, in the same time; 0: without gaps "
+        + (
+            f"[{real.position_span}, or the model's positions; small models: {small.position_span}]"
+            if real
+            else f"[{small.position_span}]"
+        ),
+    )
+    run.add_argument(
+        "--indexer-optimizer",
+        choices=INDEXER_OPTIMIZERS,
+        default="muon",
+        help="muon (for matrices, and AdamW for the rest) needs far fewer tokens than AdamW [muon]",
+    )
+
+
+def _add_optimization(run: argparse._ArgumentGroup, small: Recipe, real: Recipe | None) -> None:
+    run.add_argument("--lr", type=positive_number, help=f"peak learning rate {_default('lr', small, real)}")
     run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="[cosine]")
     run.add_argument(
         "--warmup-steps", type=not_negative, metavar="N", help="linear rise of the learning rate [steps / 20]"
@@ -212,6 +235,10 @@ def argument_parser(
         ),
     )
     run.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
+
+
+def _add_running(run: argparse._ArgumentGroup) -> None:
+    """On what, from which seed, how long."""
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … [auto: a GPU if there is one]")
     run.add_argument(
         "--parallel",
@@ -225,12 +252,17 @@ def argument_parser(
     )
     run.add_argument("--save-every", type=positive, default=50, metavar="N", help="steps between saved states [50]")
 
+
+def _add_data(parser: argparse.ArgumentParser, small: Recipe, real: Recipe | None) -> None:
     rows = parser.add_argument_group("data")
     rows.add_argument(
         "--packing", choices=("pack", "cut"), default="pack", help="documents end to end, or one each [pack]"
     )
     rows.add_argument(
-        "--min-tokens", type=not_negative, metavar="N", help=f"leave out shorter documents {default('min_tokens')}"
+        "--min-tokens",
+        type=not_negative,
+        metavar="N",
+        help=f"leave out shorter documents {_default('min_tokens', small, real)}",
     )
     rows.add_argument(
         "--max-rows", type=positive, default=MAX_ROWS, metavar="N", help=f"documents to train on, at most [{MAX_ROWS}]"
@@ -246,12 +278,11 @@ def argument_parser(
         "--held-out",
         type=not_negative,
         metavar="N",
-        help=f"windows to evaluate on, before and after; 0: none {default('held_out')}",
+        help=f"windows to evaluate on, before and after; 0: none {_default('held_out', small, real)}",
     )
     rows.add_argument(
         "--allow-malformed", action="store_true", help="go on when more than 1 %% of the lines are malformed"
     )
-    return parser
 
 
 def add_indexer_arguments(parser: argparse.ArgumentParser, small: Recipe, real: Recipe) -> None:
