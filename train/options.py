@@ -558,6 +558,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def identity(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a finished or stopped run must share with this one to be reused. --max-minutes and the like are free."""
+    # Beware: whatever is not named here counts. A new argument whose resolved value is not None makes every run that an
+    # earlier version finished or left stopped "another configuration", however it was started.
     free = {
         "out",
         "overwrite",

@@ -132,12 +132,12 @@ def common(rng: random.Random, size: int) -> Sample:
     return Sample(question, "The 10 most common words in the list are:", tuple(wanted))
 
 
-def frequent(rng: random.Random, size: int, exponent: float = 2.0) -> Sample:
+def frequent(rng: random.Random, size: int) -> Sample:
     made_up: list[str] = []
     while len(made_up) < max(4, size // 8):
         word = "".join(rng.choices(string.ascii_lowercase, k=6))
         made_up += [word] if word not in made_up else []
-    weights = [rank**-exponent for rank in range(1, len(made_up) + 1)]
+    weights = [rank**-2.0 for rank in range(1, len(made_up) + 1)]
     counts = [max(1, round(size * weight / sum(weights))) for weight in weights]
     counts = [count + extra for count, extra in zip(counts, [2, 1, 0, *[-1] * len(counts)], strict=False)]  # no ties
     text = [word for word, count in zip(made_up, counts, strict=True) for _ in range(count)]

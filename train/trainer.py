@@ -177,8 +177,8 @@ class Trainer:
     save_every: int = 50
     overwrite: bool = False
 
-    def run(self) -> dict[str, float]:
-        """Trains to the end and returns the evaluation of the result. Raises UserError, KeyboardInterrupt, OSError."""
+    def run(self) -> None:
+        """Trains to the end and writes the result. Raises UserError, KeyboardInterrupt, OSError."""
         self.folder = temporary_name(self.out)
         first = self.processes.is_first
         after: dict[str, float] = {}
@@ -196,7 +196,6 @@ class Trainer:
             (self.out / TRAINING_STATE).unlink(missing_ok=True)
             self._report(after)
         self.processes.wait()  # for what the first one writes: others may read it next
-        return after
 
     @contextmanager
     def _named_interrupt(self) -> Iterator[None]:

@@ -279,20 +279,25 @@ def make_plan(args: argparse.Namespace, presets: Sequence[Preset], processes: Pr
 
 def write(args: argparse.Namespace, plan: Plan, folders: dict[Twin, Path], notes: Sequence[str]) -> None:
     """Measures the twins and writes <out>/report."""
+    records, selections = [], {}
     with console.status("Measuring"):
-        records = [
-            measure.record_of(twin, folder, plan, memory=twin.seed == args.seeds[0]) for twin, folder in folders.items()
-        ]
+        for twin, run_folder in folders.items():
+            of_first_seed = twin.seed == args.seeds[0]
+            record, selected = measure.record_of(twin, run_folder, plan, memory=of_first_seed)
+            records.append(record)
+            if twin.attention == "dsa" and of_first_seed:
+                if selected is None:  # the record was there
+                    model = load_model(run_folder).to(plan.processes.device)
+                    selected = measure.selection(model, plan.data[twin.preset.name].held_out)
+                selections[twin.preset.name] = selected
     speeds = time_lengths(args, folders, plan)
     with output_folder(args.out / "report") as folder:
         text = report.write(folder, records, speeds, notes)
         curves: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
         for twin, run_folder in folders.items():
             curves.setdefault((twin.preset.name, twin.attention), []).append(read_steps(run_folder))
-            if twin.attention == "dsa" and twin.seed == args.seeds[0]:
-                model = load_model(run_folder).to(plan.processes.device)
-                selected = measure.selection(model, plan.data[twin.preset.name].held_out)
-                report.plot_selection(selected, lambda what, twin=twin: folder / f"{what}-{twin.preset.name}.png")  # type: ignore[misc]
+        for preset, selected in selections.items():
+            report.plot_selection(selected, lambda what, preset=preset: folder / f"{what}-{preset}.png")  # type: ignore[misc]
         report.plot_curves(curves, folder / "loss.png")
         if speeds:
             report.plot_speed(speeds, folder / "speed.png")

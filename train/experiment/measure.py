@@ -35,15 +35,18 @@ WARM_UP_STEPS = 5
 Record = dict[str, Any]
 
 
-def record_of(twin: Twin, folder: Path, plan: Plan, *, memory: bool) -> Record:
-    """The twin's figures, measured once and kept in its folder; memory: that of a step too, the same for all seeds."""
+def record_of(twin: Twin, folder: Path, plan: Plan, *, memory: bool) -> tuple[Record, Selection | None]:
+    """The twin's figures, measured once and kept in its folder, and the selection if that was measured just now.
+
+    memory: that of a step too, the same for all seeds.
+    """
     kept = folder / RECORD
     if kept.is_file():
         record = json.loads(kept.read_text())
         if memory and record["step_peak_mib"] is None:
             record["step_peak_mib"] = step_peak_mib(twin, folder, plan)
             write_atomically(kept, json.dumps(record, indent=1) + "\n")
-        return record
+        return record, None
     manifest = read_manifest(folder, "checkpoint", "python -m train.experiment")
     model = load_model(folder).to(plan.processes.device)
     record = {
@@ -60,11 +63,12 @@ def record_of(twin: Twin, folder: Path, plan: Plan, *, memory: bool) -> Record:
         "device": str(plan.processes.device),
         "threads": torch.get_num_threads(),
     }
+    selected = None
     if twin.attention == "dsa":
-        record["topk"] = list(model.config.topk_per_layer)
-        record |= selection(model, plan.data[twin.preset.name].held_out).facts()
+        selected = selection(model, plan.data[twin.preset.name].held_out)
+        record |= {"topk": list(selected.topk), **selected.facts()}
     write_atomically(kept, json.dumps(record, indent=1) + "\n")
-    return record
+    return record, selected
 
 
 def ms_per_step(steps: Sequence[Mapping[str, Any]]) -> float:
