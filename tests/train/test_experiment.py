@@ -11,12 +11,14 @@ import torch
 from dsa_export.cli import UserError
 from dsa_export.files import read_manifest
 from dsa_export.model import load_model
+from train.data import load_data
+from train.distributed import Processes
 from train.experiment import __main__ as experiment
 from train.experiment import measure, report
 from train.experiment.__main__ import main, parser, resolve
 from train.experiment.measure import crossover
 from train.experiment.presets import PRESETS, quick
-from train.experiment.twins import Twin, fresh, parts_of
+from train.experiment.twins import Plan, Twin, fresh, parts_of
 from train.trainer import Trainer
 
 TOY = replace(
@@ -109,8 +111,9 @@ def test_the_tokenizer_reads_no_more_text_than_a_training_may(command, monkeypat
         command("--cache", __file__)
 
 
-def test_with_everything_selected_dsa_is_its_dense_twin(command, capsys):
+def test_with_everything_selected_dsa_is_its_dense_twin(command, capsys, monkeypatch):
     """Initial weights, data, order, updates and learning rates are the same: only the attention can differ."""
+    monkeypatch.setattr(measure, "step_peak_mib", step_peak_mib_here)
     out = command("--seeds", "1", "--attention", "dense", "dsa", "--k", "32")
     assert "k = 32 covers all 32 tokens" in capsys.readouterr().out
     dense, dsa = (load_model(out / "runs" / f"glm4-moe-{name}-seed1").state_dict() for name in ("dense", "dsa"))
@@ -195,7 +198,22 @@ def test_a_stopped_experiment_that_overwrites_goes_on_too(command, monkeypatch, 
     assert 9 <= len([number for number in taken if number is not None]) <= 10, "nine steps, one of them perhaps twice"
 
 
-def test_a_steps_memory_is_beside_the_optimizers_state(monkeypatch, records, tokenizer, tmp_path):
+@pytest.fixture
+def toy_data(records, tokenizer):
+    return load_data(str(records), tokenizer, 32, train_windows=4, held_out_windows=2, train_on_prompt=True)
+
+
+def test_a_steps_memory_is_measured_in_a_process_of_its_own(monkeypatch, toy_data, tmp_path):
+    monkeypatch.setattr(measure, "PeakMemory", lambda: pytest.fail("in this process"))
+    twin = Twin(TOY, "dsa", 0)
+    fresh(twin).save_pretrained(tmp_path)
+    processes = Processes(torch.device("cpu"))
+    plan = Plan(tmp_path, {"glm4-moe": toy_data}, "rows", {}, processes, torch.bfloat16)
+    measured = measure.step_peak_mib(twin, tmp_path, plan)
+    assert measured is not None and measured > 0
+
+
+def test_a_steps_memory_is_beside_the_optimizers_state(monkeypatch, toy_data, tmp_path):
     """AdamW keeps two numbers per weight, which the first step makes."""
     taken = []
 
@@ -213,18 +231,13 @@ def test_a_steps_memory_is_beside_the_optimizers_state(monkeypatch, records, tok
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **more: made.append(adamw(*a, **more)) or made[0])
     monkeypatch.setattr(measure, "PeakMemory", Peak)
-    from train.data import load_data
-
     twin, model = Twin(TOY, "dense", 0), fresh(Twin(TOY, "dense", 0))
     model.save_pretrained(tmp_path)
-    data = load_data(str(records), tokenizer, 32, train_windows=4, held_out_windows=2, train_on_prompt=True)
-    assert measure._step_peak_mib(twin, tmp_path, data, "cpu", 1, 1, torch.float32) == 1.0
+    assert measure._step_peak_mib(twin, tmp_path, toy_data, "cpu", 1, 1, torch.float32) == 1.0
     assert taken == [2 * sum(p.numel() for p in model.parameters() if p.requires_grad)]
 
 
 def test_twins_start_alike_and_the_stages_share_no_window(records, tokenizer):
-    from train.data import load_data
-
     dense, dsa = (fresh(Twin(TOY, name, 7)).state_dict() for name in ("dense", "dsa"))
     assert all(torch.equal(dsa[name], tensor) for name, tensor in dense.items()) and len(dsa) > len(dense)
     assert any((fresh(Twin(TOY, "dense", 8)).state_dict()[name] != dense[name]).any() for name in dense)
