@@ -21,10 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config,
 from dsa_export.cli import console, run
 from dsa_export.files import MANIFEST
 from dsa_export.model.checkpoint import load_config
-from train.data import IGNORED, Windows
+from train.data import IGNORED, Batch, Windows
 from train.documents import training_texts
 from train.options import Recipe, argument_parser, identity, is_done, resolve, start, train, training_data
-from train.trainer import Batch, Settings, Stage, adamw
+from train.trainer import Settings, Stage, adamw
 
 OUT = "out/base"
 SCRATCH = {"path": "from scratch", "sha256": None}

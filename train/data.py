@@ -23,6 +23,8 @@ from dsa_export.model.checkpoint import check_vocabulary
 from train.checkpoint import load_state, save_state
 from train.documents import HELD_OUT_SHARE, PIECE, Document, Malformed, documents, stdlib_records, visible_files
 
+Batch = dict[str, Tensor]
+
 IGNORED = -100
 """Label of a token that does not count in the cross-entropy (prompt, padding)."""
 
@@ -74,6 +76,11 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 # ---------------------------------------------------------------- windows
 
 
+def label_count(batch: Batch) -> int:
+    """Tokens of a batch that are predicted: its labels as the model shifts them."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
 @dataclass(frozen=True)
 class Windows:
     """N windows of T tokens, padded on the right where a document was shorter.
@@ -103,7 +110,7 @@ class Windows:
             parts.append(Windows(ids[kept], labels[kept], torch.full((int(kept.sum()),), length)))
         return parts
 
-    def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
         """input_ids, attention_mask, labels [B, longest row] int64, on `device`."""
         lengths = self.lengths[rows]
         longest = int(lengths.max())

@@ -14,17 +14,18 @@ import torch
 from torch import nn
 from transformers import Qwen2Config
 
-from dsa_export.cli import UserError, progress_bar, run
+from dsa_export.cli import UserError, run
 from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM, feed_forward, load_model
 from dsa_export.model.checkpoint import adapted_config, is_added
 from dsa_export.model.families import dense_config
-from train import base, precision
+from train import base
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
-from train.data import IGNORED, Windows
+from train.data import Batch, Windows
 from train.options import DTYPES, SMALL_HIDDEN_SIZE, Recipe, argument_parser, resolve, start, train_from
 from train.trainer import Stage
+from train.validation import Sum, means
 
 OUT = "out/finetune"
 ATTENTION = ("nsa", "dense")
@@ -58,26 +59,15 @@ def adapters_and_added(model: Any) -> dict[str, list[nn.Parameter]]:
     return {"model": [p for name, p in model.named_parameters() if ADAPTER in name or is_added(name, variant)]}
 
 
-@torch.no_grad()
 def held_out_loss(
     model: Any, windows: Windows, *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """{"loss"}: cross-entropy per label in the training mode's form of attention; the mode is left as it was."""
-    was_training = model.training
-    device = next(model.parameters()).device
-    total, labels = 0.0, 0
-    batches = torch.arange(len(windows)).split(batch_size)
-    model.train()
-    with progress_bar() as progress, precision.autocast(device, compute_dtype):
-        task = progress.add_task("evaluate", total=len(batches))
-        for rows in batches:
-            batch = windows.batch(rows, device)
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += cross_entropy_terms(model, batch)["cross_entropy"].item() * count
-            labels += count
-            progress.advance(task)
-    model.train(was_training)
-    return {"loss": total / labels}
+    """{"loss"}: cross-entropy per label."""
+
+    def sums(batch: Batch, labels: int) -> dict[str, Sum]:
+        return {"loss": (cross_entropy_terms(model, batch)["cross_entropy"].item() * labels, labels)}
+
+    return means(model, windows, sums, batch_size=batch_size, compute_dtype=compute_dtype)
 
 
 def stage(model: DSAForCausalLM, *, batch_size: int = 1, compute_dtype: torch.dtype = torch.float32) -> Stage:

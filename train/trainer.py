@@ -36,7 +36,7 @@ from dsa_export.files import (
 )
 from train import precision
 from train.checkpoint import load_state, save_checkpoint, save_state
-from train.data import IGNORED, TrainingData, Windows
+from train.data import Batch, TrainingData, Windows, label_count
 from train.distributed import Processes, Spread, collect, like, load_optimizer_state, optimizer_state
 from train.plots import plot_metrics
 from train.positions import with_gaps
@@ -47,9 +47,6 @@ EXPLODED_STEPS, EXPLODED_FACTOR, EXPLODED_MARGIN = 10, 3.0, 1.0
 """A trained loss has exploded if its mean over the last 10 steps is more than 3 times that over the first 10, plus 1.
 
 From step 21 on. A single odd window is no explosion, nor is a tiny loss that triples."""
-
-Batch = dict[str, Tensor]
-
 
 SAVE_SECONDS = 600
 """A state is saved after so long, however few updates that are."""
@@ -315,10 +312,7 @@ class Trainer:
         for i in mine:
             torch.manual_seed(settings.seed_of(self.step * self.stage.passes, i))
             batches.append(with_gaps(windows.batch(rows[i], self.device), settings.position_span))
-        counts = [
-            {"labels": int((batch["labels"][:, 1:] != IGNORED).sum()), "tokens": int(batch["attention_mask"].sum())}
-            for batch in batches
-        ]
+        counts = [{"labels": label_count(batch), "tokens": int(batch["attention_mask"].sum())} for batch in batches]
         totals = self.processes.sum({unit: sum(count[unit] for count in counts) for unit in ("labels", "tokens")})
         recorded = batches
         if self.stage.record:

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsa_export.cli import progress_bar
 from dsa_export.model import DSAForCausalLM
 from train import precision
 from train.cross_entropy import cross_entropy_terms
-from train.data import IGNORED, Windows
+from train.data import Batch, Windows, label_count
 from train.losses import TARGETS, IndexerObserver, queries_apart
+
+Sum = tuple[float, int]
+"""Of a figure, and over how many it is taken."""
 
 
 @torch.no_grad()
+def means(
+    model: Any,
+    windows: Windows,
+    sums: Callable[[Batch, int], Mapping[str, Sum]],
+    *,
+    batch_size: int = 1,
+    compute_dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Means over held-out windows of what `sums` makes of each batch and its number of labels; none over nothing.
+
+    The model is in training mode meanwhile: its masked form of selection is the same function of its inputs, and at
+    these lengths much faster on a CPU than gathering for every token of a window. Its mode is left as it was.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    totals: dict[str, Sum] = {}
+    batches = torch.arange(len(windows)).split(batch_size)
+    model.train()
+    with progress_bar() as progress, precision.autocast(device, compute_dtype):
+        for rows in progress.track(batches, description="evaluate"):
+            batch = windows.batch(rows, device)
+            for name, (figure, over) in sums(batch, label_count(batch)).items():
+                if over:  # a mean over nothing is NaN
+                    total, count = totals.get(name, (0.0, 0))
+                    totals[name] = total + figure, count + over
+    model.train(was_training)
+    return {name: total / count for name, (total, count) in totals.items()}
+
+
 def evaluate(
     model: DSAForCausalLM,
     windows: Windows,
@@ -38,56 +69,31 @@ def evaluate(
         recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
             reported if no window is longer than k.
         recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the k keys of most mass.
-
-    The losses use the masked form of selection (the model's training mode): the same function of its inputs, and at
-    these lengths much faster on a CPU than gathering for every token of a window.
     """
-    was_training, was_sparse = model.training, model.sparse
-    device = next(model.parameters()).device
-    topk = model.config.index_topk
-    means: dict[str, _Mean] = defaultdict(_Mean)
-    batches = [windows.batch(rows, device) for rows in torch.arange(len(windows)).split(batch_size)]
-    model.train()
-    with progress_bar() as progress, precision.autocast(device, compute_dtype):
-        task = progress.add_task("evaluate", total=len(batches))
-        for batch in batches:
-            labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-            lengths = batch["attention_mask"].sum(1)
-            model.sparse = False
-            every = queries_apart(batch["attention_mask"], kl_queries)
-            dense = cross_entropy_terms(model, batch, IndexerObserver(topk, 1, every, kl_target, first=every - 1))
-            means["loss_dense"].add(dense["cross_entropy"], labels)
-            means["kl"].add(dense["kl"], int(lengths.sum()))
-            crowded = int((lengths - min(model.config.topk_per_layer)).clamp(min=0).sum())
-            for name in ("recall", "recall_window", "recall_best"):
-                means[name].add(dense[name], crowded)
-            model.sparse = True
-            sparse = cross_entropy_terms(model, batch, teacher=teacher)
-            means["loss_sparse"].add(sparse["cross_entropy"], labels)
-            if teacher is not None:
-                means["distillation"].add(sparse["distillation"], labels)
-            progress.advance(task)
-        result = {name: mean.value for name, mean in means.items() if mean.weight}
+    was_sparse = model.sparse
+
+    def sums(batch: Batch, labels: int) -> dict[str, Sum]:
+        lengths = batch["attention_mask"].sum(1)
+        crowded = int((lengths - min(model.config.topk_per_layer)).clamp(min=0).sum())
+        every = queries_apart(batch["attention_mask"], kl_queries)
+        model.sparse = False
+        observer = IndexerObserver(model.config.index_topk, 1, every, kl_target, first=every - 1)
+        dense = cross_entropy_terms(model, batch, observer)
+        model.sparse = True
+        sparse = cross_entropy_terms(model, batch, teacher=teacher)
+        found = {
+            "loss_dense": (dense["cross_entropy"], labels),
+            "kl": (dense["kl"], int(lengths.sum())),
+            **{name: (dense[name], crowded) for name in ("recall", "recall_window", "recall_best")},
+            "loss_sparse": (sparse["cross_entropy"], labels),
+        }
+        if teacher is not None:
+            found["distillation"] = (sparse["distillation"], labels)
+        return {name: (mean.item() * over, over) for name, (mean, over) in found.items()}
+
+    result = means(model, windows, sums, batch_size=batch_size, compute_dtype=compute_dtype)
     if "recall" in result:
         room = result["recall_best"] - result["recall_window"]
         result["recall_normalised"] = (result["recall"] - result["recall_window"]) / room if room > 0 else 1.0
-    model.train(was_training)
     model.sparse = was_sparse
     return result
-
-
-class _Mean:
-    """A weighted mean of scalars."""
-
-    def __init__(self) -> None:
-        self.sum = 0.0
-        self.weight = 0
-
-    def add(self, value: Tensor, weight: int) -> None:
-        if weight:  # an empty mean is NaN
-            self.sum += value.item() * weight
-            self.weight += weight
-
-    @property
-    def value(self) -> float:
-        return self.sum / self.weight

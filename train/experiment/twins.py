@@ -27,18 +27,19 @@ from dsa_export.files import as_in_manifest
 from dsa_export.model import DSAForCausalLM, load_model
 from dsa_export.model.checkpoint import adapted_config
 from dsa_export.model.feed_forward import VARIANTS
-from train import joint, precision
+from train import joint
 from train.allocation import allocate
 from train.base import SCRATCH
 from train.cross_entropy import cross_entropy_terms
-from train.data import IGNORED, TrainingData, Windows
+from train.data import IGNORED, Batch, TrainingData, Windows
 from train.distributed import Processes
 from train.experiment.presets import Preset
 from train.finetune import all_parameters, new_model
 from train.losses import IndexerObserver
 from train.options import is_done
 from train.study import Study
-from train.trainer import Batch, Settings, Stage, Trainer
+from train.trainer import Settings, Stage, Trainer
+from train.validation import Sum, means
 
 MEASURE_EVERY = 8
 KL_TARGET = "rms"
@@ -91,28 +92,22 @@ def terms(model: Any, batch: Batch, indexer: bool, sparse: bool) -> dict[str, Te
     return cross_entropy_terms(model, batch, observer)
 
 
-@torch.no_grad()
 def evaluate(
     model: Any, windows: Windows, *, indexer: bool, sparse: bool, batch_size: int, compute_dtype: torch.dtype
 ) -> dict[str, float]:
-    """{"loss", "accuracy", "perplexity"} of the next token, in the training mode's form of attention."""
+    """{"loss", "accuracy", "perplexity"} of the next token."""
     if indexer:
         model.sparse = sparse
-    was_training = model.training
-    device = next(model.parameters()).device
-    model.train()
-    loss, right, labels = 0.0, 0, 0
-    for rows in torch.arange(len(windows)).split(batch_size):
-        batch = windows.batch(rows, device)
-        targets = batch["labels"][:, 1:]
-        counted = targets != IGNORED
-        with precision.autocast(device, compute_dtype):
-            logits = model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits[:, :-1][counted]
-        loss += float(nn.functional.cross_entropy(logits.float(), targets[counted], reduction="sum"))
-        right += int((logits.argmax(-1) == targets[counted]).sum())
-        labels += int(counted.sum())
-    model.train(was_training)
-    return {"loss": loss / labels, "accuracy": right / labels, "perplexity": exp(loss / labels)}
+
+    def sums(batch: Batch, labels: int) -> dict[str, Sum]:
+        counted = batch["labels"][:, 1:] != IGNORED
+        targets = batch["labels"][:, 1:][counted]
+        logits = model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits[:, :-1][counted]
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return {"loss": (float(loss), labels), "accuracy": (int((logits.argmax(-1) == targets).sum()), labels)}
+
+    result = means(model, windows, sums, batch_size=batch_size, compute_dtype=compute_dtype)
+    return {**result, "perplexity": exp(result["loss"])}
 
 
 def stage_of(preset: Preset, attention: str, dtype: torch.dtype, *, sparse: bool) -> Stage:
