@@ -23,7 +23,7 @@ from train.trainer import Trainer
 
 TOY = replace(
     PRESETS["glm4-moe"], length=32, hidden_size=32, heads=2, layers=2, expert_size=16, vocabulary=300, index_heads=2,
-    index_dim=8, topk=8, tokens_per_update=64, warmup_steps=3, steps=5, held_out=3,
+    index_dim=8, topk=8, tokens_per_update=64, warm_up_updates=3, steps=5, held_out=3,
 )  # fmt: skip
 
 
@@ -128,6 +128,8 @@ def test_k_by_layer(command, capsys):
     arguments = ("--seeds", "0", "--attention", "dense", "dsa", "--k", "4", "8")
     out = command(*arguments)
     assert load_model(out / "runs" / "glm4-moe-dsa-seed0").config.topk_per_layer == (4, 8)
+    written = read_manifest(out / "runs" / "glm4-moe-dsa-seed0", "checkpoint", "test")["arguments"]
+    assert written["warmup_steps"] == 3 and "warm_up_updates" not in written, "runs of earlier versions are known"
     command(*arguments)
     assert "is there already" in " ".join(capsys.readouterr().out.split())
 
@@ -282,7 +284,7 @@ def test_presets_are_those_of_the_source(monkeypatch):
     shape = (config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.moe_intermediate_size)
     assert shape == (256, 8, 6, 512) and (config.num_experts, config.num_experts_per_tok) == (4, 2)
     assert (config.max_position_embeddings, config.index_heads, config.index_dim, config.index_topk) == (128, 4, 64, 64)
-    assert (preset.warmup_steps, preset.warmup_lr, preset.steps, preset.lr) == (200, 1e-3, 3000, 3e-3)
+    assert (preset.warm_up_updates, preset.warmup_lr, preset.steps, preset.lr) == (200, 1e-3, 3000, 3e-3)
     assert {PRESETS[name].length for name in PRESETS} == {128, 256, 512, 1024, 2048, 4096}
     assert PRESETS["plain"].config().intermediate_size == 1024
     assert all(quick(preset).config() for preset in PRESETS.values())

@@ -153,7 +153,7 @@ def resolve(args: argparse.Namespace) -> list[Preset]:
         raise UserError(f"--vocabulary must be at least 300 (256 bytes and the chat tokens), got {args.vocabulary}")
     changes: dict[str, Any] = {
         "steps": args.steps,
-        "warmup_steps": args.warm_up,
+        "warm_up_updates": args.warm_up,
         "lr": args.lr,
         "warmup_lr": args.warm_up_lr,
         "tokens_per_update": args.tokens_per_update,
@@ -181,7 +181,7 @@ def check_k(args: argparse.Namespace, presets: Sequence[Preset]) -> None:
         raise UserError("--k is DSA's: it needs dsa among --attention")
     if args.auto_k:
         for preset in presets:
-            if not preset.warmup_steps:
+            if not preset.warm_up_updates:
                 raise UserError("--k auto chooses by what the warm-up taught the indexers: it needs --warm-up above 0")
             if isinstance(preset.topk, int) and preset.topk >= preset.length:
                 raise UserError(f"--k auto: k = {preset.topk} leaves nothing to choose at {preset.length} tokens")
@@ -224,7 +224,7 @@ def described(preset: Preset) -> str:
     feed_forward = experts if preset.feed_forward == "moe" else f"feed-forward of {preset.active * preset.expert_size}"
     return (
         f"{preset.layers} layers of {preset.hidden_size}, {preset.heads} heads, {feed_forward}, {preset.vocabulary} "
-        f"tokens of vocabulary; {preset.warmup_steps} + {preset.steps} updates of {preset.batch_size} × "
+        f"tokens of vocabulary; {preset.warm_up_updates} + {preset.steps} updates of {preset.batch_size} × "
         f"{preset.length} tokens"
     )
 
@@ -260,7 +260,7 @@ def make_plan(args: argparse.Namespace, presets: Sequence[Preset], processes: Pr
                 args.data,
                 tokenizers[preset.vocabulary],
                 preset.length,
-                train_windows=(preset.warmup_steps + preset.steps) * preset.batch_size,
+                train_windows=(preset.warm_up_updates + preset.steps) * preset.batch_size,
                 held_out_windows=preset.held_out,
                 min_tokens=MIN_TOKENS,
                 seed=DATA_SEED,

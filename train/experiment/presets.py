@@ -29,7 +29,7 @@ class Preset:
     index_dim: int = 64
     topk: int | tuple[int, ...] = 64
     tokens_per_update: int = 2048
-    warmup_steps: int = 200
+    warm_up_updates: int = 200
     warmup_lr: float = 1e-3
     steps: int = 3000
     lr: float = 3e-3
@@ -99,7 +99,7 @@ def quick(preset: Preset) -> Preset:
         vocabulary=1024,
         index_dim=32,
         tokens_per_update=max(1024, preset.length),
-        warmup_steps=20,
+        warm_up_updates=20,
         steps=120,
         held_out=16,
     )

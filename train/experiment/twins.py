@@ -80,6 +80,7 @@ class Twin:
         facts["auto_k"] = plan.auto_k and self.attention == "dsa"
         facts["kl_target"] = KL_TARGET
         arguments = {**asdict(self.preset), **facts, "dtype": str(plan.dtype)}
+        arguments["warmup_steps"] = arguments.pop("warm_up_updates")  # as it is called in the files of earlier versions
         return {"stage": "experiment", "arguments": as_in_manifest(arguments)}
 
 
@@ -126,7 +127,7 @@ def stage_of(preset: Preset, attention: str, dtype: torch.dtype, *, sparse: bool
 
 
 def settings_of(preset: Preset, seed: int, plan: Plan, *, warmup: bool) -> Settings:
-    steps = preset.warmup_steps if warmup else preset.steps
+    steps = preset.warm_up_updates if warmup else preset.steps
     count = plan.processes.count
     return Settings(
         steps=steps,
@@ -142,7 +143,7 @@ def settings_of(preset: Preset, seed: int, plan: Plan, *, warmup: bool) -> Setti
 
 def parts_of(data: TrainingData, preset: Preset) -> tuple[TrainingData, TrainingData]:
     """The windows of the warm-up and those of the main stage, in the proportion of their steps."""
-    share = preset.warmup_steps / (preset.warmup_steps + preset.steps)
+    share = preset.warm_up_updates / (preset.warm_up_updates + preset.steps)
     cut = min(max(1, round(len(data.train) * share)), len(data.train) - 1)
 
     def part(rows: slice) -> TrainingData:
@@ -173,9 +174,9 @@ def train_twin(twin: Twin, plan: Plan) -> Path:
             save_every=plan.save_every,
         ).run()  # fmt: skip
 
-    if preset.warmup_steps and not is_done(warm, None, identity, overwrite=False, knows_data=True):
+    if preset.warm_up_updates and not is_done(warm, None, identity, overwrite=False, knows_data=True):
         run_stage(fresh(twin), warmup_data, warm, warmup=True)
-    model = load_model(warm) if preset.warmup_steps else fresh(twin)
+    model = load_model(warm) if preset.warm_up_updates else fresh(twin)
     if plan.auto_k and twin.attention == "dsa":
         model.set_topk(choose_topk(model, warmup_data.train, preset, twin.seed))
         console.print(f"{twin.name}: k by layer: {' '.join(map(str, model.config.topk_per_layer))}")
