@@ -17,8 +17,15 @@ DEFAULTS: dict[str, Any] = {
 }
 """Fields of DSAConfig."""
 
-NSA_OPTIONS = ("nsa_block_size", "nsa_stride", "nsa_selection_size", "nsa_selected_blocks", "nsa_window")
-"""Fields of DSAConfig for native sparse attention, always stated: its branches follow from no k."""
+NSA_OPTIONS = {
+    "nsa_block_size": "l, tokens of a compressed block",
+    "nsa_stride": "d, tokens from one compressed block to the next",
+    "nsa_selection_size": "l', tokens of a selected block",
+    "nsa_selected_blocks": "n, blocks per query",
+    "nsa_window": "w, tokens of the sliding window",
+}
+"""Fields of DSAConfig for native sparse attention and what they are; manifests always state them: its branches follow
+from no k."""
 
 KEY_TYPES = ("model", "fp8", "int8")
 

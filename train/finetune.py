@@ -19,6 +19,7 @@ from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM, feed_forward, load_model
 from dsa_export.model.checkpoint import adapted_config, is_added
 from dsa_export.model.families import dense_config
+from dsa_export.selection import NSA_OPTIONS
 from train import base
 from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
@@ -29,13 +30,6 @@ from train.validation import Sum, means
 
 OUT = "out/finetune"
 ATTENTION = ("nsa", "dense")
-NSA_OPTIONS = {
-    "nsa_block_size": "l, tokens of a compressed block",
-    "nsa_stride": "d, tokens from one compressed block to the next",
-    "nsa_selection_size": "l', tokens of a selected block",
-    "nsa_selected_blocks": "n, blocks per query",
-    "nsa_window": "w, tokens of the sliding window",
-}
 SMALL_NSA = {
     "nsa_block_size": 16,
     "nsa_stride": 8,
