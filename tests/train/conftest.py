@@ -8,13 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from train import options
+from train import joint, options, warmup
 from train.base import CHAT_TEMPLATE
+from train.data import IGNORED
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
+SHORT = [
+    "--steps",
+    "3",
+    "--length",
+    "48",
+    "--batch-size",
+    "2",
+    "--held-out",
+    "2",
+    "--min-tokens",
+    "1",
+    "--device",
+    "cpu",
+]
+SMALL_INDEXER = ["--topk", "8", "--index-heads", "2", "--index-dim", "16"]
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +120,29 @@ def write_jsonl(path: Path, rows: list) -> str:
 
 def record(output: str, **fields) -> dict:
     return {"instruction": "Say it.", "input": "", "output": output, "history": []} | fields
+
+
+def batch(lengths: tuple[int, ...] = (40, 25), seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 250, (len(lengths), max(lengths)), generator=g)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, IGNORED)}
+
+
+def trained(tiny: Path, records: Path, out: Path, *arguments: str) -> Path:
+    warmup.main(["--model", str(tiny), "--data", str(records), "--out", str(out), *SHORT, *SMALL_INDEXER, *arguments])
+    return out
+
+
+@pytest.fixture(scope="session")
+def warm(tiny: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tiny, records, tmp_path_factory.mktemp("warm") / "warmup")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def joint_of(warm: Path, records: Path, out: Path, *arguments: str) -> Path:
+    joint.main(["--model", str(warm), "--data", str(records), "--out", str(out), *SHORT, *arguments])
+    return out
