@@ -45,7 +45,8 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--index-keys",
         choices=KEY_TYPES,
-        help="type of the cached index keys: the model's, or 8 bits and a scale: fp8 (GPUs), int8 (CPUs) [model]",
+        help="type of the cached index keys: the model's, or 8 bits and a scale: fp8 (torch), int8 (torch and ONNX "
+        "Runtime) [model]",
     )
 
 

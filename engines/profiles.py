@@ -54,13 +54,17 @@ def _profile(name: str, variant: Variant, limits: Limits, tokens: tuple[int, int
 
 
 def aligned_capacity(variant: Variant, capacity: int) -> int | None:
-    """The least capacity from this one on whose rows are multiples of ALIGNMENT in every cache; None if it is far."""
+    """The least capacity from this one on whose rows are multiples of ALIGNMENT in every cache, or, where the model has
+    no such positions, the largest below; None if it is far."""
 
     def fits(candidate: int) -> bool:
         rows = ((tensor.concrete(1, candidate), DTYPE_BYTES[tensor.dtype]) for tensor in variant.cache)
         return all(math.prod(shape) * size % ALIGNMENT == 0 for shape, size in rows)
 
-    return next((c for c in range(capacity, capacity + 64 * ALIGNMENT) if fits(c)), None)
+    positions, far = variant.model.max_position_embeddings, 64 * ALIGNMENT
+    above = range(capacity, capacity + far if capacity > positions else min(capacity + far, positions + 1))
+    below = range(capacity - 1, max(capacity - far, 0), -1)
+    return next((c for c in (*above, *below) if fits(c)), None)
 
 
 def as_json(profile: Profile, plan: str, number: int) -> dict[str, object]:

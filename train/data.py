@@ -268,6 +268,11 @@ def _nothing_left(split: str, source: str, reader: _Reader, min_tokens: int) -> 
             f"none of the {read} documents of {source} falls into the {split} split (one in {HELD_OUT_SHARE} is held "
             f"out, by its hash; a file of text is cut into documents of {PIECE} characters): more text is needed"
         )
+    if builder.packing == "cut":
+        return (
+            f"in no {split} document of {source} do the first {builder.length} tokens hold any that is learned: raise "
+            "--length, or leave out --packing cut"
+        )
     return (
         f"the {split} text of {source} is shorter than one window ({builder.tokens} tokens with labels, --length "
         f"{builder.length}): lower --length, or give more text"

@@ -361,7 +361,9 @@ def resolve_ks(args: argparse.Namespace, config: DSAConfig, most: int) -> None:
     most: the largest k that can be measured.
     """
     shares = (8,) if args.quick else (16, 8, 4)
-    wanted = args.topk or list(dict.fromkeys(str(max(1, min(max(args.length) // share, most))) for share in shares))
+    pool, longest = config.index_pool, max(args.length)
+    shown = [max(least_k(config), min(longest // share, most) // pool * pool) for share in shares]
+    wanted = args.topk or list(dict.fromkeys(map(str, shown)))
     args.auto = "auto" in wanted
     if args.auto:
         args.k_budget = args.k_budget or round(sum(config.topk_per_layer) / config.num_hidden_layers)
@@ -369,6 +371,12 @@ def resolve_ks(args: argparse.Namespace, config: DSAConfig, most: int) -> None:
         args.ks = sorted({int(k) for k in wanted if k != "auto"} | ({args.k_budget} if args.auto else set()))
     except ValueError:
         raise UserError(f"--topk takes whole numbers and `auto`, got {' '.join(wanted)}") from None
+
+
+def least_k(config: DSAConfig) -> int:
+    """What is always selected, and at least a group."""
+    pool = config.index_pool
+    return pool * max(1, forced_groups(config.index_sinks, config.index_window, pool))
 
 
 def check_ranges(args: argparse.Namespace, config: DSAConfig) -> None:
@@ -414,8 +422,7 @@ def resolve_budget(args: argparse.Namespace, config: DSAConfig, trained_share: i
     args.k_step = args.k_step or max(pool, args.k_budget // 8 // pool * pool)
     if args.k_step % pool:
         raise UserError(f"--k-step {args.k_step} must be a multiple of the pool of {pool} keys")
-    always = pool * forced_groups(config.index_sinks, config.index_window, pool)
-    args.k_floor = args.k_floor or args.k_step * max(1, -(-always // args.k_step))
+    args.k_floor = args.k_floor or args.k_step * -(-least_k(config) // args.k_step)
     check_selected("k-floor", args.k_floor, config)
     check_budget(args.k_budget, step=args.k_step, floor=args.k_floor)
     if args.write_topk:

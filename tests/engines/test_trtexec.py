@@ -94,6 +94,16 @@ def test_a_capacity_whose_rows_tensorrt_cannot_address_is_refused(export: Path, 
     assert len(profiles(graph, Limits(4, fitting, 32))) == 2
 
 
+def test_a_capacity_that_fits_is_one_that_the_model_has(export: Path):
+    """Keys of 8 bytes a token: the next multiple of 256 bytes is at 224 tokens, beyond 200 positions."""
+    graph = open_export(export).graphs["sparse"]
+    graph = replace(graph, cache=(CacheTensor("keys", ("batch", 1, "capacity", 4), "float16"),))
+    graph = replace(graph, model=replace(graph.model, max_position_embeddings=200))
+    for asked, fitting in ((200, 192), (150, 160), (201, 224)):
+        with pytest.raises(UserError, match=f"choose --max-context {fitting}, or --max-batch 1"):
+            profiles(graph, Limits(4, asked, 32))
+
+
 def test_the_written_inputs_fit_the_timed_shapes(export: Path, tmp_path: Path, capsys):
     output = printed_commands(export, tmp_path / "engines", capsys, "--variant", "sparse", "--prefill-chunk", "32")
     for command, tokens in zip(commands_of(output, "11.x")[1:], (1, 32), strict=True):

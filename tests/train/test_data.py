@@ -284,6 +284,15 @@ def test_nothing_left_is_one_line(tmp_path: Path, tokenizer, options: dict, mess
         load(source, tokenizer, **options)
 
 
+def test_nothing_learned_in_the_first_tokens_of_any_document(tmp_path: Path, tokenizer) -> None:
+    """The prompts are longer than a window: shorter windows would not help."""
+    lines = [record("Yes.", instruction=f"A long question, number {i}. " * 5) for i in range(60)]
+    source = write_jsonl(tmp_path / "d.jsonl", lines)
+    with pytest.raises(UserError, match="do the first 64 tokens hold any that is learned: raise --length"):
+        load(source, tokenizer, packing="cut", length=64)
+    assert len(load(source, tokenizer, packing="cut", length=512).train) == 5
+
+
 def test_too_few_documents_to_hold_any_out(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(UserError, match="split"):
         load(write_jsonl(tmp_path / "d.jsonl", [record("one " * 50)]), tokenizer)

@@ -625,6 +625,24 @@ def test_what_is_left_out_is_filled_as_the_help_says(checkpoint, given: list[str
     assert {name: getattr(args, name) for name in resolved} == resolved
 
 
+@pytest.mark.parametrize(
+    ("options", "ks"),
+    [
+        ({"index_sinks": 4, "index_window": 32, "index_topk": 40}, [36, 64, 128]),
+        ({"index_pool": 3, "index_topk": 63}, [30, 63, 126]),
+        ({"index_pool": 40, "index_topk": 80}, [40, 120]),
+    ],
+    ids=str,
+)
+def test_what_is_left_out_fits_the_checkpoints_selection(checkpoint, options: dict, ks: list[int]) -> None:
+    config = load_config(checkpoint)
+    for name, value in options.items():
+        setattr(config, name, value)
+    args = command.parser().parse_args(["--model", str(checkpoint), "--device", "cpu"])
+    command.resolve(args, config)
+    assert args.ks == ks
+
+
 AUTO = ["--k", "auto", "--k-budget", "24"]
 
 
