@@ -254,6 +254,10 @@ def nothing_to_compare(args: argparse.Namespace, skips: Sequence[Record]) -> str
     )
 
 
+class RedGate(UserError):
+    """Engines that must agree do not."""
+
+
 Plan = tuple[Group, list[Case], list[matrix.Skip]]
 
 
@@ -281,15 +285,29 @@ def measure_all(
     contexts = peer_contexts(args.peer_context, planned)
     settings = Settings(args.caches, budget_of(args), args.threads, args.score_tokens)
     proofs = identical_operators(groups)
-    measurable = [(group, cases) for group, cases, _ in planned if cases]
-    for group, _ in measurable:
-        proofs += pass_the_gate(group, rows[0], args.threads)
+    measurable: list[tuple[Group, list[Case]]] = []
+
+    def skip(group: Group, error: UserError) -> None:
+        console.print(f"{group.name}: {error}")
+        keep([{"kind": "skipped", **group.facts(), "reason": str(error)}])
+
+    for group, cases, _ in planned:
+        if not cases:
+            continue
+        try:
+            proofs += pass_the_gate(group, rows[0], args.threads)
+            measurable.append((group, cases))
+        except RedGate:
+            raise
+        except UserError as error:  # its engines cannot run here
+            skip(group, error)
+    if not measurable:
+        return proofs
     for group, cases in measurable:
         try:
             keep(measure_group(group, cases, rows, settings, args))
         except UserError as error:
-            console.print(f"{group.name}: {error}")
-            keep([{"kind": "skipped", **group.facts(), "reason": str(error)}])
+            skip(group, error)
     keep(measure_peers(groups[0], contexts, rows[0], args))
     return proofs
 
@@ -387,7 +405,7 @@ def identical_operators(groups: Sequence[Group]) -> list[str]:
 
 
 def pass_the_gate(group: Group, prompt: np.ndarray, threads: int) -> list[str]:
-    """Returns what was proved, for every dense side. Raises UserError on a red gate."""
+    """Returns what was proved, for every dense side. Raises RedGate, and UserError where the engines cannot run."""
     if not group.sparse.reduces_to_dense:
         said = (
             f"no parity gate ({group.name}): native sparse attention equals dense attention at no length. What holds: "
@@ -398,7 +416,7 @@ def pass_the_gate(group: Group, prompt: np.ndarray, threads: int) -> list[str]:
     proofs = []
     for name, gate in runs.gates(group, prompt, threads).items():
         if gate.problem:
-            raise UserError(
+            raise RedGate(
                 f"parity gate red, nothing was measured: up to k tokens dense and sparse must be equal, but "
                 f"{gate.problem} ({group.name}; dense: {name})"
             )

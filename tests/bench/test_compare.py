@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from bench import compare, matrix, measure, runs
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import build
+from engines.artifacts import runtime_version
 from engines.memory import OutOfMemory
 from tests.bench import records
 from tests.engines import toy
@@ -205,6 +207,32 @@ def test_a_group_that_fails_is_listed(export, engines, another_k, tmp_path: Path
     code, _, _ = run_command(compare.main, two_groups(export, engines, another_k, tmp_path / "bench"), capsys)
     assert code == 0 and len(lines(tmp_path / "bench", "timing")) > 0
     assert "out of memory" in [record["reason"] for record in lines(tmp_path / "bench", "skipped")]
+
+
+def engines_for_a_gpu(engines: Path, folder: Path) -> Path:
+    """Engines of TensorRT-RTX, as far as that can be told without loading one: this machine has no GPU."""
+    for variant in ("dense", "sparse"):
+        copy = copy_tree(engines / "ort" / variant, folder / "tensorrt-rtx" / variant)
+        manifest = json.loads((copy / MANIFEST).read_text())
+        manifest |= {"backend": "tensorrt-rtx", "versions": {"runtime": runtime_version("tensorrt-rtx")}}
+        (copy / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an engine for GPUs is refused where there is none")
+def test_engines_that_cannot_run_here_are_listed(export, engines, tmp_path: Path, monkeypatch, capsys):
+    others = engines_for_a_gpu(engines, tmp_path / "rtx")
+    arguments = [*options(export, engines, tmp_path / "bench"), "--context", "32", "--phase", "decode", "--quick"]
+    code, _, _ = run_command(compare.main, [*arguments, "--engines", str(engines), str(others)], capsys)
+    assert code == 0 and {record["backend"] for record in lines(tmp_path / "bench", "timing")} == {"ort"}
+    (skipped,) = lines(tmp_path / "bench", "skipped")
+    assert skipped["backend"] == "tensorrt-rtx" and "needs an NVIDIA GPU" in skipped["reason"]
+    # Alone they leave nothing to measure, nor a reason to time their peers.
+    monkeypatch.setattr(compare, "measure_peers", lambda *_: pytest.fail("measures"))
+    arguments = [*options(export, others, tmp_path / "none"), "--context", "32", "--phase", "decode"]
+    code, _, error = run_command(compare.main, arguments, capsys)
+    assert code == 1 and "nothing could be measured" in one_line(error) and "needs an NVIDIA GPU" in error
+    assert not list(tmp_path.glob("none*"))
 
 
 def test_records_say_what_was_switched_off(monkeypatch):
