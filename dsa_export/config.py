@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
 
 KINDS: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 """Annotations of DSAConfig's options whose values are checked against them: JSON may hold anything."""
 
 
+@strict
 class DSAConfig(Qwen2Config):
     """Qwen2's configuration plus the family's options, the attention variant and the lightning indexer.
 
@@ -51,73 +53,40 @@ class DSAConfig(Qwen2Config):
 
     model_type = "dsa_qwen2"
 
-    def __init__(
-        self,
-        family: str = "qwen2",
-        qkv_bias: bool = True,
-        qk_norm: bool = False,
-        kv_lora_rank: int = 0,
-        q_lora_rank: int = 0,
-        qk_nope_head_dim: int = 0,
-        qk_rope_head_dim: int = 0,
-        v_head_dim: int = 0,
-        rope_interleave: bool = False,
-        attention: str = "dsa",
-        feed_forward: str = "gated",
-        index_heads: int = 8,
-        index_dim: int = 64,
-        index_topk: int | list[int] = 512,
-        index_queries: str = "own",
-        index_sinks: int = 0,
-        index_window: int = 0,
-        index_pool: int = 1,
-        index_share: int = 1,
-        index_keys: str = "model",
-        nsa_block_size: int = 32,
-        nsa_stride: int = 16,
-        nsa_selection_size: int = 64,
-        nsa_selected_blocks: int = 16,
-        nsa_window: int = 512,
-        num_experts: int = 4,
-        num_experts_per_tok: int = 2,
-        moe_intermediate_size: int = 512,
-        n_shared_experts: int = 0,
-        routed_scaling_factor: float = 1.0,
-        router_aux_loss_coef: float = 0.01,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.family = family
-        self.qkv_bias = qkv_bias
-        self.qk_norm = qk_norm
-        self.kv_lora_rank = kv_lora_rank
-        self.q_lora_rank = q_lora_rank
-        self.qk_nope_head_dim = qk_nope_head_dim
-        self.qk_rope_head_dim = qk_rope_head_dim
-        self.v_head_dim = v_head_dim
-        self.rope_interleave = rope_interleave
-        self.attention = attention
-        self.feed_forward = feed_forward
-        self.index_heads = index_heads
-        self.index_dim = index_dim
-        self.index_topk = index_topk
-        self.index_queries = index_queries
-        self.index_sinks = index_sinks
-        self.index_window = index_window
-        self.index_pool = index_pool
-        self.index_share = index_share
-        self.index_keys = index_keys
-        self.nsa_block_size = nsa_block_size
-        self.nsa_stride = nsa_stride
-        self.nsa_selection_size = nsa_selection_size
-        self.nsa_selected_blocks = nsa_selected_blocks
-        self.nsa_window = nsa_window
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
-        self.n_shared_experts = n_shared_experts
-        self.routed_scaling_factor = routed_scaling_factor
-        self.router_aux_loss_coef = router_aux_loss_coef
+    family: str = "qwen2"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    rope_interleave: bool = False
+    attention: str = "dsa"
+    feed_forward: str = "gated"
+    index_heads: int = 8
+    index_dim: int = 64
+    index_topk: int | list[int] = 512
+    index_queries: str = "own"
+    index_sinks: int = 0
+    index_window: int = 0
+    index_pool: int = 1
+    index_share: int = 1
+    index_keys: str = "model"
+    nsa_block_size: int = 32
+    nsa_stride: int = 16
+    nsa_selection_size: int = 64
+    nsa_selected_blocks: int = 16
+    nsa_window: int = 512
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 512
+    n_shared_experts: int = 0
+    routed_scaling_factor: float = 1.0
+    router_aux_loss_coef: float = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
         self.check()
 
     @property
@@ -144,7 +113,7 @@ class DSAConfig(Qwen2Config):
         # The slots know what they can take; they are imported here because they import this module.
         from dsa_export.model import attention, families, feed_forward
 
-        for option, kind in DSAConfig.__init__.__annotations__.items():
+        for option, kind in DSAConfig.__annotations__.items():
             value = getattr(self, option, None)
             if kind in KINDS and (not isinstance(value, KINDS[kind]) or isinstance(value, bool) != (kind == "bool")):
                 raise ValueError(f"{option} must be of type {kind}, got {value!r}")
