@@ -8,7 +8,6 @@ from typing import Literal
 
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerFast
 
 from dsa_export.cli import UserError
 from engines.artifacts import Engine
@@ -27,6 +26,8 @@ class Text:
     """The tokenizer of an engine. Encoding and decoding may run in different threads."""
 
     def __init__(self, engine: Engine):
+        from transformers import PreTrainedTokenizerFast  # a second, which a build does not need
+
         self.folder = engine.folder
         self.end_tokens = frozenset(engine.model.eos_token_id)
         tokenizer_files(engine.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+import onnx
 
 from dsa_export.cli import UserError, console
 from dsa_export.files import read_manifest, write_manifest
@@ -20,6 +21,8 @@ from engines.artifacts import Export, Graph, Limits, content_hash, runtime_versi
 from engines.session import Session, bucket, open_runner
 from engines.text import tokenizer_files
 
+PACKED_BITS: dict[int, int] = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
+"""Of element types that share a byte."""
 CHECK_TOKENS = 4
 """Tokens that the check after a build (ort, torch) runs."""
 
@@ -89,16 +92,22 @@ class StepWeights:
 
 
 def step_weights(path: Path) -> StepWeights:
-    model = ir.load(path)
+    graph = onnx.load(path, load_external_data=False).graph
     lookups = {"Gather": (0,), "RotaryEmbedding": (1, 2)}
     read = {
-        value.name
-        for node in model.graph
-        for position, value in enumerate(node.inputs)
-        if value is not None and position not in lookups.get(node.op_type, ())
+        value
+        for node in graph.node
+        for position, value in enumerate(node.input)
+        if position not in lookups.get(node.op_type, ())
     }
-    tensors = [v.const_value for name, v in model.graph.initializers.items() if name in read and v.const_value]
-    return StepWeights(sum(tensor.nbytes for tensor in tensors), sum(tensor.size for tensor in tensors))
+    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+    return StepWeights(sum(map(stored_bytes, tensors)), sum(math.prod(tensor.dims) for tensor in tensors))
+
+
+def stored_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's elements, wherever they lie."""
+    bits = PACKED_BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
 
 
 def check_engine(folder: Path) -> None:

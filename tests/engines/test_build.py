@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, link_or_copy, write_manifest
 from engines import build, nvidia, ort
 from engines.artifacts import open_engine, open_export
+from engines.build.folder import step_weights
 from engines.ort import OrtRunner
 from engines.text import TOKENIZER_FILES
 from plugins import cpu
@@ -401,3 +403,26 @@ def test_a_refused_load_names_the_file(tmp_path: Path):
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(ort.UserError, match=r"ONNX Runtime cannot load .*model\.onnx"):
         ort.load(tmp_path / "model.onnx")
+
+
+def test_weights_of_a_call_are_counted_as_they_are_stored(tmp_path: Path):
+    """Wherever they lie: outside the graph, as raw bytes or as numbers; of int4 two share a byte."""
+    rows = np.ones((3, 5), np.float32)
+    tensors = [
+        helper.make_tensor("packed", TensorProto.INT4, [3, 5], [1] * 15),
+        helper.make_tensor("scale", TensorProto.FLOAT16, [], [1.0]),
+        numpy_helper.from_array(rows, "raw"),
+        helper.make_tensor("table", TensorProto.FLOAT, [100, 5], [0.0] * 500),
+        helper.make_tensor("unread", TensorProto.FLOAT, [7], [0.0] * 7),
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["packed", "scale"], ["wide"]),
+        helper.make_node("Gather", ["table", "input_ids"], ["row"]),
+        helper.make_node("Add", ["raw", "row"], ["sum"]),
+        helper.make_node("Clip", ["sum", "", "scale"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "step", [], [], tensors)
+    for name, outside in (("inside", {}), ("outside", {"save_as_external_data": True, "size_threshold": 0})):
+        onnx.save(helper.make_model(graph), tmp_path / name, **outside)
+        counted = step_weights(tmp_path / name)
+        assert (counted.step_weight_bytes, counted.step_weights) == (8 + 2 + 4 * 15, 15 + 1 + 15)
