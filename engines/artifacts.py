@@ -27,6 +27,8 @@ from plugins import cpu
 VARIANTS = ("dense", "sparse")
 DTYPES = ("fp32", "fp16", "bf16")
 BACKENDS = ("ort", "tensorrt-rtx", "tensorrt", "torch")
+GQA, OWN_ATTENTION = "GroupQueryAttention", "DenseAttention"
+"""What a dense graph may attend with but Attention: ONNX Runtime's other operator, and our kernel (plugins/cpu)."""
 BUILD_OPTIONS = ("dense_slots", "kv_cache")
 """Of the selection in an engine's manifest: what the build chose; the rest are fields of DSAConfig."""
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}

@@ -16,8 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from dsa_export.cli import UserError, usable_cpus
 from dsa_export.files import MANIFEST
-from engines import ort_graph
-from engines.artifacts import Engine, Variant, rebuild_command
+from engines.artifacts import GQA, Engine, Variant, rebuild_command
 from engines.huge_pages import huge_pages
 from engines.memory import OutOfMemory, no_room
 from engines.session import check_room
@@ -63,7 +62,7 @@ class OrtRunner:
             self.session = load(engine.folder / "model.onnx", threads, profile=profile, library=engine.cpu_library)
         check_caches(self.session, engine)
         # GroupQueryAttention takes several tokens after others for one row only.
-        self.row_by_row = engine.attention_operator == ort_graph.OPERATOR
+        self.row_by_row = engine.attention_operator == GQA
 
     def allocate(self, batch: int, capacity: int) -> OrtCaches:
         try:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from dsa_export.cli import UserError
-from engines.artifacts import Engine, rebuild_command
+from engines.artifacts import GQA, Engine, rebuild_command
 from engines.device import DeviceCaches, DeviceRunner
 from engines.ort import CUDA_PROVIDER, RUN_ERRORS, check_caches, check_types, load, run_failure
-from engines.ort_graph import OPERATOR
 
 NUMPY_DTYPES = {
     torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16, torch.uint8: np.uint8,
@@ -30,7 +29,7 @@ class OrtCudaRunner(DeviceRunner):
     def __init__(self, engine: Engine, *, threads: int | None = None, profile: Path | None = None):
         super().__init__(engine)
         check_types(engine)
-        if engine.attention_operator == OPERATOR:
+        if engine.attention_operator == GQA:
             raise UserError(f"{engine.folder} was built for CPUs: remove it, its neighbour `dense` runs on GPUs too")
         if engine.cpu_library is not None:
             again = rebuild_command(engine.folder, engine.manifest)

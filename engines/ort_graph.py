@@ -16,12 +16,11 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, helper
 
-from engines.artifacts import Graph
+from engines.artifacts import GQA, OWN_ATTENTION, Graph
 from plugins import cpu
-from plugins.registry import DOMAIN as OPERATORS
+from plugins.registry import DOMAIN as DSA_DOMAIN
 
-OPERATOR = "GroupQueryAttention"
-DOMAIN = "com.microsoft"
+GQA_DOMAIN = "com.microsoft"
 
 # Names that all layers share: the slot of each row's last token, the longest row, shapes for Reshape.
 LAST_SLOTS, LONGEST, ONE = "group_query/last_slots", "group_query/longest", "group_query/one"
@@ -49,7 +48,7 @@ def group_query(graph: Graph) -> onnx.ModelProto | None:
     shapes = {FLAT: [0, 0, -1], BY_HEAD: [0, 0, graph.model.query_heads, graph.model.head_dim]}
     constants = [helper.make_tensor(name, TensorProto.INT64, [len(shape)], shape) for name, shape in shapes.items()]
     model.graph.initializer.extend([*constants, helper.make_tensor(ONE, TensorProto.INT64, [], [1])])
-    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    model.opset_import.append(helper.make_opsetid(GQA_DOMAIN, 1))
     return model
 
 
@@ -74,7 +73,7 @@ def _layer(
         *_flatten_heads(attention.input[0], q),
         *_flatten_heads(update_k.input[1], k),
         *_flatten_heads(update_v.input[1], v),
-        helper.make_node(OPERATOR, inputs, outputs, prefix + OPERATOR, None, DOMAIN, **attributes),
+        helper.make_node(GQA, inputs, outputs, prefix + GQA, None, GQA_DOMAIN, **attributes),
         helper.make_node("Reshape", [prefix + "rows", BY_HEAD], [prefix + "by_head"]),
         helper.make_node("Transpose", [prefix + "by_head"], [attention.output[0]], perm=[0, 2, 1, 3]),
     ]
@@ -244,8 +243,6 @@ def _embed(tensor: TensorProto, graph: Graph) -> TensorProto:
 # ---------------------------------------------------------------- both
 
 
-OWN_OPERATOR = "DenseAttention"
-"""Attention over every visible row by the kernel that attends to selected ones (plugins/cpu)."""
 ONE_TOKEN = "own/one_token"
 
 
@@ -328,7 +325,7 @@ def _take_kernels(graph: onnx.GraphProto) -> set[str]:
         inner = [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
         for branch in inner:
             taken |= _take_kernels(branch)
-        if node.domain == OPERATORS and node.op_type in cpu.OPERATORS:
+        if node.domain == DSA_DOMAIN and node.op_type in cpu.OPERATORS:
             node.domain = cpu.DOMAIN
             taken.add(node.op_type)
         elif node.op_type == "Attention" and _attends_to_all_before(node):
@@ -353,7 +350,7 @@ def _own_for_one_token(attention: NodeProto) -> NodeProto:
     theirs = _with_output(attention, f"{output}/theirs")
     inputs = [*attention.input[:3], attention.input[6]]
     scale = _attribute(attention, "scale")
-    own = helper.make_node(OWN_OPERATOR, inputs, [f"{output}/own"], attention.name, domain=cpu.DOMAIN, scale=scale)
+    own = helper.make_node(OWN_ATTENTION, inputs, [f"{output}/own"], attention.name, domain=cpu.DOMAIN, scale=scale)
     then, otherwise = (
         helper.make_graph([node], name, [], [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)])
         for name, node in (("one_token", own), ("many_tokens", theirs))

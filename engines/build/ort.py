@@ -12,12 +12,10 @@ import onnx
 
 from dsa_export.cli import UserError, console, cpu_name
 from dsa_export.files import link_or_copy, manifest_kind, output_folder
-from engines.artifacts import Export, Graph, Limits, runtime_version
+from engines.artifacts import GQA, OWN_ATTENTION, Export, Graph, Limits, runtime_version
 from engines.build.folder import check_engine, dense_slots_facts, report, write_engine_manifest
 from engines.ort_graph import (
     HALVED,
-    OPERATOR,
-    OWN_OPERATOR,
     dense_while_short,
     fits_cpu_kernels,
     group_query,
@@ -65,11 +63,11 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
             continue
         others: dict[str, tuple[str, onnx.ModelProto, Path | None]] = {}
         if for_cpu and (grouped := group_query(graph)) is not None:
-            others[WITH_GQA] = OPERATOR, grouped, None
+            others[WITH_GQA] = GQA, grouped, None
         if library is not None:
             own = onnx.load(graph.path, load_external_data=False)
             if with_cpu_kernels(own):
-                others[WITH_KERNELS] = OWN_OPERATOR, own, library
+                others[WITH_KERNELS] = OWN_ATTENTION, own, library
         for name in {WITH_GQA, WITH_KERNELS} - others.keys():  # an earlier build's, of other options
             if manifest_kind(args.out / "ort" / name) == "engine":
                 shutil.rmtree(args.out / "ort" / name)
