@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import onnx_ir as ir
+import onnx
 
 from dsa_export.cli import UserError, console
 from dsa_export.files import link_or_copy, output_folder, temporary_name, write_manifest
@@ -63,7 +63,9 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
 
 def plugin_nodes(path: Path) -> Counter[str]:
     """Nodes of this project's operators in a graph, by operator."""
-    return Counter(node.op_type for node in ir.load(path).graph if node.domain == DOMAIN)
+    return Counter(
+        node.op_type for node in onnx.load(path, load_external_data=False).graph.node if node.domain == DOMAIN
+    )
 
 
 def run_trtexec(binary: str, command: list[str], job: trtexec.TrtexecJob) -> None:
