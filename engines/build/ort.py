@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ WITH_GQA, WITH_KERNELS = "dense-gqa", "dense-kernels"
 """Folders of the dense engines whose attention is ONNX Runtime's other operator, and ours."""
 
 
+@dataclass(frozen=True)
+class Planned:
+    """An engine to be written. model: None as exported; library: of its custom operators; facts: for its manifest."""
+
+    name: str
+    graph: Graph
+    model: onnx.ModelProto | None = None
+    library: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     from engines.ort import check_types, runs_on_gpu
 
@@ -37,46 +49,35 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
     for option in ("--dense-slots", "--standard-operators", "--kv-cache"):
         if not for_cpu and getattr(args, option[2:].replace("-", "_")):
             raise UserError(f"{option} is for CPUs, and ONNX Runtime would use the GPU here: leave it out")
-    for variant in args.variant:  # all are checked before the first is written
-        check_types(export.graphs[variant])
-    adapted: Adapted | None = None
-    if "sparse" in args.variant and for_cpu:
-        adapted = sparse_for_cpus(export.graphs["sparse"], args)
-    with_kernels = [variant for variant in args.variant if uses_kernels("ort", export.graphs[variant], args)]
+    graphs = [export.graphs[variant] for variant in args.variant]
+    for graph in graphs:  # all are checked before the first is written
+        check_types(graph)
+    with_kernels = [graph for graph in graphs if uses_kernels("ort", graph, args)]
     compiled = compiled_kernels() if with_kernels else None
-    halved = [v for v in with_kernels if any(tensor.name in HALVED for tensor in export.graphs[v].cache)]
-    if args.kv_cache and len(halved) < len(args.variant):
+    halved = [graph for graph in with_kernels if any(tensor.name in HALVED for tensor in graph.cache)]
+    if args.kv_cache and len(halved) < len(graphs):
         raise UserError("--kv-cache fp16 is of keys and values and read by this project's kernels alone, which this "
                         "graph, or processor, or --standard-operators, leaves out: build without it")  # fmt: skip
-    for variant in args.variant:
-        graph = export.graphs[variant]
-        library = compiled if variant in with_kernels else None
-        with output_folder(args.out / "ort" / variant) as folder:
-            if variant == "dense" or adapted is None:
-                link_or_copy(graph.path, folder / "model.onnx")
-                write_ort_engine(folder, graph, export, limits, graph.sha256)
-            else:
-                onnx.save(adapted.model, folder / "model.onnx")
-                write_ort_engine(folder, adapted.graph, export, limits, None, library, **adapted.facts)
-        report(args.out / "ort" / variant)
-        if variant == "sparse":
-            continue
-        others: dict[str, tuple[str, onnx.ModelProto, Path | None]] = {}
-        if for_cpu and (grouped := group_query(graph)) is not None:
-            others[WITH_GQA] = GQA, grouped, None
-        if library is not None:
-            own = onnx.load(graph.path, load_external_data=False)
-            if with_cpu_kernels(own):
-                others[WITH_KERNELS] = OWN_ATTENTION, own, library
-        for name in {WITH_GQA, WITH_KERNELS} - others.keys():  # an earlier build's, of other options
-            if manifest_kind(args.out / "ort" / name) == "engine":
-                shutil.rmtree(args.out / "ort" / name)
-        for name, (operator, model, its_library) in others.items():
-            with output_folder(args.out / "ort" / name) as folder:
-                its_graph = keep_caches(model, graph, args) if its_library else graph
-                onnx.save(model, folder / "model.onnx")
-                write_ort_engine(folder, its_graph, export, limits, None, its_library, attention_operator=operator)
-            report(args.out / "ort" / name)
+    planned: list[Planned] = []
+    for graph in graphs:
+        library = compiled if graph in with_kernels else None
+        if not for_cpu:
+            planned.append(Planned(graph.variant, graph))
+        elif graph.variant == "sparse":
+            planned.append(sparse_for_cpus(graph, library, args))
+        else:
+            planned += dense_for_cpus(graph, library, args)
+    for engine in planned:
+        write_ort_engine(engine, export, limits, args.out / "ort" / engine.name)
+    if "dense" in args.variant:
+        remove_stale(args.out / "ort", {WITH_GQA, WITH_KERNELS} - {engine.name for engine in planned})
+
+
+def remove_stale(folder: Path, names: Iterable[str]) -> None:
+    """Removes what an earlier build, of other options, has left of engines."""
+    for name in names:
+        if manifest_kind(folder / name) == "engine":
+            shutil.rmtree(folder / name)
 
 
 def keep_caches(model: onnx.ModelProto, graph: Graph, args: argparse.Namespace) -> Graph:
@@ -102,28 +103,32 @@ def uses_kernels(backend: str, graph: Graph, args: argparse.Namespace) -> bool:
     return wanted and cpu.fast_here() and fits_cpu_kernels(graph) and not runs_on_gpu()
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """A graph as CPUs run it fastest: the model, what the manifest is to say of it, and facts beside."""
+def dense_for_cpus(graph: Graph, library: Path | None, args: argparse.Namespace) -> list[Planned]:
+    """The dense graph as exported, and with the other operators that attend, where they fit."""
+    planned = [Planned("dense", graph)]
+    if (grouped := group_query(graph)) is not None:
+        planned.append(Planned(WITH_GQA, graph, grouped, facts={"attention_operator": GQA}))
+    if library is not None:
+        own = onnx.load(graph.path, load_external_data=False)
+        if with_cpu_kernels(own):
+            kept = keep_caches(own, graph, args)
+            planned.append(Planned(WITH_KERNELS, kept, own, library, {"attention_operator": OWN_ATTENTION}))
+    return planned
 
-    model: onnx.ModelProto
-    graph: Graph
-    facts: dict[str, Any]
 
-
-def sparse_for_cpus(graph: Graph, args: argparse.Namespace) -> Adapted | None:
-    """The sparse graph as CPUs run it fastest; None: as exported."""
-    attends_densely = graph.can_attend_densely
-    if attends_densely:
+def sparse_for_cpus(graph: Graph, library: Path | None, args: argparse.Namespace) -> Planned:
+    """The sparse graph as CPUs run it fastest."""
+    if graph.can_attend_densely:
         model = dense_while_short(graph, args.dense_slots or min(graph.topk))
     else:
         model = onnx.load(graph.path, load_external_data=False)
-    takes_kernels = uses_kernels("ort", graph, args) and with_cpu_kernels(model)
-    if not (attends_densely or takes_kernels):
-        return None
-    graph = keep_caches(model, graph, args)
+    takes_kernels = library is not None and with_cpu_kernels(model)
+    if not (graph.can_attend_densely or takes_kernels):
+        return Planned("sparse", graph)
+    kept = keep_caches(model, graph, args)
     facts: dict[str, Any] = {"standard_operators": True} if args.standard_operators else {}
-    return Adapted(model, graph, facts | (dense_slots_facts(graph, args.dense_slots) if attends_densely else {}))
+    facts |= dense_slots_facts(kept, args.dense_slots) if graph.can_attend_densely else {}
+    return Planned("sparse", kept, model, library, facts)
 
 
 def compiled_kernels() -> Path:
@@ -135,23 +140,20 @@ def compiled_kernels() -> Path:
         raise UserError(f"the kernels were not compiled: {error}; --standard-operators does without") from None
 
 
-def write_ort_engine(
-    folder: Path,
-    graph: Graph,
-    export: Export,
-    limits: Limits,
-    graph_sha256: str | None,
-    library: Path | None = None,
-    **facts: Any,
-) -> None:
-    """Completes a folder that holds model.onnx, and runs it once. graph_sha256: None is computed.
-
-    library: of the custom operators in model.onnx.
-    """
-    link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
-    files = {"model.onnx": graph_sha256, graph.weights: graph.weights_sha256}
-    if library is not None:
-        shutil.copyfile(library, folder / cpu.LIBRARY)
-        files[cpu.LIBRARY] = None
-    write_engine_manifest(folder, "ort", graph, export, limits, files, cpu=cpu_name(), **facts)
-    check_engine(folder)
+def write_ort_engine(engine: Planned, export: Export, limits: Limits, out: Path) -> None:
+    """Writes an engine's folder, and runs it once."""
+    graph = engine.graph
+    files: dict[str, str | None] = {"model.onnx": None, graph.weights: graph.weights_sha256}
+    with output_folder(out) as folder:
+        if engine.model is None:
+            link_or_copy(graph.path, folder / "model.onnx")
+            files["model.onnx"] = graph.sha256
+        else:
+            onnx.save(engine.model, folder / "model.onnx")
+        link_or_copy(graph.path.parent / graph.weights, folder / graph.weights)
+        if engine.library is not None:
+            shutil.copyfile(engine.library, folder / cpu.LIBRARY)
+            files[cpu.LIBRARY] = None
+        write_engine_manifest(folder, "ort", graph, export, limits, files, cpu=cpu_name(), **engine.facts)
+        check_engine(folder)
+    report(out)
