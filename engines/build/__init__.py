@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from dsa_export.cli import Terminated, UserError, console, run
 from dsa_export.files import check_output
-from engines import memory, triton
+from engines import memory, triton_server
 from engines.artifacts import open_export, read_engine
 from engines.build.options import limits_of, parse_arguments
 from engines.build.ort import as_cached, build_ort, uses_kernels
@@ -35,7 +35,7 @@ BUILDERS = {"ort": build_ort, "tensorrt-rtx": build_tensorrt_rtx, "tensorrt": bu
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.triton_repository:
-        triton.check_options(args.backend, args.plans)
+        triton_server.check_options(args.backend, args.plans)
     if args.print_trtexec:
         print_trtexec(args)
         return
@@ -52,8 +52,8 @@ def build(backend: str, args: argparse.Namespace) -> None:
     for variant in args.variant:
         check_output(args.out / backend / variant, "engine")
         if args.triton_repository:
-            check_output(triton.model_folder(args.triton_repository, variant, backend), triton.KIND)
-            triton.check_types(export.graphs[variant])
+            check_output(triton_server.model_folder(args.triton_repository, variant, backend), triton_server.KIND)
+            triton_server.check_types(export.graphs[variant])
         graph = replace(export.graphs[variant], for_kernels=uses_kernels(backend, export.graphs[variant], args))
         if variant == "sparse" and graph.for_kernels:
             graph = as_cached(graph, args)
@@ -64,7 +64,7 @@ def build(backend: str, args: argparse.Namespace) -> None:
     if args.triton_repository:
         for variant in args.variant:
             engine = read_engine(args.out / backend / variant)
-            console.print(f"wrote {triton.write_model(engine, args.triton_repository)}")
+            console.print(f"wrote {triton_server.write_model(engine, args.triton_repository)}")
 
 
 def build_each_in_its_own_process(args: argparse.Namespace) -> None:

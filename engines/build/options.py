@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsa_export.cli import UserError, path, positive
-from engines import triton
+from engines import triton_server
 from engines.artifacts import BACKENDS, VARIANTS, Export, Limits
 from plugins.load import LIBRARY
 
@@ -18,7 +18,7 @@ OPTIONS_OF = {
     "dense_slots": ["--backend ort", "--backend torch"],
     "standard_operators": ["--backend ort"],
     "kv_cache": ["--backend ort"],
-    "triton_repository": [f"--backend {name}" for name in triton.PLATFORMS],
+    "triton_repository": [f"--backend {name}" for name in triton_server.PLATFORMS],
     "compile": ["--backend torch"],
     "compute_capability": ["--backend tensorrt-rtx"],
     "plans": ["--backend tensorrt-rtx", "--backend tensorrt", "--print-trtexec"],

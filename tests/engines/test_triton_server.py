@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from engines import build, memory, triton
+from engines import build, memory, triton_server
 from engines.artifacts import Limits, open_export
 from engines.ort import NUMPY_DTYPES
 from plugins import cpu
@@ -78,4 +78,4 @@ def test_memory_estimate(export: Path):
 
 
 def test_every_cache_of_onnx_runtime_has_a_type_there():
-    assert NUMPY_DTYPES.keys() <= triton.TYPES.keys()
+    assert NUMPY_DTYPES.keys() <= triton_server.TYPES.keys()
