@@ -34,6 +34,14 @@ console = _Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
+FULL_DISK = (
+    "No space left", "PytorchStreamWriter failed writing", "StorageFull", "unexpected pos ", "file write failed",
+)  # fmt: skip
+"""What the system, torch and safetensors say when a disk is full."""
+OUT_OF_MEMORY = ("allocate memory", "tried to allocate", "out of memory", "ALLOC_FAILED", "bad_alloc")
+"""What torch, CUDA and C++ say when memory runs out, of the processor or of a GPU."""
+
+
 class UserError(Exception):
     """Something that the user can mend. The message is one line: what is wrong, and what to do."""
 
@@ -88,16 +96,25 @@ def is_disk_full(error: Exception) -> bool:
     """Whether an error tells of a full disk: the system's own, or what numpy, safetensors and torch make of it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    text = str(error)
-    short_write = isinstance(error, OSError) and error.errno is None and text.endswith("written")  # ndarray.tofile
-    return short_write or "No space left on device" in text or "PytorchStreamWriter failed writing" in text
+    short_write = isinstance(error, OSError) and error.errno is None and str(error).endswith("written")
+    return short_write or says(error, FULL_DISK)  # the first is of ndarray.tofile
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error tells that memory ran out, Python's, numpy's or torch's, of the processor or of a GPU."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says(error, OUT_OF_MEMORY))
+
+
+def says(error: BaseException, signs: Iterable[str]) -> bool:
+    """Whether one of the signs stands in an error's message."""
     text = str(error)
-    signs = ("allocate memory", "tried to allocate", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
+    return any(sign in text for sign in signs)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, and what it announces there with a colon; without a message, its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def fail(message: str) -> NoReturn:

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from dsa_export.cli import UserError, usable_cpus
+from dsa_export.cli import OUT_OF_MEMORY, UserError, says, usable_cpus
 from dsa_export.files import MANIFEST
 from engines.artifacts import GQA, Engine, Variant, rebuild_command
 from engines.huge_pages import huge_pages
@@ -131,7 +131,7 @@ class OrtRunner:
 def run_failure(engine: Engine, error: Exception) -> UserError:
     """What to tell of an error inside a call."""
     text = str(error)
-    if "Failed to allocate memory" in text or "bad_alloc" in text:
+    if isinstance(error, MemoryError) or says(error, OUT_OF_MEMORY):
         size = re.search(r"requested buffer of size (\d+)", text)
         wanted = f" of {int(size[1]) / 2**20:,.0f} MiB" if size else ""
         return OutOfMemory(
@@ -185,5 +185,6 @@ def load(
             options.register_custom_ops_library(str(library.resolve()))
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:
-        reason = "memory is full" if "bad_alloc" in str(error) or isinstance(error, MemoryError) else error
+        full = isinstance(error, MemoryError) or says(error, OUT_OF_MEMORY)
+        reason = "memory is full" if full else error
         raise UserError(f"ONNX Runtime cannot load {path}: {reason}") from None

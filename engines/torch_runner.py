@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsa_export.cli import UserError, is_out_of_memory
+from dsa_export.cli import UserError, first_line, is_out_of_memory
 from dsa_export.files import checkpoint_hash, link_or_copy, weight_files
 from dsa_export.model import load_model
 from dsa_export.model.checkpoint import DTYPES
@@ -76,10 +76,10 @@ class TorchRunner(DeviceRunner):
                     logits = self._call(caches, [tensor.to(self.device) for tensor in inputs])
             return logits[:, 0].cpu().numpy()
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"the GPU's memory is full: {str(error).splitlines()[0]}") from None
+            raise OutOfMemory(f"the GPU's memory is full: {first_line(error)}") from None
         except torch._dynamo.exc.TorchDynamoException as error:  # whatever torch.compile cannot do, at the first calls
             raise UserError(
-                f"torch.compile failed for {self.engine.folder}: {str(error).splitlines()[0]}; it needs a C++ compiler "
+                f"torch.compile failed for {self.engine.folder}: {first_line(error)}; it needs a C++ compiler "
                 "(g++ on the PATH, or CXX; on a GPU gcc, or CC): mend that, or build the engine without --compile"
             ) from None
         except RuntimeError as error:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dsa_export import interrupt
-from dsa_export.cli import UserError, path, run
+from dsa_export.cli import UserError, first_line, path, run
 from dsa_export.files import check_output, output_folder, read_manifest, write_atomically, write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,9 @@ def failing(error):
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "error: disk full while writing /data/x"),
         (OSError("10 requested and 3 written"), "error: disk full"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "error: disk full"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "error: disk full"),
         (MemoryError(), "error: out of memory: fewer tokens"),
+        (RuntimeError("std::bad_alloc"), "error: out of memory: fewer tokens"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "error: out of memory"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
@@ -52,6 +54,18 @@ def test_errors_of_the_user_end_in_one_line(error, message, capsys):
     assert end.value.code == 1
     text = capsys.readouterr().err
     assert text.startswith(message) and len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no\nmore"), "no"),
+        (ValueError("\n validation failed:\n   too small\nmore"), "validation failed: too small"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_an_error_of_others_in_one_line(error, line):
+    assert first_line(error) == line
 
 
 def test_a_path_may_begin_at_home(monkeypatch):

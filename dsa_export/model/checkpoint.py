@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging, resolve_revision
 
-from dsa_export.cli import UserError
+from dsa_export.cli import UserError, first_line
 from dsa_export.config import DSAConfig
 from dsa_export.files import MANIFEST, checkpoint_hash, manifest_kind
 from dsa_export.memory import available_memory
@@ -57,7 +57,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
             raise UserError(f"no such folder: {name}") from None
         missing = f"no folder and no reachable hub model is named {name!r}"
         what = f"no readable model in {name}" if folder.exists() else missing
-        raise UserError(f"{what} ({_first_line(error)})") from None
+        raise UserError(f"{what} ({first_line(error)})") from None
     if not isinstance(config, DSAConfig):
         try:
             families.check(config)
@@ -111,7 +111,7 @@ def adapted_config(base: PreTrainedConfig, attention: str | None = None, **optio
     try:
         config = DSAConfig(**{**inherited, "attention": attention, **given})
     except ValueError as error:
-        raise UserError(_first_line(error)) from None
+        raise UserError(first_line(error)) from None
     if has_indexer(base) and has_indexer(config) and config.index_share % base.index_share:
         raise UserError(
             f"index_share = {config.index_share}: the checkpoint has one for {base.index_share} layers and can "
@@ -148,7 +148,7 @@ def load_model(
             if not os.access(file, os.R_OK):
                 raise UserError(f"{file} may not be read by this user: chmod a+r it, or copy the folder") from None
         raise UserError(
-            f"cannot load the weights of {name}: {_first_line(error)}; the file may be truncated or "
+            f"cannot load the weights of {name}: {first_line(error)}; the file may be truncated or "
             "of another configuration: fetch or train it again"
         ) from None
     given = ", ".join(f"{option}={value}" for option, value in options.items() if value is not None)
@@ -226,7 +226,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"no tokenizer in {name} ({_first_line(error)})") from None
+        raise UserError(f"no tokenizer in {name} ({first_line(error)})") from None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -251,9 +251,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says in its first line, and what it announces there with a colon."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -84,9 +84,16 @@ def test_growing_gives_the_old_caches_back_tensor_by_tensor(engines: Path):
     assert in_child(peak_of_growing, sparse, False, method="spawn") > 0.9 * whole
 
 
-def test_no_memory_while_loading(engines: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        state.RuntimeException("[ONNXRuntimeError] : 6 : Exception during initialization: std::bad_alloc"),
+        state.Fail("[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer of size 8"),
+    ],
+)
+def test_no_memory_while_loading(error: Exception, engines: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object, **__: object) -> None:
-        raise state.RuntimeException("[ONNXRuntimeError] : 6 : Exception during initialization: std::bad_alloc")
+        raise error
 
     monkeypatch.setattr(ort.onnxruntime, "InferenceSession", refuse)
     with pytest.raises(UserError, match=r"cannot load .*model.onnx: memory is full"):
