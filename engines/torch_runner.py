@@ -20,7 +20,7 @@ from dsa_export.model import load_model
 from dsa_export.model.checkpoint import DTYPES
 from dsa_export.onnx.export import StepGraph
 from dsa_export.topk import compact_topk
-from engines.artifacts import Engine, Export
+from engines.artifacts import Engine, Export, content_hash
 from engines.device import DeviceCaches, DeviceRunner
 from engines.memory import OutOfMemory
 from engines.session import check_room
@@ -140,7 +140,7 @@ def link_checkpoint(export: Export, folder: Path) -> list[str]:
         )
     if not source.is_dir():
         raise UserError(f"backend torch needs the checkpoint of {export.folder}, and {source} is no folder here")
-    if checkpoint_hash(source) != export.manifest["source"]["sha256"]:
+    if checkpoint_hash(source, content_hash) != export.manifest["source"]["sha256"]:
         raise UserError(f"{source} has changed since it was exported: run `python -m dsa_export.onnx` again")
     files = [path for pattern in CHECKPOINT_FILES for path in sorted(source.glob(pattern))] + weight_files(source)
     for path in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -82,6 +83,19 @@ def test_pickled_weights_are_linked_too(real_export: Path, checkpoint: Path, tmp
     arguments = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "sparse"]
     build.build("torch", build.parse_arguments(arguments))
     assert open_runner(tmp_path / "engines" / "torch" / "sparse")
+
+
+def test_a_build_reads_a_checkpoint_once(real_export: Path, checkpoint: Path, tmp_path: Path, monkeypatch):
+    """To see that it is the one that was exported, and for the manifests of both engines."""
+    folder = copy_tree(checkpoint, tmp_path / "copy")
+    export = copy_tree(real_export, tmp_path / "onnx")
+    manifest = json.loads((export / MANIFEST).read_text())
+    (export / MANIFEST).write_text(json.dumps(manifest | {"source": manifest["source"] | {"path": str(folder)}}))
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda f, kind: (hashed.append(Path(f.name).name), digest(f, kind))[1])
+    build.build("torch", build.parse_arguments(["--onnx", str(export), "--out", str(tmp_path / "engines")]))
+    assert hashed.count("model.safetensors") == hashed.count("config.json") == 1
 
 
 def test_torch_computes_what_onnx_runtime_does(pair: tuple[Runner, Runner]):
