@@ -18,7 +18,7 @@ from dsa_export.cli import UserError, first_line, is_out_of_memory
 from dsa_export.files import checkpoint_hash, link_or_copy, weight_files
 from dsa_export.model import load_model
 from dsa_export.model.checkpoint import DTYPES
-from dsa_export.onnx.export import StepGraph
+from dsa_export.model.step import StepGraph
 from dsa_export.topk import compact_topk
 from engines.artifacts import Engine, Export, content_hash
 from engines.device import DeviceCaches, DeviceRunner
@@ -91,9 +91,7 @@ class TorchRunner(DeviceRunner):
 
     def _call(self, caches: DeviceCaches, inputs: list[Tensor]) -> Tensor:
         if self.engine.dense_while_short:
-            for layer, k in zip(self.step.model.model.layers, self.engine.topk, strict=True):
-                selects = caches.capacity > max(k, self.engine.dense_slots)
-                setattr(layer.self_attn, "sparse", selects)  # noqa: B010 (torch types modules' attributes as modules)
+            self.step.model.select_where(caches.capacity > max(k, self.engine.dense_slots) for k in self.engine.topk)
         decodes = inputs[0].shape[1] == 1
         if decodes and self.compiles:  # one compilation for all batches and capacities, and one for a single row
             for tensor in inputs:

@@ -7,6 +7,7 @@ has its own past length; batches padded on the left (transformers' generate) are
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -220,7 +221,11 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
 
     @sparse.setter
     def sparse(self, value: bool) -> None:
-        for layer in self._selecting():
+        self.select_where([value] * len(self.model.layers))
+
+    def select_where(self, selects: Iterable[bool]) -> None:
+        """Sets `sparse` layer by layer."""
+        for layer, value in zip(self._selecting(), selects, strict=True):
             layer.sparse = value
 
     def set_topk(self, topk: TopK) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
 
 from dsa_export.files import link_or_copy
-from dsa_export.model.cache import CacheEntry, LayerCache
+from dsa_export.model.cache import CacheEntry
 from dsa_export.model.decoder import DSAForCausalLM
+from dsa_export.model.step import StepGraph
 from dsa_export.onnx import passes
 from dsa_export.selection import INDEX_CACHES
 from plugins.registry import ONNX_OPSET
@@ -32,25 +32,6 @@ WEIGHTS_FILE = "model.onnx.data"
 
 # Example sizes: different from each other and from 1, so that torch.export keeps them dynamic.
 EXAMPLE_B, EXAMPLE_S, EXAMPLE_C = 2, 3, 64
-
-
-class StepGraph(nn.Module):
-    """The function that is exported. `past` holds all layers' cache tensors in the order of their layouts."""
-
-    def __init__(self, model: DSAForCausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, past_lengths: Tensor, input_lengths: Tensor, past: list[Tensor]):
-        tensors = iter(past)
-        caches = [
-            LayerCache({entry.name: next(tensors) for entry in layout}, past_lengths)
-            for layout in self.model.model.cache_layouts
-        ]
-        hidden, _ = self.model.model.run(input_ids, past_lengths, input_lengths, caches)
-        last = (input_lengths - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-        logits = self.model.lm_head(hidden.gather(1, last)).float()
-        return logits, *(cache.tensors[name] for cache in caches for name in cache.tensors)
 
 
 def cache_names(model: DSAForCausalLM) -> list[tuple[str, CacheEntry]]:

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM
-from dsa_export.onnx.export import StepGraph, cache_names
+from dsa_export.model.step import StepGraph
+from dsa_export.onnx.export import cache_names
 from plugins.block_topk import block_topk
 from tests.conftest import VOCABULARY
 
