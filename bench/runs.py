@@ -184,7 +184,6 @@ def fill(
     seconds = dict(before.seconds) if before else dict.fromkeys(sessions, 0.0)
     task = progress.add_task(f"caches of {case.context:,} tokens", total=(case.context - start) * len(sessions))
     for name, session in sessions.items():
-        session.prefill_chunk = None
         session.reserve(case.capacity, exact=True)
         began = time.perf_counter()
         if settings.caches == "random":
@@ -213,11 +212,10 @@ def call_of(session: Session, case: Case, text: np.ndarray) -> Callable[[], Any]
 
     def call() -> None:
         session.truncate(start)
-        session.prefill_chunk = case.queries
         if case.phase == "decode":
             session.decode(text[:, start])
         else:
-            session.prefill(list(text[:, start : case.context]))
+            session.prefill(list(text[:, start : case.context]), chunk=case.queries)
 
     return call
 

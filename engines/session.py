@@ -122,10 +122,13 @@ class Session:
     def capacity(self) -> int:
         return self.caches.capacity
 
-    def prefill(self, tokens: Sequence[Tokens], on_chunk: Callable[[int], None] | None = None) -> np.ndarray:
+    def prefill(
+        self, tokens: Sequence[Tokens], on_chunk: Callable[[int], None] | None = None, *, chunk: int | None = None
+    ) -> np.ndarray:
         """Appends tokens[b] (at least one) to row b. Returns logits [B, V] float32 after each row's last token.
 
-        on_chunk is called with the number of tokens of the longest row that each call took.
+        on_chunk is called with the number of tokens of the longest row that each call took. chunk: tokens per call
+        (default: chunk_tokens()).
         Raises UserError, before anything is computed, if a row would outgrow the engine or a token is not in V.
         """
         rows = [np.asarray(row, np.int64) for row in tokens]
@@ -134,10 +137,11 @@ class Session:
         logits = np.empty((self.batch, self.engine.model.vocab_size), np.float32)
         done = np.zeros(self.batch, np.int64)
         sizes = np.array([len(row) for row in rows])
+        chunk = chunk or self.chunk_tokens()
         while (done < sizes).any():
             # Padding is written behind a row's end: the call must not reach over the last slot of any row.
             room = int(self.capacity - self.lengths.max())
-            S = min(int((sizes - done).max()), self.chunk_tokens(), max(room, 1))
+            S = min(int((sizes - done).max()), chunk, max(room, 1))
             input_ids = np.zeros((self.batch, S), np.int64)
             taken = np.minimum(sizes - done, S)
             for b, row in enumerate(rows):

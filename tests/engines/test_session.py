@@ -60,6 +60,13 @@ def test_a_later_token_does_not_change_an_earlier_result(runner: Runner):
     np.testing.assert_array_equal(session.decode([prompt[49]]), before)
 
 
+def test_one_prefill_may_have_chunks_of_its_own(runner: Runner):
+    session, taken = Session(runner, prefill_chunk=64), []
+    session.prefill([tokens(40)], taken.append, chunk=16)
+    session.prefill([tokens(40)], taken.append)
+    assert taken == [16, 16, 8, 40]
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), chunk=st.sampled_from([3, 16, 128]))
 def test_rows_of_a_batch_equal_each_alone(runner: Runner, lengths: list[int], chunk: int):
