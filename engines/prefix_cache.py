@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsa_export.cli import UserError
-from engines.artifacts import Engine
-from engines.session import FIXED_CAPACITY, Caches, Runner, common_prefix
+from engines.session import Caches, Runner, common_prefix, slots_of
 
 SHORTEST = 16
 """Tokens from which on reuse is worth a copy; shorter beginnings are those of a chat template."""
@@ -72,8 +71,3 @@ class PrefixCache:
         had = bool(self._kept)
         self._kept.clear()
         return had
-
-
-def slots_of(engine: Engine, tokens: int) -> int:
-    """The slots that caches of `tokens` tokens have: some backends know but one capacity."""
-    return engine.limits.max_context if engine.backend in FIXED_CAPACITY else tokens

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dsa_export.cli import UserError, console, not_negative, positive, run
 from engines.generate import add_engine_arguments
 from engines.memory import MIB
-from engines.prefix_cache import SHORTEST, slots_of
-from engines.session import open_runner
+from engines.prefix_cache import SHORTEST
+from engines.session import open_runner, slots_of
 from engines.text import Text
 
 MAX_BODY_BYTES = 8 * 2**20

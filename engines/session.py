@@ -237,8 +237,7 @@ class Session:
 
     def _capacity(self, tokens: int) -> int:
         """The capacity for exactly `tokens` tokens."""
-        fixed = self.engine.backend in FIXED_CAPACITY
-        return self.engine.limits.max_context if fixed else max(tokens, self.engine.max_topk)
+        return slots_of(self.engine, max(tokens, self.engine.max_topk))
 
     def _check_rows(self, rows: list[np.ndarray]) -> None:
         if len(rows) != self.batch or any(row.ndim != 1 or not len(row) for row in rows):
@@ -263,12 +262,15 @@ def common_prefix(known: Tokens, prompt: Tokens) -> int:
     return int(differ[0]) if len(differ) else size
 
 
+def slots_of(engine: Engine, tokens: int) -> int:
+    """The slots that caches of `tokens` tokens have: some backends know but one capacity."""
+    return engine.limits.max_context if engine.backend in FIXED_CAPACITY else tokens
+
+
 def bucket(engine: Engine, tokens: int, smallest: int = MIN_CAPACITY) -> int:
     """The capacity of caches that are to hold `tokens`: a power of two, at most what the engine was built for."""
-    if engine.backend in FIXED_CAPACITY:
-        return engine.limits.max_context
     needed = max(tokens, engine.max_topk, smallest)
-    return min(1 << (needed - 1).bit_length(), max(engine.limits.max_context, engine.max_topk))
+    return slots_of(engine, min(1 << (needed - 1).bit_length(), max(engine.limits.max_context, engine.max_topk)))
 
 
 def buckets(engine: Engine, smallest: int = MIN_CAPACITY) -> list[int]:
