@@ -181,13 +181,11 @@ def host_bytes() -> int:
     return available_memory() - MARGIN_BYTES
 
 
-def plan(group: Group, wish: Wish, available: int | None = None) -> tuple[list[Case], list[Skip]]:
+def plan(group: Group, wish: Wish, available: int) -> tuple[list[Case], list[Skip]]:
     """The cases of a group in the order of measurement, and those that cannot run, with the reason.
 
-    available: bytes of memory that may be used (default: host_bytes()).
+    available: bytes of memory that may be used.
     """
-    if available is None:
-        available = host_bytes()
     cases, skips = [], []
     engines = list(group.sides.values())
     rows = min(engine.limits.max_batch for engine in engines)

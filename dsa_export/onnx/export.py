@@ -77,7 +77,7 @@ def export_graph(model: DSAForCausalLM) -> ir.Model:
     for name, entry in entries:
         graph_shapes[f"past_key_values.{name}"] = entry.shape("batch", "capacity")
         graph_shapes[f"present.{name}"] = entry.shape("batch", "capacity")
-    return passes.finish(program.model, graph_shapes, weight_prefix="model.")
+    return passes.finish(program.model, graph_shapes)
 
 
 def dense_from_sparse(sparse: ir.Model) -> ir.Model:

@@ -14,13 +14,16 @@ from plugins.registry import DOMAIN, function_protos
 EXTERNAL_BYTES = 1024
 """Initializers of at least this size live in the weight file."""
 
+STEP_PREFIX = "model."
+"""What the exported step (`dsa_export.model.step`) puts before the names of the model's own parameters."""
+
 EIGHT_BIT_KEYS = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.UINT8: "int8"}
 """Cached types of index keys that are not the model's own, and what DSAConfig.index_keys calls them."""
 
 
-def finish(model: ir.Model, shapes: dict[str, tuple[Any, ...]], weight_prefix: str) -> ir.Model:
+def finish(model: ir.Model, shapes: dict[str, tuple[Any, ...]]) -> ir.Model:
     """All passes in their order. `shapes`: the final shape of every graph input and output."""
-    strip_weight_prefix(model, weight_prefix)
+    strip_weight_prefix(model)
     simplify(model)
     pretranspose_weights(model)
     name_dimensions(model, shapes)
@@ -29,12 +32,12 @@ def finish(model: ir.Model, shapes: dict[str, tuple[Any, ...]], weight_prefix: s
     return model
 
 
-def strip_weight_prefix(model: ir.Model, prefix: str) -> None:
+def strip_weight_prefix(model: ir.Model) -> None:
     """Ensures that initializers carry the checkpoint's parameter names."""
     for value in list(model.graph.initializers.values()):
         assert value.name is not None
-        if value.name.startswith(prefix):
-            value.name = value.name.removeprefix(prefix)
+        if value.name.startswith(STEP_PREFIX):
+            value.name = value.name.removeprefix(STEP_PREFIX)
 
 
 def simplify(model: ir.Model) -> None:

@@ -16,6 +16,8 @@ from plugins import cpu
 from tests.engines import toy
 from tests.engines.commands import copy_tree
 
+PLENTY = 2**40
+
 
 @pytest.fixture(scope="module")
 def group(engines: Path) -> Group:
@@ -98,7 +100,7 @@ def test_an_engine_of_another_version_is_skipped_with_the_reason(engines: Path, 
 
 
 def test_cases_share_capacity_and_chunk(group: Group):
-    planned, skips = matrix.plan(group, wish(contexts=[64, 8, 64], batches=[2, 1]))
+    planned, skips = matrix.plan(group, wish(contexts=[64, 8, 64], batches=[2, 1]), PLENTY)
     assert [(case.phase, case.batch, case.context) for case in planned] == [
         (phase, batch, context) for batch in (1, 2) for context in (8, 64) for phase in ("decode", "prefill")
     ]
@@ -106,12 +108,12 @@ def test_cases_share_capacity_and_chunk(group: Group):
     assert {case.capacity for case in planned if case.context == 8} == {16}  # k
     assert [case.queries for case in planned if case.phase == "prefill"] == [8, 64] * 2
     assert all(case.queries == 1 for case in planned if case.phase == "decode")
-    assert {case.phase for case in matrix.plan(group, wish(phases=("decode",)))[0]} == {"decode"}
+    assert {case.phase for case in matrix.plan(group, wish(phases=("decode",)), PLENTY)[0]} == {"decode"}
 
 
 @pytest.mark.parametrize("side", ["dense", "sparse"])
 def test_a_prefill_call_is_one_that_every_engine_takes(group: Group, side: str):
-    (case,), _ = matrix.plan(narrowed(group, side, prefill_chunk=16), wish(phases=("prefill",)))
+    (case,), _ = matrix.plan(narrowed(group, side, prefill_chunk=16), wish(phases=("prefill",)), PLENTY)
     assert case.queries == 16
 
 
@@ -133,7 +135,7 @@ def test_default_contexts_are_affordable(group: Group):
     ],
 )
 def test_what_cannot_run_is_skipped_with_a_reason(group: Group, changes: dict, reason: str):
-    cases, skips = matrix.plan(group, wish(**changes))
+    cases, skips = matrix.plan(group, wish(**changes), PLENTY)
     assert reason in skips[0]["reason"]
     assert [case.phase for case in cases] == (["decode"] if "prefill_up_to" in changes else [])
 
@@ -144,7 +146,7 @@ def test_what_cannot_run_is_skipped_with_a_reason(group: Group, changes: dict, r
     [({"max_context": 63}, "beyond the engines' capacity of 63 tokens"), ({"max_batch": 1}, "built for 1 rows")],
 )
 def test_no_case_exceeds_what_one_engine_takes(group: Group, side: str, limit: dict, reason: str):
-    cases, skips = matrix.plan(narrowed(group, side, **limit), wish(batches=[2], phases=("decode",)))
+    cases, skips = matrix.plan(narrowed(group, side, **limit), wish(batches=[2], phases=("decode",)), PLENTY)
     assert not cases and reason in skips[0]["reason"]
 
 
