@@ -25,9 +25,14 @@ MIN_RUNS = 3
 
 
 def main() -> None:
-    import onnxruntime
-    import onnxruntime_genai as og
-
+    if "--help" in sys.argv:
+        print("run by `python bench/compare.py --genai DIR`, which says on standard input what to time")
+        return
+    try:
+        import onnxruntime
+        import onnxruntime_genai as og
+    except ModuleNotFoundError as error:
+        sys.exit(f"{sys.executable} lacks onnxruntime-genai ({error}): pip install onnxruntime-genai")
     task = json.load(sys.stdin)
     memory = PeakMemory()
     config = og.Config(task["model"])

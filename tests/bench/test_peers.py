@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bench import measure, peers, runs
 from dsa_export.cli import UserError
 from dsa_export.model import dense_twin, load_model
 
+WORKER = Path(peers.__file__).with_name("genai_worker.py")
 TOKENS = np.random.default_rng(0).integers(3, 500, 61)
 
 FAKE_GENAI = """
@@ -144,3 +146,15 @@ def test_a_failing_genai_says_why(genai: tuple[Path, Path], tmp_path: Path):
         peers.measure_genai(model, str(python), task(tmp_path))
     with pytest.raises(UserError, match="nowhere is no program"):
         peers.genai_python(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "line"),
+    [(["--help"], 0, "run by `python bench/compare.py --genai DIR`"), ([], 1, "lacks onnxruntime-genai")],
+)
+def test_the_worker_alone_says_what_it_needs(options: list[str], code: int, line: str):
+    """-S: without the packages of this environment."""
+    command = [sys.executable, "-S", str(WORKER), *options]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    said = done.stdout + done.stderr
+    assert done.returncode == code and line in said and said.count("\n") == 1
