@@ -351,7 +351,7 @@ def measure_group(
     peaks: dict[str, dict[Case, float | None]] = {}
     try:
         for name, engine in group.sides.items():
-            peaks[name] = runs.peak_memory(engine, remembered, rows, settings)
+            peaks[name] = runs.peak_memory(engine, remembered, rows, args.threads)
         if context and group.backend == "ort":
             for engine in group.sides.values():
                 records.append({**profiling.profile(engine, context, args.threads), "k": group.k})

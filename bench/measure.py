@@ -10,13 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial, wraps
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from dsa_export.cli import UserError, cpu_name, user_message
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 WARM_UP = 2
 TASKS = Path("/proc/self/task")
@@ -136,6 +140,16 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
     if kind == "error":
         raise UserError(value)
     return value
+
+
+def alone(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that is always called in a process of its own, as by in_child()."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return in_child(partial(function, *args, **kwargs))
+
+    return call
 
 
 def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...], is_forked: bool) -> None:

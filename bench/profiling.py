@@ -29,12 +29,9 @@ CHOOSING_OPERATORS = ("TopK", "IndexTopK")
 CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
+@measure.alone
 def profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
     """Milliseconds of the parts of one decoding step at `context` tokens (random caches), in a process of its own."""
-    return measure.in_child(_profile, engine, context, threads)
-
-
-def _profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         runner: Any = open_runner(engine.folder, threads=threads, verify=False, profile=Path(scratch) / "profile")
         session = Session(runner, 1, capacity=context)

@@ -35,24 +35,16 @@ class Settings:
     scored: int
 
 
+@measure.alone
 def gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.Gate]:
     """parity.gates() of the group's engines."""
-    return measure.in_child(_gates, group, prompt, threads)
+    *dense, (_, sparse) = open_runners(group.sides, threads).items()
+    return parity.gates(dict(dense), sparse, prompt)
 
 
-def peak_memory(
-    engine: Engine, cases: Sequence[Case], rows: np.ndarray, settings: Settings
-) -> dict[Case, float | None]:
-    """PEAK_MIB of every case. rows: text, [B, > context]."""
-    return measure.in_child(_peak_memory, engine, cases, rows, settings.threads)
-
-
+@measure.alone
 def free_bytes(backend: str) -> int:
     """Bytes that engines of the backend may use: of the GPU's memory where they run on one, else of this machine's."""
-    return measure.in_child(_free_bytes, backend)
-
-
-def _free_bytes(backend: str) -> int:
     if not floors.runs_on_gpu(backend):
         return host_bytes()
     import torch
@@ -60,15 +52,12 @@ def _free_bytes(backend: str) -> int:
     return torch.cuda.mem_get_info()[0] - MARGIN_BYTES
 
 
+@measure.alone
 def timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings) -> list[Record]:
     """One record per case and side, sides timed in turn on caches of the same capacity. rows: [B, > context].
 
     A case for which there is no memory gives one record of kind "skipped".
     """
-    return measure.in_child(_timings, group, cases, rows, settings)
-
-
-def _timings(group: Group, cases: Sequence[Case], rows: np.ndarray, settings: Settings) -> list[Record]:
     types = group.sparse.dtype, group.sparse.precision
     rates = floors.rates(group.backend, *types, settings.threads)  # takes memory that engines will need
     runners = open_runners(group.sides, settings.threads)
@@ -229,13 +218,12 @@ def open_runners(sides: Mapping[str, Engine], threads: int) -> dict[str, Runner]
     return {name: open_runner(engine.folder, threads=threads, verify=False) for name, engine in sides.items()}
 
 
-def _gates(group: Group, prompt: np.ndarray, threads: int) -> dict[str, parity.Gate]:
-    *dense, (_, sparse) = open_runners(group.sides, threads).items()
-    return parity.gates(dict(dense), sparse, prompt)
+@measure.alone
+def peak_memory(engine: Engine, cases: Sequence[Case], rows: np.ndarray, threads: int) -> dict[Case, float | None]:
+    """PEAK_MIB of every case. rows: text, [B, > context].
 
-
-def _peak_memory(engine: Engine, cases: Sequence[Case], rows: np.ndarray, threads: int) -> dict[Case, float | None]:
-    """In the order of growing need: ONNX Runtime keeps the workspace of earlier calls."""
+    In the order of growing need: ONNX Runtime keeps the workspace of earlier calls.
+    """
     peaks = {}
     memory = PeakMemory(outside_torch=engine.backend != "torch" and floors.runs_on_gpu(engine.backend))
     runner = open_runner(engine.folder, threads=threads, verify=False)

@@ -317,7 +317,7 @@ def test_which_engines_torch_does_not_see(monkeypatch, backend: str, outside: bo
     monkeypatch.setattr(runs, "PeakMemory", watch)
     monkeypatch.setattr(runs.floors, "runs_on_gpu", lambda name: True)
     with pytest.raises(UserError, match="enough"):
-        runs._peak_memory(types.SimpleNamespace(backend=backend), [], np.zeros((1, 2)), 1)  # type: ignore[arg-type]
+        runs.peak_memory.__wrapped__(types.SimpleNamespace(backend=backend), [], np.zeros((1, 2)), 1)  # type: ignore[arg-type]
     assert seen == [outside]
 
 
