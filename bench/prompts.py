@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsa_export.cli import UserError
-from dsa_export.files import read_text
+from dsa_export.files import read_text, standard_library
 
 ROW_OFFSET = 997
 """Rows of a batch read the same text from places this many tokens apart."""
@@ -55,5 +54,5 @@ def _texts(prompt_file: Path | None) -> Iterator[str]:
 
 def modules() -> Iterator[str]:
     """The modules of the standard library, by name."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    for path in standard_library("*.py"):
         yield path.read_text(encoding="utf-8", errors="replace")

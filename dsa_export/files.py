@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,11 @@ def read_text(path: Path, most: int = -1) -> str:
         raise UserError(f"{path} is not UTF-8 text{where}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read as text: {error.strerror}") from None
+
+
+def standard_library(pattern: str) -> list[Path]:
+    """Modules of the Python standard library by name: text that is on every machine."""
+    return sorted(Path(sysconfig.get_paths()["stdlib"]).glob(pattern))
 
 
 def check_output(out: Path, kind: str | None = None) -> None:

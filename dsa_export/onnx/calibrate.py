@@ -8,7 +8,6 @@ G = ⌈K / block⌉ blocks of K.
 from __future__ import annotations
 
 import itertools
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError
-from dsa_export.files import read_text
+from dsa_export.files import read_text, standard_library
 from dsa_export.model.attention import DenseAttention
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.onnx.parity import PARITY_MODULE
@@ -49,7 +48,7 @@ def calibration_windows(tokenizer: Any, path: Path | None, limit: int) -> Tensor
     if path is None:
         texts: Iterator[str] = (
             p.read_text(encoding="utf-8", errors="replace")
-            for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))[::3]
+            for p in standard_library("[a-z]*.py")[::3]
             if p.name != PARITY_MODULE  # on which the result is judged
         )
     else:
