@@ -120,11 +120,15 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
     context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, args, method == "fork"))
-    # Ctrl-C waits until both can answer it: what libraries have registered to run at a fork would swallow it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Ctrl-C waits until it can be answered: what libraries have registered to run at a fork would swallow it. (Another
+    # thread would take a signal that this one blocks, and Python then has this one answer it all the same.)
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     process.start()
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            raise KeyboardInterrupt
         sender.close()
         kind, value = receiver.recv()
     except EOFError:
@@ -156,7 +160,7 @@ def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, .
     if is_forked:  # a runtime's session among the parent's garbage would wait for threads that a fork does not copy
         gc.freeze()
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sender.send(("value", function(*args)))
     except KeyboardInterrupt:
         os._exit(130)  # the parent got the signal too and reports it

@@ -178,28 +178,32 @@ class Session:
         on_token: Callable[[int, int], None] | None = None,
         sampling: Sampling = GREEDY,
     ) -> list[list[int]]:
-        """Continues the prompts until every row met an end token or has max_new_tokens.
+        """Continues the prompts until every row met an end token, has max_new_tokens or fills the engine's capacity.
 
         on_token(row, token) is called as tokens appear, end tokens included. Returns the new tokens of each row.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         samplers = [Sampler(sampling, row) for row in range(len(prompts))]
+        if max_new_tokens < 1:
+            return answers
         logits = self.prefill(prompts)
+        room = self.engine.limits.max_context - self.lengths + 1  # the last token is written to no slot
         while True:
             tokens = np.array([sampler(row) for sampler, row in zip(samplers, logits, strict=True)])
             for b in sorted(running):
                 answers[b].append(int(tokens[b]))
                 if on_token:
                     on_token(b, int(tokens[b]))
-                if int(tokens[b]) in self.engine.model.eos_token_id or len(answers[b]) >= max_new_tokens:
+                ended = int(tokens[b]) in self.engine.model.eos_token_id
+                if ended or len(answers[b]) >= min(max_new_tokens, room[b]):
                     running.discard(b)
             if not running:
                 return answers
             # Rows that have ended write their last token again: they need no room, and keep what they hold.
-            ended = np.array([b not in running for b in range(self.batch)])
-            tokens[ended] = self._last[ended]
-            self.truncate(self.lengths - ended)
+            idle = np.array([b not in running for b in range(self.batch)])
+            tokens[idle] = self._last[idle]
+            self.truncate(self.lengths - idle)
             logits = self.decode(tokens)
 
     def truncate(self, lengths: int | Tokens) -> None:

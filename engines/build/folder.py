@@ -114,7 +114,7 @@ def check_engine(folder: Path) -> None:
     """Loads a fresh engine folder and runs calls of every kind. Raises UserError if a logit is not finite."""
     runner = open_runner(folder, verify=False)
     engine = runner.engine
-    tokens = np.arange(min(CHECK_TOKENS, engine.model.vocab_size))
+    tokens = np.arange(min(CHECK_TOKENS, engine.model.vocab_size, engine.limits.max_context))
     # All forms of attention: torch.compile keeps what it makes of them. The first is as large as an answer's at first.
     capacities = [bucket(engine, 1), engine.max_topk, min(engine.selecting_slots, engine.limits.max_context)]
     logits = []

@@ -134,6 +134,8 @@ def limits_of(export: Export, args: argparse.Namespace) -> Limits:
             f"--max-context {context} exceeds the model's {positions} positions: choose a smaller one, or pass "
             "--beyond-positions if only timings are wanted"
         )
+    if context < 2:
+        raise UserError(f"--max-context {context} leaves nothing to generate: choose more")
     if graph.max_topk > context and "sparse" in args.variant:
         raise UserError(
             f"k = {graph.max_topk} exceeds the capacity of {context} tokens: choose a larger --max-context, "

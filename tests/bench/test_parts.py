@@ -353,10 +353,11 @@ def test_a_child_that_dies_is_reported():
 
 
 def test_ctrl_c_at_the_fork_is_not_lost():
-    """Python ignores what is raised in a function that a library registered to run at a fork."""
+    """Python ignores what is raised in what a library registered to run at a fork; and libraries have threads."""
     code = (
-        "import os, signal, time\n"
+        "import os, signal, threading, time\n"
         "from bench.measure import in_child\n"
+        "threading.Thread(target=time.sleep, args=(20,), daemon=True).start()\n"
         "os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "try:\n"
         "    in_child(time.sleep, 20)\n"

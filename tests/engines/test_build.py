@@ -62,6 +62,11 @@ def test_of_a_symbolic_link_the_file_is_linked(tmp_path: Path):
     assert not (tmp_path / "b").is_symlink() and (tmp_path / "b").samefile(blob)
 
 
+def test_an_engine_may_be_smaller_than_its_check(export: Path, tmp_path: Path, capsys):
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "dense", "--max-context", "2"]
+    assert run_command(build.main, options, capsys)[0] == 0
+
+
 def test_a_second_build_replaces_the_first(export: Path, tmp_path: Path, capsys):
     options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "sparse"]
     assert run_command(build.main, options, capsys)[0] == 0
@@ -205,6 +210,7 @@ def break_manifest(folder: Path) -> None:
         (remove_manifest, [], "run that first"),
         (break_manifest, [], "is not valid JSON"),
         (damage_nothing, ["--max-context", "8"], "k = 16 exceeds the capacity of 8 tokens"),
+        (damage_nothing, ["--max-context", "1", "--variant", "dense"], "--max-context 1 leaves nothing to generate"),
         (damage_nothing, ["--max-context", "99999"], "--max-context 99999 exceeds the model's 4096 positions"),
         (damage_nothing, ["--dense-slots", "4096"], "--dense-slots 4096 an engine of 4096 tokens would never select"),
         (damage_nothing, ["--dense-slots", "15"], "--dense-slots 15: up to k = 16 all is attended to anyway"),

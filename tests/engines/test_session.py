@@ -230,6 +230,16 @@ def test_a_row_that_has_ended_needs_no_room(runner: Runner):
     assert second == answer
 
 
+def test_a_row_that_fills_the_engine_ends_there_and_the_others_go_on(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    """Four slots are left to row 0: four tokens of its answer, and the last, which is written to none."""
+    monkeypatch.setattr(session_module, "Sampler", lambda *_: lambda logits: int(logits[: toy.END_OF_TEXT].argmax()))
+    prompts = [tokens(toy.MAX_POSITIONS - 4), tokens(30, seed=1)]
+    first, second = Session(runner, 2).generate(prompts, 10)
+    assert [first] == Session(runner).generate(prompts[:1], 5)
+    assert [second] == Session(runner).generate(prompts[1:], 10)
+    assert Session(runner).generate(prompts[1:], 0) == [[]]
+
+
 @pytest.mark.usefixtures("first_row_ends_at_once")
 @pytest.mark.parametrize("lengths", [(5, 3), (3, 5)])
 def test_a_row_that_has_ended_keeps_what_it_holds(runner: Runner, lengths: tuple[int, int]):
