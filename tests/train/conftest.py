@@ -18,20 +18,8 @@ from train.data import IGNORED
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 INDEXER = {"index_heads": 2, "index_dim": 16, "index_topk": 8}
-SHORT = [
-    "--steps",
-    "3",
-    "--length",
-    "48",
-    "--batch-size",
-    "2",
-    "--held-out",
-    "2",
-    "--min-tokens",
-    "1",
-    "--device",
-    "cpu",
-]
+WINDOWS = ["--length", "48", "--batch-size", "2", "--held-out", "2", "--min-tokens", "1", "--device", "cpu"]
+SHORT = ["--steps", "3", *WINDOWS]
 SMALL_INDEXER = ["--topk", "8", "--index-heads", "2", "--index-dim", "16"]
 
 

@@ -19,28 +19,13 @@ import torch
 
 from dsa_export.cli import UserError, user_message
 from dsa_export.files import TRAINING_STATE
+from tests.train.conftest import SMALL_INDEXER, WINDOWS
 from train import checkpoint, joint, trainer, warmup
-
-ARGUMENTS = [
-    "--length",
-    "48",
-    "--batch-size",
-    "2",
-    "--held-out",
-    "2",
-    "--min-tokens",
-    "1",
-    "--device",
-    "cpu",
-    "--topk",
-    "8",
-]
-INDEXER = ["--index-heads", "2", "--index-dim", "16"]
 
 
 def command(tiny: Path, records: Path, out: Path, steps: int, *more: str) -> list[str]:
     return ["--model", str(tiny), "--data", str(records), "--out", str(out), "--steps", str(steps),
-            *ARGUMENTS, *INDEXER, *more]  # fmt: skip
+            *WINDOWS, *SMALL_INDEXER, *more]  # fmt: skip
 
 
 def weights_bytes(folder: Path) -> bytes:
@@ -102,7 +87,7 @@ def test_ctrl_c_saves_and_resumes_to_the_same_bits(
     if stage is joint:
         warmup.main(command(tiny, records, tmp_path / "warm", 1))
         arguments = command(tmp_path / "warm", records, tmp_path / "whole", 6)
-        arguments = [*arguments[: -len(INDEXER)], *gaps]
+        arguments = [*arguments[: 2 - len(SMALL_INDEXER)], *gaps]
     stage.main(arguments)
     cut = [str(tmp_path / "cut") if a == str(tmp_path / "whole") else a for a in arguments]
     handler = signal.getsignal(signal.SIGINT)
