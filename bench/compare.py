@@ -297,7 +297,7 @@ def measure_all(
         try:
             proofs += pass_the_gate(group, rows[0], args.threads)
             measurable.append((group, cases))
-        except RedGate:
+        except (RedGate, measure.ChildDied):
             raise
         except UserError as error:  # its engines cannot run here
             skip(group, error)

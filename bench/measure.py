@@ -112,9 +112,14 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+class ChildDied(UserError):
+    """A measuring process ended by a bug, or was killed."""
+
+
 def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> Any:
     """function(*args) in a process of its own, so that its memory is its own. A user's errors are passed on.
 
+    For the main thread. Raises ChildDied where the process ended without a result.
     method: "fork", or "spawn" for what computes in torch, whose threads do not survive a fork.
     """
     context: Any = multiprocessing.get_context(method)
@@ -123,10 +128,14 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
     # Ctrl-C waits until it can be answered: what libraries have registered to run at a fork would swallow it. (Another
     # thread would take a signal that this one blocks, and Python then has this one answer it all the same.)
     held: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    process.start()
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.SIG_IGN:  # as of a background job
+        signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
+        process.start()
+    finally:
         signal.signal(signal.SIGINT, handler)
+    try:
         if held:
             raise KeyboardInterrupt
         sender.close()
@@ -135,7 +144,7 @@ def in_child(function: Callable[..., Any], *args: Any, method: str = "fork") -> 
         process.join()
         killed = (process.exitcode or 0) < 0
         hint = " (out of memory?): try fewer tokens" if killed else ": its error stands above"
-        raise UserError(f"the measuring process ended with exit code {process.exitcode}{hint}") from None
+        raise ChildDied(f"the measuring process ended with exit code {process.exitcode}{hint}") from None
     except BaseException:
         process.terminate()
         raise
@@ -160,7 +169,8 @@ def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, .
     if is_forked:  # a runtime's session among the parent's garbage would wait for threads that a fork does not copy
         gc.freeze()
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sender.send(("value", function(*args)))
     except KeyboardInterrupt:
         os._exit(130)  # the parent got the signal too and reports it

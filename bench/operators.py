@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from dsa_export.cli import UserError, console, path, run
+from dsa_export.cli import UserError, console, first_line, path, run
 from dsa_export.files import check_output_file
 from plugins.index_topk import index_scores, index_topk
 from plugins.index_topk.rounding import round_keys
@@ -40,7 +40,7 @@ DTYPE = torch.bfloat16
 OURS = ("index_topk", "sparse_attention", "both operators")
 Call = Callable[[dict[str, Tensor]], Any]
 CACHED_BYTES = 256 * 2**20  # what input sets read of each cache together: several times the L2 cache of any GPU
-MEMORY, MEMORY_SHARE = 24 * 2**30, 0.6  # of all input sets, at most; of the memory that is free, too
+MEMORY, MEMORY_SHARE = 24 * 2**30, 0.6  # input sets take at most so many bytes, and at most this share of what is free
 MAX_SETS, MAX_CACHES = 1024, 256
 WARM_UP_COPIES = 400
 FLEX_CASE = (8, 128 * 1024, 2048)  # B, C, k
@@ -90,7 +90,7 @@ class Case:
         return self.B * self.index_rows * self.index_row_bytes, self.B * rows * self.row_bytes
 
     def counts(self, memory: int) -> tuple[int, int]:
-        """Sets of inputs, and caches of `memory` bytes or, if one needs more, one that they are spread over."""
+        """How many sets of inputs, and over how many caches they are spread: what fits into `memory` bytes, but one."""
         scored, selected = self.bytes_read
         bytes_a_set = scored + self.B * self.C * self.row_bytes
         sets = max(1, min(-(-CACHED_BYTES // min(selected, scored)), MAX_SETS))
@@ -369,7 +369,7 @@ def measure(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
             if name in OURS:
                 raise
             # An alternative that does not take this shape; torch and its compiler have many kinds of saying so.
-            yield {**shape, "what": name, "error": (str(error).splitlines() or [type(error).__name__])[0]}
+            yield {**shape, "what": name, "error": first_line(error)}
             continue
         moved, operations = floors(case)[part]
         floor_bytes, floor_flops = moved / machine.bytes_per_ms, operations / machine.flops_per_ms

@@ -186,9 +186,9 @@ def score(sessions: Mapping[str, Session], tokens: np.ndarray) -> Score | None:
 
 
 def between_blocks(differences: np.ndarray) -> float | None:
-    """Standard error of the mean of [T, B] numbers between blocks of BLOCK tokens of a row; None of a single block.
+    """Standard error of the mean of [T, B] numbers, between blocks of BLOCK tokens or more of a row; None of one block.
 
-    Tokens near each other miss the same keys: taken as independent they give too small an error (as in train.ladder).
+    Tokens near each other miss the same keys: taken as independent they give too small an error (see train.ladder).
     """
     blocks = np.array_split(differences, max(1, len(differences) // BLOCK))
     means = np.concatenate([block.mean(0) for block in blocks])

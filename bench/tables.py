@@ -191,7 +191,8 @@ def scores(measured: Sequence[Pair]) -> list[Table]:
     )
     notes = (
         "Teacher-forced on the last tokens of the same text, sparse against the strongest dense side: mean negative "
-        "log-likelihood in nats, the difference with its standard error between blocks of 64 tokens, agreement, KL."
+        "log-likelihood in nats, the difference with its standard error (between blocks of 64 tokens or more), "
+        "agreement, KL."
     )
     return [Table("Agreement and loss", columns, list(rows.values()), notes, left=2)]
 

@@ -34,8 +34,8 @@ class DSAConfig(Qwen2Config):
         index_pool: m, tokens per selected group. Groups are scored by the mean of their index keys; the incomplete
             last one is always selected. Needs a k that m divides.
         index_share: n, layers that follow one selection: of n layers in a row the first has the indexer.
-        index_keys: "model" (index keys are cached in the model's type), "fp8" (e4m3, one scale per key; for GPUs) or
-            "int8" (8 bits, one scale per key, queries of 7 bits; for CPUs).
+        index_keys: "model" (index keys are cached in the model's type), "fp8" (e4m3, one scale per key; for torch) or
+            "int8" (8 bits, one scale per key, queries of 7 bits; for torch and ONNX Runtime).
         nsa_block_size, nsa_stride: l and d of native sparse attention, tokens of a compressed block and from one to
             the next. d divides l and nsa_selection_size.
         nsa_selection_size, nsa_selected_blocks: l' and n, tokens of a selected block and blocks per query; the first

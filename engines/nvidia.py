@@ -106,7 +106,7 @@ def plugin_layers(layer_information: str) -> dict[int, Counter[str]]:
 
 
 def check_plugin_layers(layer_information: str, nodes: Mapping[str, int]) -> None:
-    """Raises UserError unless every profile has a plugin layer for each of the graph's `nodes`, counted by operator."""
+    """Raises UserError unless every profile listed has a plugin layer for each of the graph's `nodes` by operator."""
     for profile, found in sorted(plugin_layers(layer_information).items()):
         if all(found[plugin] == nodes.get(plugin, 0) for plugin in PLUGINS):
             continue

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from dsa_export.cli import OUT_OF_MEMORY, UserError, says, usable_cpus
+from dsa_export.cli import OUT_OF_MEMORY, UserError, first_line, says, usable_cpus
 from dsa_export.files import MANIFEST
 from engines.artifacts import GQA, Engine, Variant, rebuild_command
 from engines.huge_pages import huge_pages
@@ -186,5 +186,5 @@ def load(
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:
         full = isinstance(error, MemoryError) or says(error, OUT_OF_MEMORY)
-        reason = "memory is full" if full else error
+        reason = f"memory is full ({first_line(error)})" if full else error
         raise UserError(f"ONNX Runtime cannot load {path}: {reason}") from None

@@ -63,7 +63,7 @@ def aligned_capacity(variant: Variant, capacity: int) -> int | None:
 
     positions, far = variant.model.max_position_embeddings, 64 * ALIGNMENT
     above = range(capacity, capacity + far if capacity > positions else min(capacity + far, positions + 1))
-    below = range(capacity - 1, max(capacity - far, 0), -1)
+    below = range(capacity - 1, max(capacity - far, variant.max_topk - 1, 1), -1)
     return next((c for c in (*above, *below) if fits(c)), None)
 
 

@@ -183,10 +183,10 @@ class Session:
         on_token(row, token) is called as tokens appear, end tokens included. Returns the new tokens of each row.
         """
         answers: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        samplers = [Sampler(sampling, row) for row in range(len(prompts))]
         if max_new_tokens < 1:
             return answers
+        running = set(range(len(prompts)))
+        samplers = [Sampler(sampling, row) for row in range(len(prompts))]
         logits = self.prefill(prompts)
         room = self.engine.limits.max_context - self.lengths + 1  # the last token is written to no slot
         while True:

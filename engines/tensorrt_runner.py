@@ -38,6 +38,7 @@ class TensorRTRunner(DeviceRunner):
             load_plugins(self.trt.get_plugin_registry(), library)
         self._logger = _logger(self.trt)
         self._runtime = self.trt.Runtime(self._logger)  # kept: the engine needs it as long as it lives
+        self._runtime.engine_host_code_allowed = bool(engine.manifest.get("plugins_serialized"))
         self._stream = self._new_stream()
         # One context per profile: none has to switch, and each keeps its addresses and shapes.
         self._plans: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dsa_export.cli import UserError, is_out_of_memory
+from dsa_export.cli import FULL_DISK, UserError, first_line, is_out_of_memory, says
 from dsa_export.files import TRAINING_STATE, temporary_name
 from dsa_export.model.checkpoint import quiet_transformers
 from train.precision import exact
@@ -52,8 +52,9 @@ def load_state(folder: Path, name: str = TRAINING_STATE) -> dict[str, Any] | Non
             raise OSError(error.errno, error.strerror, str(path)) from None  # that of a failed read has no name
         if is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]  # of an empty file it says nothing
-        raise UserError(f"{path} cannot be read ({reason}): remove it, or start again with --overwrite") from None
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}): remove it, or start again with --overwrite"
+        ) from None
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -77,8 +78,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        text = str(error)
-        if any(sign in text for sign in ("No space left", "StorageFull", "unexpected pos", "file write failed")):
+        if says(error, FULL_DISK):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
     except OSError as error:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dsa_export.cli import UserError, console
+from dsa_export.cli import UserError, console, first_line
 
 PATIENCE = timedelta(hours=2)
 """How long the other processes wait while the first one reads data, evaluates or writes."""
@@ -113,7 +113,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {first_line(error)}") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: only cpu and cuda will do")
     if device.index is not None and device.type == "cuda":

@@ -25,7 +25,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from dsa_export.cli import UserError, user_message
+from dsa_export.cli import UserError, first_line, user_message
 from dsa_export.files import write_atomically
 
 HELD_OUT_SHARE = 20
@@ -246,7 +246,7 @@ def _stream(address: str, sample_by: str) -> Iterator[str]:
     except Exception as error:  # missing, not reachable, not as compressed as its name says: each library has its own
         if user_message(error) is not None:  # no memory, no permission, a full disk
             raise
-        raise UserError(f"cannot read {address}: {(str(error).splitlines() or ['empty'])[0]}") from None
+        raise UserError(f"cannot read {address}: {first_line(error)}") from None
 
 
 def stdlib_records(folder: Path | None = None) -> Path:

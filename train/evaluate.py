@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--length", type=int, nargs="+", metavar="T", help="tokens per window [2048; small models: 512]")
     text.add_argument(
         "--topk", "--k", dest="topk", nargs="+", metavar="K",
-        help="numbers of selected keys; `auto` adds k by layer under --k-budget [T/16 T/8 T/4 of the longest T]",
+        help="numbers of selected keys; `auto` adds k by layer under --k-budget [T/16 T/8 T/4 of the longest T, "
+        "as the selection takes it]",
     )  # fmt: skip
     text.add_argument("--windows", type=positive, metavar="N", help="windows per length [4; --quick: 2]")
     text.add_argument("--rungs", nargs="+", choices=RUNGS, help="[all]")

@@ -21,13 +21,11 @@ import json
 import random
 import re
 import string
-import sysconfig
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dsa_export.cli import UserError
+from dsa_export.files import standard_library
 from dsa_export.model import DSAForCausalLM
 
 SENTENCES = 1000
@@ -203,7 +202,7 @@ def _uuid(rng: random.Random) -> str:
 def _sentences() -> list[str]:
     """English sentences from the docstrings of the standard library's modules, in the order of their names."""
     found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
+    for path in standard_library("[a-z]*.py"):
         if len(found) >= SENTENCES:
             break
         tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))

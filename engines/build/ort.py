@@ -67,10 +67,10 @@ def build_ort(export: Export, limits: Limits, args: argparse.Namespace) -> None:
             planned.append(sparse_for_cpus(graph, library, args))
         else:
             planned += dense_for_cpus(graph, library, args)
-    for engine in planned:
-        write_ort_engine(engine, export, limits, args.out / "ort" / engine.name)
     if "dense" in args.variant:
         remove_stale(args.out / "ort", {WITH_GQA, WITH_KERNELS} - {engine.name for engine in planned})
+    for engine in planned:
+        write_ort_engine(engine, export, limits, args.out / "ort" / engine.name)
 
 
 def remove_stale(folder: Path, names: Iterable[str]) -> None:

@@ -39,8 +39,8 @@ def build_tensorrt(export: Export, limits: Limits, args: argparse.Namespace) -> 
     gpu = gpu_compute_capability()
     for graph in graphs:
         variant = graph.variant
-        with output_folder(args.out / "tensorrt" / variant) as folder, adapted_graph(graph, limits, folder) as onnx:
-            jobs = trtexec_jobs(graph, limits, args, onnx, folder)
+        with output_folder(args.out / "tensorrt" / variant) as folder, adapted_graph(graph, limits, folder) as adapted:
+            jobs = trtexec_jobs(graph, limits, args, adapted, folder)
             for job in jobs:
                 with timing_cache(args.timing_cache, job.timing_cache):
                     if binary:

@@ -186,6 +186,14 @@ def test_a_red_gate_gives_no_figures(tmp_path: Path, capsys):
     assert not list(tmp_path.glob("bench*"))
 
 
+def test_a_gate_that_crashes_is_not_left_out(export, engines, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(runs.parity, "gates", lambda *_: 1 / 0)
+    arguments = [*options(export, engines, tmp_path / "bench"), "--context", "32", "--quick"]
+    code, _, error = run_command(compare.main, arguments, capsys)
+    assert code == 1 and "the measuring process ended with exit code 1" in error
+    assert not list(tmp_path.glob("bench*"))
+
+
 def two_groups(export: Path, engines: Path, another_k: Path, out: Path) -> list[str]:
     return [*options(export, engines, out), "--engines", str(engines), str(another_k), "--context", "32", "--quick"]
 

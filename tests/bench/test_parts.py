@@ -346,7 +346,7 @@ def test_only_a_forked_child_freezes_its_parents_garbage():
 
 
 def test_a_child_that_dies_is_reported():
-    with pytest.raises(UserError, match="exit code 9"):
+    with pytest.raises(measure.ChildDied, match="exit code 9"):
         measure.in_child(os._exit, 9)
     with pytest.raises(UserError, match="what the child said"):
         measure.in_child(lambda: (_ for _ in ()).throw(UserError("what the child said")))
@@ -366,6 +366,18 @@ def test_ctrl_c_at_the_fork_is_not_lost():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_a_background_job_ignores_ctrl_c_in_its_child_too():
+    code = (
+        "import os, signal\n"
+        "from bench.measure import in_child\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "print(in_child(lambda: os.kill(os.getpid(), signal.SIGINT)), signal.getsignal(signal.SIGINT).name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "None SIG_IGN\n", "")
 
 
 def test_text_comes_from_a_file_or_the_standard_library(export: Path, tmp_path: Path):
