@@ -90,7 +90,7 @@ class Case:
         return self.B * self.index_rows * self.index_row_bytes, self.B * rows * self.row_bytes
 
     def counts(self, memory: int) -> tuple[int, int]:
-        """How many sets of inputs, and over how many caches they are spread: what fits into `memory` bytes, but one."""
+        """Sets of inputs, and caches that they are spread over: as many as fit into `memory` bytes, at least one."""
         scored, selected = self.bytes_read
         bytes_a_set = scored + self.B * self.C * self.row_bytes
         sets = max(1, min(-(-CACHED_BYTES // min(selected, scored)), MAX_SETS))

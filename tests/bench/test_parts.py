@@ -352,6 +352,13 @@ def test_a_child_that_dies_is_reported():
         measure.in_child(lambda: (_ for _ in ()).throw(UserError("what the child said")))
 
 
+def output_of(code: str) -> str:
+    """What a Python program prints that ends well and in silence otherwise."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 def test_ctrl_c_at_the_fork_is_not_lost():
     """Python ignores what is raised in what a library registered to run at a fork; and libraries have threads."""
     code = (
@@ -364,8 +371,7 @@ def test_ctrl_c_at_the_fork_is_not_lost():
         "except KeyboardInterrupt:\n"
         "    print('interrupted')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+    assert output_of(code) == "interrupted\n"
 
 
 def test_a_background_job_ignores_ctrl_c_in_its_child_too():
@@ -376,8 +382,7 @@ def test_a_background_job_ignores_ctrl_c_in_its_child_too():
         "os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "print(in_child(lambda: os.kill(os.getpid(), signal.SIGINT)), signal.getsignal(signal.SIGINT).name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "None SIG_IGN\n", "")
+    assert output_of(code) == "None SIG_IGN\n"
 
 
 def test_text_comes_from_a_file_or_the_standard_library(export: Path, tmp_path: Path):
