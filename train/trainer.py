@@ -425,8 +425,9 @@ class Trainer:
             if "recall" in after:
                 console.print(f"On these windows the selection costs {change:+.2%} of the dense loss")
             else:
-                console.print("No held-out window is longer than k: nothing was left out, and nothing is known of the "
-                              "selection (longer --length, or train.evaluate with a smaller --topk)")  # fmt: skip
+                console.print("No measured token of the held-out windows sees more than k keys: next to nothing was "
+                              "left out, and nothing is known of the selection (longer --length, or train.evaluate "
+                              "with a smaller --topk)")  # fmt: skip
 
     # ------------------------------------------------------------ state
 

@@ -67,15 +67,17 @@ def evaluate(
         kl: of the indexer against the dense attention, over all visible keys, per token; it and the shares are taken
             over about kl_queries tokens of each row (None: all).
         recall, recall_window, recall_best: shares of attention mass, see train.losses.IndexerLoss. None of them is
-            reported if no window is longer than k.
+            reported if none of these tokens sees more than k keys.
         recall_normalised: (recall − window) / (best − window): 0 is a sliding window, 1 the k keys of most mass.
     """
     was_sparse = model.sparse
 
     def sums(batch: Batch, labels: int) -> dict[str, Sum]:
         lengths = batch["attention_mask"].sum(1)
-        crowded = int((lengths - min(model.config.topk_per_layer)).clamp(min=0).sum())
         every = queries_apart(batch["attention_mask"], kl_queries)
+        # The measured queries see every, 2 every, … keys: each stands for so many tokens, and beyond the last is none.
+        k = min(model.config.topk_per_layer)
+        crowded = every * int((lengths // every - k // every).clamp(min=0).sum())
         model.sparse = False
         observer = IndexerObserver(model.config.index_topk, 1, every, kl_target, first=every - 1)
         dense = cross_entropy_terms(model, batch, observer)

@@ -40,3 +40,15 @@ def test_evaluation_measures_selection(tiny: Path) -> None:
     assert everything["loss_sparse"] == pytest.approx(dense, rel=1e-5)
     assert "recall" not in everything
     assert not model.sparse and not model.training
+
+
+def test_a_window_in_which_no_measured_query_sees_more_than_k_tells_no_share(tiny: Path) -> None:
+    """One in eight is measured: of 44 tokens the last is the 40th, which sees k keys; of 48 the 48th."""
+    model = load_model(tiny, **INDEXER | {"index_topk": 40})
+    ids = batch((48,))["input_ids"].int()
+    longer, shorter = (Windows(ids[:, :n], ids[:, :n], torch.tensor([n])) for n in (48, 44))
+    both = Windows(ids.expand(2, -1), ids.expand(2, -1), torch.tensor([48, 44]))
+    alone, none, together = (evaluate(model, windows, kl_queries=5) for windows in (longer, shorter, both))
+    assert "recall" not in none and alone["recall"] < 1
+    for name in ("recall", "recall_window", "recall_best", "recall_normalised"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-5), name
