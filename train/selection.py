@@ -62,8 +62,9 @@ class SelectionMeter:
         device = t.q.device
         queries = torch.arange(self.every - 1, T - past, self.every, device=device)
         if t.layer == 0:
-            self.rows += torch.tensor([int((past + queries >= k).sum()) for k in self.ks])
-            self.windows += torch.tensor([int(k < T) for k in self.ks])
+            counted = torch.tensor([int((past + queries >= k).sum()) for k in self.ks])
+            self.rows += counted
+            self.windows += counted > 0
             self.curve_rows += len(queries)
         slots = torch.arange(T, device=device)
         used = torch.zeros(len(self.ks), T, dtype=torch.bool, device=device)
@@ -103,9 +104,7 @@ class SelectionMeter:
                 chosen = torch.zeros(len(rows), T, dtype=torch.bool, device=device)
                 selected_rows.append((chosen.scatter_(-1, order[:, :k], True) & visible).cpu())
                 mass_rows.append(mass.float().cpu())
-        for number, k in enumerate(self.ks):
-            if k < T:
-                self.coverage[t.layer, number] += float(used[number].float().mean())
+        self.coverage[t.layer] += used.double().mean(-1).cpu()  # 0 where no query counts
         self._add_curve(t.layer, curve.cpu())
         self._measure_heads(t, queries, past)
         if selected_rows:

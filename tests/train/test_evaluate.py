@@ -288,6 +288,18 @@ def test_a_shorter_text_has_caught_everything_beyond_its_end(model, ids) -> None
     torch.testing.assert_close(meter.caught()[:, -1], torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("every", "shorter"), [(K, 2 * K - 1), (K + 4, K + 3)])
+def test_a_text_of_which_no_query_counts_does_not_dilute_the_coverage(model, ids, every: int, shorter: int) -> None:
+    """It is longer than k, but its only measured query sees no more than k keys, or there is none."""
+    model.sparse = False
+    once, with_shorter = (SelectionMeter(2, 2, [K], every) for _ in range(2))
+    model.model(ids, observer=once)
+    for text in (ids, ids[:, :shorter]):
+        model.model(text, observer=with_shorter)
+    assert with_shorter.results() == once.results()
+
+
 # ---------------------------------------------------------------- k by layer
 
 
