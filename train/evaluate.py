@@ -275,7 +275,8 @@ def measure(
                 record, meter = study.text(part.held_out, choices)
                 study.model.set_topk(topk)
                 record |= {**decoding_speed(study.model, length), "data": part.facts}
-                plots.plot_maps(meter.maps, meter.ks[0], length, out / "maps.png")  # that of the longest stays
+                first = int(part.held_out.lengths[0])  # the maps are of this window; those of the longest length stay
+                plots.plot_maps(meter.maps, meter.ks[0], first, args.score_tokens or first, out / "maps.png")
                 results["text"].append(record)
                 keep()
             show(text_table(record))

@@ -125,11 +125,12 @@ def plot_heads(heads: Mapping[str, Any], length: int, path: Path) -> None:
 
 
 def plot_maps(
-    maps: Mapping[int, Any], k: int, length: int, path: Path, attention: Mapping[int, Any] | None = None
+    maps: Mapping[int, Any], k: int, length: int, queries: int, path: Path, attention: Mapping[int, Any] | None = None
 ) -> None:
     """Selection maps {layer: [queries, keys]}: how dark a cell is says how many of its keys are selected.
 
-    attention: maps of the dense attention, mean over the heads, drawn above them (each row relative to its largest).
+    queries: they are the last so many tokens. attention: maps of the dense attention, mean over the heads, drawn above
+    them (each row relative to its largest).
     """
     from matplotlib.figure import Figure
 
@@ -137,7 +138,9 @@ def plot_maps(
     figure = Figure(figsize=(4.6 * len(maps), 5.3 * rows), layout="constrained")
     above = "dense attention (above) and " if attention else ""
     figure.suptitle(f"{above}keys that the indexer selects, k = {k}, one text of {length:,} tokens")
-    place: dict[str, Any] = {"extent": (0, length, length, 0), "interpolation": "nearest", "vmin": 0, "vmax": 1}
+    extent = (0, length, length, length - queries)
+    place: dict[str, Any] = {"extent": extent, "aspect": length / queries, "interpolation": "nearest"}
+    place |= {"vmin": 0, "vmax": 1}
     for column, (layer, image) in enumerate(sorted(maps.items()), start=1):
         if attention:
             mass = attention[layer]

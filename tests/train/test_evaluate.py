@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import Qwen2Config
 
 from dsa_export.cli import UserError
@@ -492,6 +493,22 @@ def test_only_the_end_of_each_window_is_scored(checkpoint, tiny, records, tmp_pa
     assert text["score_tokens"] == 17 and text["base"]["loss"] == pytest.approx(text["dense"]["loss"], rel=0.01)
     assert [row["rung"] for row in text["ladder"]] == [rung for rung in RUNGS if rung != "random"]
     assert text["attention"][0]["queries"] == 2 * 17
+
+
+@pytest.mark.parametrize("options", [["--score-tokens", "17"], ["--packing", "cut", "--length", "400"]], ids=str)
+def test_the_maps_say_where_their_keys_and_queries_stand(
+    checkpoint, records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    figures: dict[str, Figure] = {}
+    first: list[int] = []
+    text = Study.text
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.update({path.name: figure}))
+    monkeypatch.setattr(Study, "text", lambda *given: (first.append(int(given[1].lengths[0])), text(*given))[1])
+    command.main(arguments(checkpoint, records, tmp_path / "out", "--k", "12", "--rungs", "trained", *options))
+    (length,) = first
+    start = length - 17 if "17" in options else 0
+    assert length < 400  # the window's own
+    assert {(*axes.get_xlim(), *axes.get_ylim()) for axes in figures["maps.png"].axes} == {(0, length, length, start)}
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -202,6 +202,7 @@ def plot_selection(selected: Selection, path_of: Callable[[str], Path]) -> None:
     attention = meter.results()
     if not attention:
         return
-    plots.plot_maps(meter.maps, meter.ks[0], selected.length, path_of("attention"), meter.mass_maps)
-    plots.plot_heads(meter.heads(), selected.length, path_of("heads"))
-    plots.plot_recall([{"length": selected.length, "attention": attention}], path_of("selection"))
+    length = selected.length
+    plots.plot_maps(meter.maps, meter.ks[0], length, length, path_of("attention"), meter.mass_maps)
+    plots.plot_heads(meter.heads(), length, path_of("heads"))
+    plots.plot_recall([{"length": length, "attention": attention}], path_of("selection"))
