@@ -54,10 +54,12 @@ class Case:
         return self.context if self.operator == "Attention" else self.k
 
     def bytes_read(self) -> int:
-        """What one layer must read at least."""
+        """What one layer must read at least: of K and V the rows that some query selects, of random selections so many
+        on average."""
         if self.operator == "IndexTopK":
             return self.context * (DI + 4 if self.keys == "int8" else 4 * DI)
-        return min(self.context, self.queries * self.selected) * 2 * HKV * D * (2 if self.keys == "fp16" else 4)
+        rows = self.context * (1 - (1 - self.selected / self.context) ** self.queries)
+        return round(rows) * 2 * HKV * D * (2 if self.keys == "fp16" else 4)
 
     def inputs(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One layer's, in the order of the operator's inputs."""

@@ -1,0 +1,24 @@
+"""The CPU operators' timings, as far as they go without their kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bench.cpu_operators import HKV, Case, D
+
+
+@pytest.mark.parametrize(
+    ("case", "least"),
+    [
+        (Case("SparseAttention", "fp32", 1, 4096, 512), 512),
+        (Case("SparseAttention", "fp16", 8, 4096, 512), None),  # two queries in a row select some tokens both
+        (Case("Attention", "fp32", 1, 4096, 0), 4096),
+    ],
+    ids=str,
+)
+def test_rows_that_several_queries_select_are_read_once(case: Case, least: int | None) -> None:
+    rows = case.bytes_read() / (2 * HKV * D * (2 if case.keys == "fp16" else 4))
+    selected = len(np.unique(case.inputs(np.random.default_rng(0))["indices"]))
+    assert rows == (least or pytest.approx(selected, rel=0.02))
+    assert selected == least or least is None
