@@ -76,15 +76,15 @@ def check_output(out: Path, kind: str | None = None) -> None:
         raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
     if out.is_symlink():
         raise UserError(
-            f"{out} is a link, which cannot be replaced as a whole: name the folder itself, {out.resolve()}"
+            f"{out} is a link, which cannot be replaced as a whole: name the folder itself, {os.path.realpath(out)}"
         )
     if os.path.ismount(out):
         raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
+    check_writable(out)
+    check_writable(out.parent)  # where the folder lies under its temporary name
     for folder in out.resolve().parents:
         if (found := manifest_kind(folder)) in REPLACED_AS_A_WHOLE:
             raise UserError(f"{out} lies in {folder}, {found!r} that is replaced as a whole: choose another --out")
-    check_writable(out)
-    check_writable(out.parent)  # where the folder lies under its temporary name
     if kind not in (None, "checkpoint"):
         _check_no_training(out)
     if not out.exists() or not any(out.iterdir()):
@@ -105,9 +105,10 @@ def check_output_file(path: Path) -> None:
 
 def check_writable(folder: Path, what: str = "output") -> None:
     """Raises UserError if nothing can be written into a folder, or the folder cannot be made."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise UserError(f"{nearest} is a file: choose another {what} folder")
+        kind = "a file" if nearest.exists() else "a link that leads nowhere"
+        raise UserError(f"{nearest} is {kind}: choose another {what} folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"{nearest} cannot be written to: choose another {what} folder")
 

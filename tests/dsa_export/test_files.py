@@ -14,6 +14,7 @@ from dsa_export.cli import UserError
 from dsa_export.files import (
     TRAINING_STATE,
     check_output,
+    check_output_file,
     checkpoint_hash,
     output_folder,
     read_manifest,
@@ -118,6 +119,17 @@ def test_an_output_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "large disk")
     with pytest.raises(UserError, match="out is a link, which cannot be replaced"):
         check_output(tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["link", "missing"])
+def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path, target):
+    """In a circle, or to what is not there: above an output, or as the output itself."""
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    for check, out in ((check_output, "link/out"), (check_output, "link/deep/out"), (check_output_file, "link/file")):
+        with pytest.raises(UserError, match="link is a link that leads nowhere"):
+            check(tmp_path / out)
+    with pytest.raises(UserError, match="link is a link, which cannot be replaced"):
+        check_output(tmp_path / "link")
 
 
 def test_texts_are_utf8_whatever_the_locale(tmp_path):
