@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
 from dsa_export.cli import UserError
@@ -59,7 +58,7 @@ class Text:
             raise UserError(f"the tokenizer in {self.folder} has no chat template: use plain prompts (--raw)")
         try:
             text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program
             raise UserError(f"the chat template refuses these messages: {error}") from None
         return self._encode(str(text), add_special_tokens=False)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from dsa_export.cli import UserError, console, progress_bar
@@ -55,7 +54,7 @@ def encode(document: Document, tokenizer: Any, *, train_on_prompt: bool = False)
         messages = [{"role": role, "content": content} for role, content in document.messages]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # no system message, or roles that must alternate
+        except Exception as error:  # no system message, roles that must alternate; a template is a program
             roles = ", ".join(role for role, _ in document.messages)
             raise UserError(f"the model's chat template refuses a document with the roles {roles}: {error}") from None
         prompt = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -54,10 +54,16 @@ def test_training_on_the_prompt_labels_everything(tokenizer) -> None:
     assert labels == ids and labels is not ids
 
 
-def test_a_chat_that_the_template_refuses_is_one_line(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+@pytest.mark.parametrize(
+    ("refusing", "said"),
+    [
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}", "no system"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+    ],
+)
+def test_a_chat_that_the_template_refuses_is_one_line(tokenizer, monkeypatch, refusing: str, said: str) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", refusing)
-    with pytest.raises(UserError, match="roles system, user: no system message"):
+    with pytest.raises(UserError, match=f"roles system, user: .*{said}"):
         encode(Document((("system", "Be brief."), ("user", "Hello")), "Hi"), tokenizer)
 
 
