@@ -28,6 +28,9 @@ DEFAULT_CHECKPOINT = "ckpt"
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+UNEXPECTED = (OSError, ValueError, KeyError, AttributeError, TypeError)
+"""What transformers raises over a file that is missing, or holds something else than it looks for there."""
+
 INDEXER = ".indexer."
 """Part of the name of every indexer parameter."""
 
@@ -52,7 +55,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
         raise UserError(f"no such folder: {name}")  # beside outputs of ours: nobody need wait for the hub
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks, on a terminal
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, StrictDataclassError) as error:
+    except (*UNEXPECTED, StrictDataclassError) as error:
         if not folder.exists() and (isinstance(name, Path) or name.startswith((".", "/"))):
             raise UserError(f"no such folder: {name}") from None
         missing = f"no folder and no reachable hub model is named {name!r}"
@@ -143,7 +146,7 @@ def load_model(
             model, info = DSAForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
+    except (*UNEXPECTED, SafetensorError, UnpicklingError, RuntimeError) as error:
         for file in Path(name).glob("*.safetensors"):
             if not os.access(file, os.R_OK):
                 raise UserError(f"{file} may not be read by this user: chmod a+r it, or copy the folder") from None
@@ -225,7 +228,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer in {name}: tokenizer.json is missing")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except UNEXPECTED as error:
         raise UserError(f"no tokenizer in {name} ({first_line(error)})") from None
 
 

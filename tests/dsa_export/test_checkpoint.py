@@ -98,6 +98,14 @@ def test_corrupt_weights(damaged, name):
         load_model(damaged)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "b"}}', '{"weight_'])
+def test_an_index_of_shards_that_is_none(damaged, text):
+    (damaged / "model.safetensors").unlink()
+    (damaged / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match="cannot load the weights"):
+        load_model(damaged)
+
+
 def test_missing_base_tensor(damaged):
     edit_weights(damaged, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.k_proj\.weight"):
