@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import platform
 import re
@@ -53,6 +54,7 @@ class Terminated(KeyboardInterrupt):
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command's main and exits: errors that a user can cause end in one line, without a traceback."""
     interrupt.loaded()
+    prepare_streams()
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(Terminated()))
     try:
         main()
@@ -68,6 +70,15 @@ def run(main: Callable[[], None]) -> NoReturn:
         # Who reads the output has seen enough, such as `head`. Python flushes it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def prepare_streams() -> None:
+    """Lets a command run to its end where nobody listens, or in a locale that lacks characters that it prints."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def is_unread(output: int) -> bool:
@@ -125,7 +136,10 @@ def fail(message: str) -> NoReturn:
 def path(text: str) -> Path:
     """The type of an argument that is a file or folder. ~ is the home folder where the shell left it: in --out=~/x."""
     try:
+        text.encode()  # safetensors, tokenizers and onnx take no other names
         return Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8: choose another name") from None
     except RuntimeError as error:  # there is no such user
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 

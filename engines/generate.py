@@ -35,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner = open_runner(args.engine, threads=args.threads)
     text = Text(runner.engine)
     speaker = Speaker(runner, text, args)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     if args.raw:
         speaker.answer(text.encode(message or ""))
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
-from dsa_export.cli import console, user_message
+from dsa_export.cli import console, path, user_message
 
 
 @pytest.mark.parametrize("call", ["print(i)", "print(i, flush=True)", "console.print(i)"])
@@ -27,6 +29,25 @@ def test_another_broken_pipe_is_an_error():
     script = "from dsa_export.cli import run; run(lambda: (_ for _ in ()).throw(BrokenPipeError(32, 'Broken pipe')))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 1 and "BrokenPipeError" in result.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_ends_well_where_a_standard_stream_is_closed(closed: str):
+    script = "import sys; from dsa_export.cli import *; run(lambda: [console.print('a'), print(sys.stdin.read())])"
+    result = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, script], capture_output=True)
+    assert result.returncode == 0 and result.stderr == b""
+
+
+def test_what_a_locale_cannot_show_ends_no_command():
+    script = "from dsa_export.cli import *; run(lambda: [console.print('2 × 3', chr(0xDCFF)), print('2 × 3')])"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
+    assert (result.returncode, result.stdout) == (0, b"2 ? 3 ?\n2 ? 3\n")
+
+
+def test_a_name_that_the_libraries_cannot_write_is_refused():
+    with pytest.raises(argparse.ArgumentTypeError, match="is not UTF-8"):
+        path("out/\udcff")
 
 
 def test_a_name_in_brackets_is_printed_as_it_is(capsys):
