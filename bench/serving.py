@@ -69,7 +69,7 @@ def answer(client: httpx.Client, prompt: str, max_tokens: int) -> Answer:
     try:
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         response = client.post("/v1/completions", json=body)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, UnicodeError) as error:  # the second of a name that is no host's
         raise UserError(f"no answer from {client.base_url}: {error}; is `python -m engines.serve` running?") from None
     seconds = time.perf_counter() - start
     if response.status_code != httpx.codes.OK:

@@ -49,6 +49,7 @@ def test_conversations(runners: dict[str, Runner], tmp_path: Path, capsys: pytes
 def test_no_server_and_too_long_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         (["--url", "http://127.0.0.1:9"], "is `python -m engines.serve` running?"),
+        (["--url", f"http://{'a' * 64}"], "is `python -m engines.serve` running?"),  # no host's name is so long
         (["--prompt-characters", "100000000"], "0 modules have 100000000 characters, 8 are needed"),
     ):
         code, _, error = run_command(serving.main, [*options, "--out", str(tmp_path / "none")], capsys)

@@ -1040,6 +1040,12 @@ def test_an_address_that_is_taken_is_one_line(engines: Path, capsys: pytest.Capt
         assert code == 1 and "cannot listen on 127.0.0.1:" in one_line(error)
 
 
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 64, ""])
+def test_what_is_no_host_is_one_line(host: str):
+    with pytest.raises(UserError, match=f"cannot listen on {host}:8000: "):
+        serve.listen(host, 8000)
+
+
 @pytest.mark.parametrize(
     "options", [["--queue", "-1"], ["--grace", "-1"], ["--prefix-cache", "-1"], ["--slots", "0"], ["--port", "-1"]]
 )
