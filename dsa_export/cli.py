@@ -137,10 +137,12 @@ def path(text: str) -> Path:
     """The type of an argument that is a file or folder. ~ is the home folder where the shell left it: in --out=~/x."""
     try:
         text.encode()  # safetensors, tokenizers and onnx take no other names
-        return Path(text).expanduser()
+        given = Path(text).expanduser()
+        given.resolve()
+        return given
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8: choose another name") from None
-    except RuntimeError as error:  # there is no such user
+    except RuntimeError as error:  # there is no such user, or links lead in a circle
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 

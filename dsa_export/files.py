@@ -76,15 +76,15 @@ def check_output(out: Path, kind: str | None = None) -> None:
         raise UserError(f"{out} cannot be replaced as a whole: name a new folder as the output")
     if out.is_symlink():
         raise UserError(
-            f"{out} is a link, which cannot be replaced as a whole: name the folder itself, {os.path.realpath(out)}"
+            f"{out} is a link, which cannot be replaced as a whole: name the folder itself, {out.resolve()}"
         )
     if os.path.ismount(out):
         raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder below it")
-    check_writable(out)
-    check_writable(out.parent)  # where the folder lies under its temporary name
     for folder in out.resolve().parents:
         if (found := manifest_kind(folder)) in REPLACED_AS_A_WHOLE:
             raise UserError(f"{out} lies in {folder}, {found!r} that is replaced as a whole: choose another --out")
+    check_writable(out)
+    check_writable(out.parent)  # where the folder lies under its temporary name
     if kind not in (None, "checkpoint"):
         _check_no_training(out)
     if not out.exists() or not any(out.iterdir()):

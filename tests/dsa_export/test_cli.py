@@ -50,6 +50,14 @@ def test_a_name_that_the_libraries_cannot_write_is_refused():
         path("out/\udcff")
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="pathlib resolves such links, and what opens them says so")
+def test_links_that_lead_in_a_circle_are_a_wrong_argument(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    for name in ("link", "link/out"):
+        with pytest.raises(argparse.ArgumentTypeError, match="Symlink loop"):
+            path(str(tmp_path / name))
+
+
 def test_a_name_in_brackets_is_printed_as_it_is(capsys):
     console.print("wrote out/a[b]/[/c]")
     assert capsys.readouterr().out == "wrote out/a[b]/[/c]\n"

@@ -121,10 +121,8 @@ def test_an_output_that_is_a_link_is_refused(tmp_path):
         check_output(tmp_path / "out")
 
 
-@pytest.mark.parametrize("target", ["link", "missing"])
-def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path, target):
-    """In a circle, or to what is not there: above an output, or as the output itself."""
-    (tmp_path / "link").symlink_to(tmp_path / target)
+def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
     for check, out in ((check_output, "link/out"), (check_output, "link/deep/out"), (check_output_file, "link/file")):
         with pytest.raises(UserError, match="link is a link that leads nowhere"):
             check(tmp_path / out)
