@@ -50,7 +50,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         choices=BITS,
-        help="quantise the weights of the linear layers, except the indexer's, in blocks (default: no)",
+        help="quantise the weights of the linear layers, except the indexer's, in blocks, and store an embedding "
+        "of fp32 in fp16 (default: no)",
     )
     parser.add_argument(
         "--block-size",

@@ -24,6 +24,7 @@ from dsa_export.model.feed_forward import ROUTER
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (32, 64, 128)
 LM_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,14 @@ class Rounded:
 def quantise(
     graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme, rounded: Mapping[str, Rounded]
 ) -> set[str]:
-    """Quantises the weights of all MatMul nodes that the scheme names, the same weight of several graphs once.
+    """Quantises the weights of all MatMul nodes that the scheme names, the same weight of several graphs once, and
+    halves an embedding in fp32 that nothing multiplies.
 
     rounded: those that are rounded already, by name; all others are rounded to the nearest.
 
     Requires weights [K, N] as initializers with the names of `parameters` [N, K], the torch model's, which are
-    overwritten with what the integers stand for: the torch model then is the reference of the quantised graphs.
-    Returns their names.
+    overwritten with what the graphs now hold: the torch model then is the reference of the quantised graphs. Returns
+    the names of the quantised ones.
     """
     done: dict[str, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
     for graph in graphs:
@@ -85,14 +87,42 @@ def quantise(
             if weight not in dequantised:
                 dequantised[weight] = _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
             node.replace_input_with(1, dequantised[weight])
+        _halve_embedding(graph, parameters)
     return set(done)
 
 
 def untie(model: DSAForCausalLM) -> None:
-    """Gives the output projection a weight of its own: the embedding is looked up, not multiplied, and stays exact."""
+    """Gives the output projection a weight of its own: the embedding is looked up, not multiplied, and keeps its
+    values."""
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+
+
+def _halve_embedding(graph: ir.Model, parameters: Mapping[str, Tensor]) -> None:
+    """Stores the embedding in fp16 and casts the rows that are looked up, if nothing else reads it.
+
+    In fp32 it is as large as all that is quantised of a small model. What a bf16 checkpoint holds stays as it is, but
+    for numbers below 2^-17, which move by 3e-8 at most.
+    """
+    table = graph.graph.initializers.get(EMBEDDING)
+    if table is None or table.dtype != ir.DataType.FLOAT or [use.node.op_type for use in table.uses()] != ["Gather"]:
+        return
+    narrow = parameters[EMBEDDING].half()
+    if not narrow.isfinite().all():
+        return
+    parameters[EMBEDDING].data.copy_(narrow)
+    table.const_value = ir.tensor(narrow.numpy(), name=EMBEDDING)
+    table.type = ir.TensorType(ir.DataType.FLOAT16)
+    (gather,) = table.consumers()
+    (rows,) = gather.outputs
+    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{gather.name}/Cast")
+    (wide,) = cast.outputs
+    wide.type, wide.shape = rows.type, rows.shape
+    ir.convenience.replace_all_uses_with(rows, wide)
+    cast.replace_input_with(0, rows)
+    rows.type = ir.TensorType(ir.DataType.FLOAT16)
+    graph.graph.insert_after(gather, cast)
 
 
 def _quantise(weight: ir.TensorProtocol, bits: int, block_size: int) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:

@@ -201,7 +201,8 @@ def test_lower_precisions_pass_their_parity(dsa_folder, tmp_path, dtype):
     [("int4", "32", True, "fp32"), ("int8", "128", False, "fp32"), ("int4", "32", False, "bf16")],
 )
 def test_quantised_weights(dsa_folder, tmp_path, weights, block, indexer, dtype):
-    """One standard form; the graph computes what its integers stand for; the embedding stays, the indexer if wished."""
+    """One standard form; the graph computes what its integers stand for; the embedding has 16 bits; the indexer stays
+    if wished."""
     out = tmp_path / "onnx"
     result = export_command(
         "--model", str(dsa_folder), "--out", str(out), "--weights", weights, "--block-size", block,
@@ -223,6 +224,7 @@ def test_quantised_weights(dsa_folder, tmp_path, weights, block, indexer, dtype)
         assert quantised == {f"model.layers.{i}.{name}.weight" for i in range(2) for name in LINEAR} | {
             "lm_head.weight"
         }
+        assert kind["model.embed_tokens.weight"] == ("FLOAT16" if dtype == "fp32" else "BFLOAT16")
         assert {node.domain for node in model.graph.node} <= {"", "dsa"}
     loss = manifest["parity"]["dense"]["quality"]
     for over in ("", "text_"):
@@ -231,25 +233,46 @@ def test_quantised_weights(dsa_folder, tmp_path, weights, block, indexer, dtype)
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"dense", "sparse"}  # nothing of the check
 
 
-def test_a_quantised_tied_embedding_stays_exact():
+def tied() -> DSAForCausalLM:
     config = DSAConfig(
         vocab_size=64, hidden_size=32, head_dim=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, index_heads=2, index_dim=16, index_topk=4, tie_word_embeddings=True,
     )  # fmt: skip
-    model = DSAForCausalLM(config).requires_grad_(False).eval()
-    embedding = model.model.embed_tokens.weight.clone()
+    return DSAForCausalLM(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize(("largest", "stored"), [(0.125, ir.DataType.FLOAT16), (1e5, ir.DataType.FLOAT)])
+def test_a_quantised_tied_embedding_keeps_its_values(largest: float, stored: ir.DataType):
+    """Those of a bf16 checkpoint, in 16 bits where they fit; what the output projection multiplies is a copy."""
+    model = tied()
+    embedding = model.model.embed_tokens.weight.bfloat16().float()
+    embedding[embedding.abs() < 2**-17] = 0
+    embedding[3, 5] = largest
+    model.model.embed_tokens.weight.copy_(embedding)
     untie(model)
     graph = export_graph(model)
     names = quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=True, indexer=False), {})
     assert len(names) == 8
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     head = graph.graph.initializers
+    table = head["model.embed_tokens.weight"]
+    assert table.dtype == table.const_value.dtype == stored
+    np.testing.assert_array_equal(table.const_value.numpy().astype(np.float32), embedding)
     scales = head["lm_head.weight.scales"].const_value.numpy()
     values = head["lm_head.weight"].const_value.numpy().astype(np.float32) * scales.repeat(32, 0)
     np.testing.assert_array_equal(model.lm_head.weight.numpy(), values.T)
     step = np.abs(scales).repeat(32, 0).T
     assert (np.abs(model.lm_head.weight.numpy() - embedding.numpy()) <= step * 1.01).all()
     assert not np.array_equal(model.lm_head.weight.numpy(), embedding.numpy())
+
+
+def test_an_embedding_that_is_multiplied_too_keeps_its_type():
+    model = tied()
+    embedding = model.model.embed_tokens.weight.clone()
+    graph = export_graph(model)
+    quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=False, indexer=False), {})
+    (table,) = [node.inputs[0] for node in graph.graph if node.op_type == "Gather" and node.inputs[0].is_initializer()]
+    assert table.dtype == ir.DataType.FLOAT and torch.equal(model.model.embed_tokens.weight, embedding)
 
 
 def test_weights_that_were_merged_are_dequantised_once():
