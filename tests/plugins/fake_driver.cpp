@@ -24,8 +24,9 @@ namespace
 {
 
 std::mutex gMutex;
-std::set<std::string> gNames;            // kernels asked for; a handle is the name's address
-std::map<std::pair<std::string const*, int>, int> gShared; // allowed to a kernel on a device
+using Entry = std::pair<void const*, std::string>; // a loaded image and the name of its kernel: images share names
+std::set<Entry> gEntries;                          // that were asked for; a handle is the address
+std::map<std::pair<Entry const*, int>, int> gShared; // allowed to a kernel on a device
 std::map<void*, int> gStreams; // their devices
 int gDevice = 0; // the current one
 bool gUploading = false; // on the null stream, which the streams of launches do not wait for
@@ -121,13 +122,13 @@ int cuLibraryGetKernel(void** kernel, void* library, char const* name)
     {
         return 500;
     }
-    *kernel = const_cast<std::string*>(&*gNames.insert(name).first);
+    *kernel = const_cast<Entry*>(&*gEntries.emplace(library, name).first);
     return 0;
 }
 int cuKernelSetAttribute(int, int value, void* kernel, int device)
 {
     std::lock_guard<std::mutex> const lock(gMutex);
-    gShared[{static_cast<std::string const*>(kernel), device}] = value;
+    gShared[{static_cast<Entry const*>(kernel), device}] = value;
     return value > 99 * 1024 && arch() % 10 != 0 ? 1 : 0; // sm_86 and sm_89 allow 99 KB
 }
 int cuKernelGetFunction(void** function, void* kernel) { *function = kernel; return 0; }
@@ -143,15 +144,16 @@ struct Config // CUlaunchConfig, whose attributes begin with their id
 int cuLaunchKernelEx(Config const* config, void* function, void** parameters, void**)
 {
     std::lock_guard<std::mutex> const lock(gMutex);
-    auto const* name = static_cast<std::string const*>(function);
+    auto const* entry = static_cast<Entry const*>(function);
+    std::string const& name = entry->second;
     auto const [x, y, threads, shared] = std::array<unsigned, 4>{config->x, config->y, config->threads, config->shared};
-    std::string const letters = signature(*name);
-    int const allowed = gShared[{name, gStreams[config->stream]}];
+    std::string const letters = signature(name);
+    int const allowed = gShared[{entry, gStreams[config->stream]}];
     if (gUploading || x == 0 || y == 0 || y > 65535 || letters.empty() || static_cast<int>(shared) > allowed)
     {
         return 1;
     }
-    std::printf("%s %u %u %u %u %d", name->c_str(), x, y, threads, shared, config->count > 0 ? *config->attributes : 0);
+    std::printf("%s %u %u %u %u %d", name.c_str(), x, y, threads, shared, config->count > 0 ? *config->attributes : 0);
     std::size_t i = 0;
     for (; i < letters.size(); ++i)
     {
