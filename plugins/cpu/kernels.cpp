@@ -31,6 +31,7 @@ static_assert(kTile % (kLanes * kVectors) == 0);
 
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 Floats& floats(float* p)
 {
@@ -453,7 +454,7 @@ Floats exp_negative(Floats x)
     Floats y = Floats{} + 1.0f / 5040;
     for (float const term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
         y = y * r + term;
-    Floats const power = (Floats)((Ints)y + ((Ints)shifted << 23));
+    Floats const power = (Floats)((Words)y + ((Words)shifted << 23)); // of NaN, the sum overflows
     return x == x ? power : x; // NaN
 }
 
@@ -512,8 +513,8 @@ void select(IndexTopK const& call, int64_t task)
 
     std::vector<Sight> sights;
     std::vector<Best> bests;
-    std::vector<int32_t> starts(call.index_scale ? (t1 - t0) * call.Hi : 0);
-    for (size_t row = 0; row < starts.size(); ++row)
+    std::vector<int32_t> starts((t1 - t0) * call.Hi); // of keys in 8 bits
+    for (size_t row = 0; call.index_scale && row < starts.size(); ++row)
     {
         int64_t const at = ((b * call.S + t0) * call.Hi + row) * call.Di;
         starts[row] = zero_key_dot(static_cast<int8_t const*>(call.index_q) + at, call.Di);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -18,7 +19,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor
 
 from engines.ort_graph import with_cpu_kernels
-from plugins import cpu
+from plugins import cpu, cxx
+from plugins.cpu.library import HERE as SOURCES
+from plugins.cpu.library import INSTRUCTION_SETS
 from plugins.cxx import BuildFailed
 from plugins.index_topk import index_topk_reference
 from plugins.index_topk.op import forced_groups
@@ -376,3 +379,35 @@ def test_empty_calls() -> None:
     nothing = torch.zeros(1, 0, 4, dtype=torch.int32)
     assert run(KERNELS[-1], "SparseAttention", [q, caches, caches, nothing], scale=1.0).shape == (1, 2, 0, 8)
     assert np.prod(q.shape) == 0
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels and a stand-in for ONNX Runtime as one program, built with AddressSanitizer and UBSan."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    start = [*cxx.compiler(), "-std=c++20", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    program, probe = str(folder / "program"), folder / "probe.cpp"
+    probe.write_text("int main() {}")
+    try:
+        cxx.run([*start, str(probe), "-o", program])
+        cxx.run([program])
+    except BuildFailed as error:
+        pytest.skip(f"no sanitizers on this machine: {str(error).splitlines()[-1]}")
+    sources = {"library": "library.cpp"} | dict.fromkeys(INSTRUCTION_SETS, "kernels.cpp")
+    objects = {name: str(folder / f"{name}.o") for name in sources}
+    cxx.run_all(
+        [*start, "-O1", *INSTRUCTION_SETS.get(name, ()), f"-DDSA_ISA={name}", "-c", str(SOURCES / source),
+         "-o", objects[name]]
+        for name, source in sources.items()
+    )  # fmt: skip
+    host = Path(__file__).parent / "fake_onnxruntime.cpp"
+    cxx.run([*start, f"-I{SOURCES}", str(host), *objects.values(), "-pthread", "-o", program])
+    return Path(program)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_no_call_leaves_its_memory(sanitized: Path, kernels: str) -> None:
+    poison = "detect_leaks=0:max_malloc_fill_size=1000000:malloc_fill_byte=255"
+    environment = os.environ | {"DSA_CPU_KERNELS": kernels, "ASAN_OPTIONS": poison}
+    result = subprocess.run([sanitized, "150"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
