@@ -674,8 +674,10 @@ void attend_to_rows(SparseAttention const& call, int64_t task)
         float largest = -infinity;
         for (int lane = 0; lane < kLanes; ++lane)
             largest = std::max(largest, most[lane]);
+        // A part may have nothing but -infinity: weights of 0 beside other parts. Of all rows, NaN as in the definition.
+        float const from = call.parts > 1 ? std::max(largest, std::numeric_limits<float>::lowest()) : largest;
         for (float* at = row; at < last; at += kLanes)
-            floats(at) = exp_negative(floats(at) - largest);
+            floats(at) = exp_negative(floats(at) - from);
         std::fill(row_end, last, 0.0f);
         for (float* tile = row; tile < last; tile += kTile)
         {

@@ -26,6 +26,7 @@ from plugins.cxx import BuildFailed
 from plugins.index_topk import index_topk_reference
 from plugins.index_topk.op import forced_groups
 from plugins.index_topk.rounding import round_keys, round_queries
+from plugins.sparse_attention.op import sparse_attention_torch
 from tests.plugins import bodies
 from tests.plugins.problems import (
     TopK,
@@ -255,6 +256,21 @@ def test_attention_to_nan_is_nan_however_it_is_cut(bits: int, K: int) -> None:
     indices = torch.arange(K, dtype=torch.int32)[None, None]
     for kernels in KERNELS:
         assert run(kernels, "SparseAttention", [caches[:, :, :1], keys, caches, indices], scale=1.0).isnan().all()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("bad", [128, 256])
+def test_scores_of_minus_infinity_count_for_nothing_however_it_is_cut(kernels: str, heads: int, bad: int) -> None:
+    """Two processors cut the rows of one head into halves, those of two heads not. NaN if no other score is there."""
+    values = torch.arange(256.0)[:, None].expand(1, heads, 256, 8).contiguous()
+    keys = torch.ones(1, heads, 256, 8)
+    keys[:, :, :bad, 0] = -torch.inf
+    indices = torch.arange(256, dtype=torch.int32)[None, None]
+    tensors = [torch.ones(1, heads, 1, 8), keys, values, indices]
+    expected = sparse_attention_torch(*tensors, 1.0)
+    got = run(kernels, "SparseAttention", tensors, scale=1.0)
+    torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
