@@ -201,12 +201,20 @@ def upcast_fp8_caches(model: ir.Model) -> None:
             if output.dtype == fp8:
                 output.type = ir.TensorType(fp32)
         if node.op_type == "Cast" and node.attributes["to"].as_int() == fp8:
-            (rounded,) = node.outputs
-            rounded.type = ir.TensorType(fp8)
-            back = ir.node("Cast", [rounded], {"to": ir.AttrInt64("to", fp32)}, name=f"{node.name}/raised")
-            ir.convenience.replace_all_uses_with(rounded, back.outputs[0])
-            back.replace_input_with(0, rounded)
-            model.graph.insert_after(node, back)
+            cast_back(node.outputs[0], fp8)
+
+
+def cast_back(value: ir.Value, narrow: ir.DataType) -> None:
+    """Gives what a node makes the type `narrow`, and its readers a cast of it to the type that it had."""
+    node = value.producer()
+    assert node is not None and node.graph is not None and value.dtype is not None
+    back = ir.node("Cast", [value], {"to": ir.AttrInt64("to", value.dtype)}, name=f"{node.name}/raised")
+    (wide,) = back.outputs
+    wide.type, wide.shape = value.type, value.shape
+    ir.convenience.replace_all_uses_with(value, wide)
+    back.replace_input_with(0, value)
+    value.type = ir.TensorType(narrow)
+    node.graph.insert_after(node, back)
 
 
 def read_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

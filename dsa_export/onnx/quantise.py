@@ -9,7 +9,7 @@ most: what it loses, no later layer can mend. A router of experts keeps its type
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dsa_export.model.checkpoint import INDEXER
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.model.feed_forward import ROUTER
+from dsa_export.onnx.passes import cast_back
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (32, 64, 128)
@@ -54,7 +55,7 @@ class Rounded:
 
 
 def quantise(
-    graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme, rounded: Mapping[str, Rounded]
+    graphs: Collection[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme, rounded: Mapping[str, Rounded]
 ) -> set[str]:
     """Quantises the weights of all MatMul nodes that the scheme names, the same weight of several graphs once, and
     halves an embedding in fp32 that nothing multiplies.
@@ -87,7 +88,7 @@ def quantise(
             if weight not in dequantised:
                 dequantised[weight] = _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
             node.replace_input_with(1, dequantised[weight])
-        _halve_embedding(graph, parameters)
+    _halve_embedding(graphs, parameters)
     return set(done)
 
 
@@ -99,30 +100,26 @@ def untie(model: DSAForCausalLM) -> None:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
 
 
-def _halve_embedding(graph: ir.Model, parameters: Mapping[str, Tensor]) -> None:
+def _halve_embedding(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor]) -> None:
     """Stores the embedding in fp16 and casts the rows that are looked up, if nothing else reads it.
 
     In fp32 it is as large as all that is quantised of a small model. What a bf16 checkpoint holds stays as it is, but
     for numbers below 2^-17, which move by 3e-8 at most.
     """
-    table = graph.graph.initializers.get(EMBEDDING)
-    if table is None or table.dtype != ir.DataType.FLOAT or [use.node.op_type for use in table.uses()] != ["Gather"]:
+    fp32, fp16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+    tables = [graph.graph.initializers[EMBEDDING] for graph in graphs if EMBEDDING in graph.graph.initializers]
+    tables = [t for t in tables if t.dtype == fp32 and [node.op_type for node in t.consumers()] == ["Gather"]]
+    if not tables:
         return
     narrow = parameters[EMBEDDING].half()
     if not narrow.isfinite().all():
         return
     parameters[EMBEDDING].data.copy_(narrow)
-    table.const_value = ir.tensor(narrow.numpy(), name=EMBEDDING)
-    table.type = ir.TensorType(ir.DataType.FLOAT16)
-    (gather,) = table.consumers()
-    (rows,) = gather.outputs
-    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{gather.name}/Cast")
-    (wide,) = cast.outputs
-    wide.type, wide.shape = rows.type, rows.shape
-    ir.convenience.replace_all_uses_with(rows, wide)
-    cast.replace_input_with(0, rows)
-    rows.type = ir.TensorType(ir.DataType.FLOAT16)
-    graph.graph.insert_after(gather, cast)
+    stored = ir.tensor(narrow.numpy(), name=EMBEDDING)
+    for table in tables:
+        table.const_value, table.type = stored, ir.TensorType(fp16)
+        (gather,) = table.consumers()
+        cast_back(gather.outputs[0], fp16)
 
 
 def _quantise(weight: ir.TensorProtocol, bits: int, block_size: int) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
