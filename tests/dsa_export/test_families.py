@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DeepseekV32Config,
+    GlmMoeDsaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -83,6 +86,22 @@ LATENT_VARIANTS: dict[str, PreTrainedConfig] = {
         **LATENT, q_lora_rank=None, rope_parameters={k: v for k, v in YARN_MSCALE.items() if "mscale" not in k}
     ),
 }
+FOUR_LAYERS: dict[str, Any] = {"num_hidden_layers": 4, "first_k_dense_replace": 4}
+SPARSE: dict[str, Any] = {
+    **LATENT,
+    **FOUR_LAYERS,
+    "mlp_layer_types": ["dense"] * 4,
+    "q_lora_rank": LATENT["hidden_size"],
+    "rms_norm_eps": 1e-6,
+    "index_topk": 8,
+    "index_head_dim": LATENT["qk_rope_head_dim"],
+    "index_n_heads": 16,
+}
+SPARSE_STOCK: dict[str, PreTrainedConfig] = {
+    "DeepSeek-V3.2": DeepseekV32Config(**SPARSE),
+    "GLM": GlmMoeDsaConfig(**SPARSE),
+    "GLM, two layers to a selection": GlmMoeDsaConfig(**SPARSE, indexer_types=["full", "shared"] * 2),
+}
 EXACT = {"atol": 1e-5, "rtol": 0}
 
 
@@ -135,6 +154,45 @@ def test_latent_attention_equals_the_stock_model(variant: str, tokens: torch.Ten
     task = peers.Task(str(folder), [59], tokens[0].numpy(), "prefill", 8, {}, measure.Budget(1), 1)
     assert families.stock_config(model.config).to_diff_dict().get("q_lora_rank") == stock.config.q_lora_rank
     assert type(peers.TransformersPeer(task).model) is type(stock)
+
+
+@pytest.mark.parametrize("stock", SPARSE_STOCK)
+@torch.no_grad()
+def test_sparse_attention_is_that_of_stock_models(stock: str, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """The models that were trained with DSA: whole logits at k = 8 of 60 tokens, and what is generated from a cache.
+
+    Their indexers make queries from the compressed queries of attention, ours from the layer's input: here these are
+    the same, as the compression keeps all of it. 16 heads: with few, many scores are exactly 0, and which of equal ones
+    they take is open.
+    """
+    config = SPARSE_STOCK[stock]
+    torch.manual_seed(3)
+    share = config.num_hidden_layers // sum(kind == "full" for kind in getattr(config, "indexer_types", ["full"] * 4))
+    folder = build(DeepseekV3Config(**LATENT | FOUR_LAYERS, q_lora_rank=LATENT["hidden_size"]), tmp_path)
+    ours = load_model(folder, index_topk=8, index_heads=16, index_dim=8, index_share=share)
+    for layer in ours.model.layers:
+        layer.input_layernorm.weight.fill_(1)
+        layer.self_attn.q_a_layernorm.weight.fill_(1)
+        nn.init.eye_(layer.self_attn.q_a_proj.weight)
+        for parameter in layer.self_attn.indexer.parameters() if layer.self_attn.leads else ():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    state = ours.state_dict()
+    if (
+        config.model_type == "glm_moe_dsa"
+    ):  # rotates neighbouring numbers of index queries and keys, we those half apart
+        for name in [n for n in state if ".indexer." in n and "weights_proj" not in n]:
+            state[name] = state[name].unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
+    for name, theirs in (("indexer.q_proj", "indexer.wq_b"), ("indexer.k_proj", "indexer.wk")):
+        state = {key.replace(name, theirs): value for key, value in state.items()}
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict(state)
+    torch.testing.assert_close(ours(tokens).logits, model(tokens).logits, **EXACT)
+    mask = torch.ones_like(tokens)
+    mask[1, :23] = 0  # padded on the left
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(tokens, **options), model.generate(tokens, **options))
+    ours.set_topk(9)
+    assert (ours(tokens).logits - model(tokens).logits).abs().max() > 1e-2
 
 
 @torch.no_grad()
