@@ -15,11 +15,11 @@ against the unquantised model: see `quality`.
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dsa_export.model import AttentionTrace, DSAForCausalLM
@@ -64,14 +64,14 @@ def check_parity(
     """Runs the check for one variant (model and graph_folder/model.onnx) and returns its figures, "passed" among them.
 
     text: the last DECODED_TOKENS are fed one at a time. `scratch` is a folder for temporary graphs. unquantised:
-    reference() of the model before its weights were quantised. Memory: the torch model and one ONNX Runtime
+    reference() of the model before its weights were quantised. Memory: the torch model in its type and one ONNX Runtime
     session, whose weights are mapped; a graph of bf16 or with quantised weights is raised to fp32 in `scratch` for it.
     """
     session = _session(model, graph_folder, scratch, fuse=False)
     ort_logits, ort_indices = _run_onnx(model, session, text)
     del session
-    wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    ours, sets = _run_torch(wide, text, ort_indices)
+    with _in_fp32(model):
+        ours, sets = _run_torch(model, text, ort_indices)
     expected = ours.logits
     error = float((ort_logits - expected).abs().max())
     tolerance = TOLERANCE
@@ -114,8 +114,34 @@ class Reference:
 
 
 def reference(model: DSAForCausalLM, text: list[int]) -> Reference:
-    wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    return _run_torch(wide, text)[0]
+    with _in_fp32(model):
+        return _run_torch(model, text)[0]
+
+
+@contextmanager
+def _in_fp32(model: DSAForCausalLM) -> Iterator[None]:
+    """Within the block the model computes in fp32; the weights of a layer are raised only while it runs."""
+    kept: list[Tensor] = []
+
+    def raise_weights(module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters():
+            kept.append(parameter.data)
+            parameter.data = parameter.data.float()
+
+    def put_back(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data = kept.pop(0)
+
+    hooks = [
+        hook
+        for module in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head)
+        for hook in (module.register_forward_pre_hook(raise_weights), module.register_forward_hook(put_back))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _loss(logits: Tensor, text: list[int]) -> float:

@@ -469,6 +469,24 @@ def test_what_is_no_selection_is_no_tie(theirs, counts):
     assert tuple(found[name] for name in ("identical", "ties", "different", "unlawful")) == counts
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_is_computed_in_fp32_without_a_second_model(tmp_path, tokens, tied):
+    """The weights of one layer at a time are raised, then the model is what it was."""
+    model = load_model(build_qwen(tmp_path / "qwen", tied=tied), dtype=torch.bfloat16, index_topk=16)
+    own = {name: (parameter.data_ptr(), parameter.clone()) for name, parameter in model.named_parameters()}
+    text = tokens[0].tolist()
+    raised = []
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda *_: raised.extend(name for name, p in model.named_parameters() if p.dtype == torch.float32)
+    )
+    found = parity.reference(model, text)
+    assert raised and all(name.startswith("model.layers.1.") for name in raised)
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == own[name][0] and torch.equal(parameter, own[name][1]), name
+    expected = parity.reference(copy.deepcopy(model).float(), text)
+    assert torch.equal(found.logits, expected.logits) and found.text_loss == expected.text_loss
+
+
 def test_logits_that_overflow_prove_nothing(dsa_model, tmp_path, monkeypatch):
     """The tolerance in fp16 is twice torch's own error, which is infinite then."""
     exact = torch.randn(parity.DECODED_TOKENS, 4)
