@@ -397,8 +397,8 @@ def _index_topk(
         highest = torch.finfo(torch.float32).max
         scores = scores.nan_to_num(nan=highest, posinf=highest, neginf=-torch.inf)  # NaN ranks highest
         if sinks or window or pool > 1:
-            always = (first_tokens < sinks) | (last_tokens > positions - window)
-            scores = scores.masked_fill(always | (last_tokens > positions), torch.inf)
+            always = (first_tokens < sinks) | (last_tokens > positions - window)  # an incomplete group among them
+            scores = scores.masked_fill(always, torch.inf)
         scores = scores.masked_fill(first_tokens > positions, -torch.inf)
         best = topk_lowest_index_first(scores, min(k // pool, G))
         tokens = (best[..., None] * pool + torch.arange(pool, device=best.device)).flatten(-2)
