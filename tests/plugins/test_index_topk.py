@@ -35,7 +35,7 @@ def test_torch_form_is_the_definition(problem: TopK) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"sinks": 1, "window": 2}, {"pool": 2}], ids=str)
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [0, 1, 3])  # 0: the scores of one are too many
 def test_tiles_of_queries_are_the_definition(monkeypatch: pytest.MonkeyPatch, queries: int, options: dict) -> None:
     """As of long inputs, whose scores exceed SCORE_BYTES."""
     problem = topk_problem([40, 23], 7, 40, 3, 8, 6, torch.float32, ties=True, seed=6, poison=False)
@@ -79,8 +79,9 @@ def test_a_later_key_changes_no_earlier_selection() -> None:
     assert torch.equal(index_topk(*problem.arguments())[0, :-1], before[0, :-1])
 
 
-def test_operator_is_well_formed() -> None:
-    problem = topk_problem([20, 7], 2, 20, 4, 16, 5, torch.float32, ties=False, seed=4, poison=False)
+@pytest.mark.parametrize("k", [5, 30])
+def test_operator_is_well_formed(k: int) -> None:
+    problem = topk_problem([20, 7], 2, 20, 4, 16, k, torch.float32, ties=False, seed=4, poison=False)
     torch.library.opcheck(torch.ops.dsa.index_topk.default, problem.arguments())
 
 
@@ -95,6 +96,16 @@ def replaced(problem: TopK, **changes: object) -> tuple:
         ({"index_k": torch.zeros(2, 9, 8)}, "differ between the arguments"),
         ({"index_k": torch.zeros(2, 1, 9, 16)}, r"need index_q \[B, S, Hi, Di\]"),
         ({"index_weights": torch.zeros(2, 1, 4, dtype=torch.float16)}, "must have one floating-point dtype"),
+        ({"index_weights": torch.zeros(2, 1, 5)}, "differ between the arguments"),
+        ({"kv_lengths": torch.zeros(3, dtype=torch.int64)}, "differ between the arguments"),
+        (
+            {
+                "index_q": torch.zeros(2, 1, 4, 16, dtype=torch.int32),
+                "index_weights": torch.zeros(2, 1, 4).int(),
+                "index_k": torch.zeros(2, 9, 16).int(),
+            },
+            "must have one floating-point dtype",
+        ),
         ({"kv_lengths": torch.zeros(2, dtype=torch.int32)}, "kv_lengths must be int64"),
         ({"kv_lengths": torch.zeros(2, dtype=torch.int64, device="meta")}, "kv_lengths is on meta"),
     ],
@@ -114,6 +125,7 @@ NEEDED = r"index_scale is needed with index_k in float8_e4m3fn or uint8, and onl
         (torch.float8_e4m3fn, torch.ones(2, 9).half(), r"index_scale must be \[B, G\] fp32, got .* torch.float16"),
         (torch.float8_e4m3fn, torch.ones(2, 8), r"index_scale must be \[B, G\] fp32, got \(2, 8\)"),
         (torch.float8_e4m3fn, torch.ones(2, 9, device="meta"), "index_scale is on meta"),
+        (torch.uint8, torch.ones(2, 9), "or be int8, float32 and uint8; got torch.float32, torch.float32, torch.uint8"),
         (torch.float8_e4m3fn, None, NEEDED),
         (torch.float32, torch.ones(2, 9), NEEDED),
     ],
@@ -219,12 +231,27 @@ def test_what_is_always_selected() -> None:
         (8, {"sinks": -1}, "sinks must not be negative, got -1"),
         (8, {"sinks": 4, "window": 5}, "sinks = 4, window = 5 and pool = 1 always select 9 keys: k = 8"),
         (8, {"window": 6, "pool": 4}, "always select 12 keys"),
+        (8, {"sinks": 8, "pool": 4}, "always select 12 keys"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(k: int, options: dict[str, int], message: str) -> None:
     problem = topk_problem([9, 9], 1, 9, 4, 16, 5, torch.float32, ties=False, seed=5)
     with pytest.raises(ValueError, match=message):
         index_topk(*problem.arguments()[:4], k, **options)
+
+
+def test_scores_that_are_not_numbers_are_selected_but_for_what_always_is() -> None:
+    keys = torch.tensor([0.5, 1.0, torch.nan, torch.inf, 2.0, 0.1])[None, :, None]
+    one = (torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), keys, torch.tensor([6]))
+    assert sets(index_topk(*one, 2))[0][0] == {2, 3}
+    assert sets(index_topk(*one, 4, sinks=1, window=1))[0][0] == {0, 2, 3, 5}
+    assert sets(index_topk(*one, 2, sinks=1, window=1))[0][0] == {0, 5}
+
+
+def test_scores_are_summed_in_fp32() -> None:
+    """In bf16 256 + 1 is 256."""
+    q, weights, key = torch.tensor([256.0, 1.0]).view(1, 1, 2, 1), torch.ones(1, 1, 2), torch.ones(1, 1, 1)
+    assert op.index_scores(*(t.bfloat16() for t in (q, weights, key))).item() == 257
 
 
 def test_scores_that_are_not_numbers_still_choose_k() -> None:

@@ -133,6 +133,14 @@ def test_operator_is_well_formed() -> None:
     [
         ({"q": torch.zeros(2, 5, 1, 16)}, r"query heads \(5\) must be a multiple of KV heads \(2\)"),
         ({"v_cache": torch.zeros(2, 2, 9, 16)}, "differ between the arguments"),
+        ({name: torch.zeros(2, 2, 8, 8) for name in ("k_cache", "v_cache")}, "differ between the arguments"),
+        ({"indices": torch.zeros(2, 2, 4, dtype=torch.int32)}, "differ between the arguments"),
+        ({"indices": torch.zeros(2, 1, 4, dtype=torch.int32, device="meta")}, "indices is on meta, q on cpu"),
+        (
+            {name: torch.zeros(2, 2, 8, 16).int() for name in ("q", "k_cache", "v_cache")}
+            | {"indices": torch.zeros(2, 8, 4, dtype=torch.int32)},
+            "must have one floating-point dtype",
+        ),
         ({"indices": torch.zeros(2, 4, dtype=torch.int32)}, r"need q \[B, Hq, S, D\]"),
         ({"q": torch.zeros(2, 4, 1, 16, dtype=torch.float16)}, "must have one floating-point dtype"),
         ({"indices": torch.zeros(2, 1, 4, dtype=torch.int64)}, "indices must be int32"),
@@ -150,6 +158,7 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> N
         ((1, 4, 1, 20), (1, 2, 8, 20), 4, "head size of 16 to 576, a multiple of 8, got 20"),
         ((1, 4, 1, 584), (1, 2, 8, 584), 4, "head size of 16 to 576, a multiple of 8, got 584"),
         ((1, 258, 1, 64), (1, 2, 8, 64), 4, "at most 128 query heads per KV head, got 129"),
+        ((1, 4, 1, 64), (1, 2, 8, 64), 0, "1 to 4096 indices per token, got 0"),
         ((1, 4, 1, 64), (1, 2, 8, 64), 4097, "1 to 4096 indices per token, got 4097"),
         ((1, 4, 1, 64), (1, 2, 2**20 + 1, 64), 4, "capacity up to 1048576"),
         ((2, 4, 2**16 + 1, 64), (2, 2, 8, 64), 4, "up to 131072 query tokens"),
