@@ -187,6 +187,8 @@ def test_sparse_attention_is_that_of_stock_models(stock: str, tokens: torch.Tens
     model = AutoModelForCausalLM.from_config(config).eval()
     model.load_state_dict(state)
     torch.testing.assert_close(ours(tokens).logits, model(tokens).logits, **EXACT)
+    indexer, theirs = (m.model.layers[0].self_attn.indexer for m in (ours, model))
+    assert indexer.k_norm.eps == theirs.k_norm.eps
     mask = torch.ones_like(tokens)
     mask[1, :23] = 0  # padded on the left
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -224,12 +226,13 @@ def test_the_peer_is_the_familys_stock_model(family: tuple[str, Path], tokens: t
         assert needed[1] > needed[0] > 4 * peer.model.num_parameters() + peers.MARGIN_BYTES
 
 
+@pytest.mark.parametrize("share", [1, 2])
 @torch.no_grad()
 def test_an_observer_is_told_what_each_key_can_add_to_the_output(
-    family: tuple[str, Path], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    family: tuple[str, Path], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch, share: int
 ) -> None:
     """The norms are those of the layer's output where one head attends to the query's own key alone."""
-    model = load_model(family[1], index_topk=12, index_heads=2, index_dim=16)
+    model = load_model(family[1], index_topk=12, index_heads=2, index_dim=16, index_share=share)
     attention: Any = model.model.layers[1].self_attn
     attend, outputs, norms = type(attention).attend, [], []
 
@@ -244,6 +247,18 @@ def test_an_observer_is_told_what_each_key_can_add_to_the_output(
     for _ in range(attention.query_heads):
         model(tokens, use_cache=False, observer=lambda trace: norms.append(trace.value_norms()) or {})
     torch.testing.assert_close(norms[-1], torch.stack(outputs, dim=1), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_a_key_can_add_is_exact_under_autocast_and_never_nothing(family: tuple[str, Path]) -> None:
+    """Of keys that add nothing at all there would be no target to learn from."""
+    attention: Any = load_model(family[1], index_topk=12, index_heads=2, index_dim=16).model.layers[0].self_attn
+    v = torch.randn(2, attention.kv_heads, 5, attention.value_maps().shape[-1])
+    v[0] = 0
+    exact = attention.value_norms(v)
+    assert exact[0].min() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention.value_norms(v), exact)
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse", "sparse with options"])

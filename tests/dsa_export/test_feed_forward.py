@@ -62,9 +62,10 @@ def glm_block(config: DSAConfig, ours: MixtureOfExperts) -> Glm4MoeMoE:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["all experts", "chosen experts"])
-def test_equals_glm4_moe_on_the_same_weights(training):
+@pytest.mark.parametrize("chosen", [2, 5])
+def test_equals_glm4_moe_on_the_same_weights(training, chosen):
     torch.manual_seed(1)
-    config = DSAConfig(**SHAPE, **MOE)
+    config = DSAConfig(**SHAPE, **MOE | {"num_experts_per_tok": chosen})
     ours = MixtureOfExperts(config).train(training)
     ours.gate.e_score_correction_bias.copy_(torch.randn(5))
     glm = glm_block(config, ours)
@@ -113,6 +114,13 @@ def test_balance_loss_counts_valid_tokens_of_each_row_and_is_least_when_balanced
         block.gate.weight[:2] = 5 * hidden[0, 0]  # the scores of one token: 1 twice, 0.5 three times
         assert block(hidden[:1, :1])[1]["balance"].item() == pytest.approx(0.01 * 2 * (5 / 2) / 3.5, rel=1e-3)
     assert block.eval()(hidden, lengths)[1] == {}
+
+
+def test_both_forms_compute_in_bf16(moe_folder, tokens):
+    """As the base of a warm-up is held, whose weights of the chosen experts are fp32."""
+    model = load_model(moe_folder).bfloat16()
+    all_experts, chosen = (model.train(training)(tokens, labels=tokens).loss.item() for training in (False, True))
+    assert chosen == pytest.approx(all_experts, rel=0.02)
 
 
 def test_the_router_is_fp32_under_autocast(moe_folder, tokens):

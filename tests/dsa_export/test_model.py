@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, Qwen2ForCausalLM
 
 from dsa_export.config import DSAConfig
-from dsa_export.model import dense_twin, load_model
+from dsa_export.model import AttentionTrace, dense_twin, load_model
 from dsa_export.model.attention.dsa import SparseAttention
-from dsa_export.model.cache import DSACache
+from dsa_export.model.cache import MOST_DOUBLED, CacheEntry, DSACache, fill_randomly
+from plugins.index_topk.op import index_scores
 from plugins.sparse_attention.op import sparse_attention_torch
 from tests.conftest import build_qwen
 
@@ -125,6 +126,52 @@ def test_outputs_and_inputs_that_there_are_not_are_refused(dsa_model, tokens, op
 def test_an_output_without_losses_of_layers_has_none(dsa_model, tokens):
     """transformers' Trainer takes whatever stands beside the logits for predictions."""
     assert dsa_model(tokens, use_cache=False).to_tuple()[1:] == ()
+
+
+@torch.no_grad()
+def test_training_keeps_no_cache_unless_told_to(dsa_model, tokens):
+    assert dsa_model(tokens).cache is not None
+    assert dsa_model.train()(tokens).cache is None
+
+
+@torch.no_grad()
+def test_logits_of_chosen_positions(dsa_model, tokens):
+    """As transformers' models take them: the last ones, or a tensor of positions."""
+    logits = dsa_model(tokens, use_cache=False).logits
+    positions = torch.tensor([50, 3])
+    for kept, expected in ((2, logits[:, -2:]), (positions, logits[:, positions])):
+        torch.testing.assert_close(dsa_model(tokens, logits_to_keep=kept, use_cache=False).logits, expected, **EXACT)
+
+
+@torch.no_grad()
+def test_the_loss_of_accumulated_batches_is_over_all_their_tokens(dsa_model, tokens):
+    """transformers' Trainer says how many labels an update has."""
+    mean = dsa_model(tokens, labels=tokens, use_cache=False).loss
+    part = dsa_model(tokens, labels=tokens, use_cache=False, num_items_in_batch=500).loss
+    torch.testing.assert_close(part, mean * tokens[:, 1:].numel() / 500)
+
+
+@torch.no_grad()
+def test_a_model_is_sparse_only_if_every_layer_is(dsa_model):
+    found = []
+    for selects in ([True, True], [True, False], [False, False]):
+        dsa_model.select_where(selects)
+        found.append(dsa_model.sparse)
+    assert found == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 59)}, r"attention_mask must be \[batch, past \+ tokens\], got \[2, 59\]"),
+        ({"attention_mask": torch.ones(2, 1, 60, 60)}, r"got \[2, 1, 60, 60\]"),
+        ({"cache": DynamicCache()}, "cache must be a DSACache, got DynamicCache"),
+    ],
+    ids=["short mask", "4-D mask", "cache"],
+)
+def test_arguments_of_other_models_are_refused(dsa_model, tokens, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dsa_model(tokens, **arguments)
 
 
 def test_continuous_batching_is_refused(dsa_model):
@@ -256,6 +303,46 @@ def test_cache_grows_without_recomputation(dsa_model):
     torch.testing.assert_close(last.logits, whole[:, 250:], **EXACT)
 
 
+def small_cache() -> DSACache:
+    return DSACache([[CacheEntry("key", 1, 1)]])
+
+
+def test_a_cache_doubles_up_to_what_the_kernels_take():
+    cache = small_cache()
+    capacities = []
+    for tokens in (1, 256, 257, 600, 600_000, 600_100):
+        cache.begin(1, tokens, torch.bool, torch.device("cpu"))
+        capacities.append(cache.capacity)
+    assert capacities == [256, 256, 512, 1024, 600_064, MOST_DOUBLED]
+
+
+def test_a_cache_forgets_no_more_than_it_has_and_starts_anew():
+    cache = small_cache()
+    for _ in range(2):
+        cache.crop(-1)
+        cache.batch_repeat_interleave(2)  # empty, as the lines above leave it
+        assert cache.get_seq_length() == 0
+        cache.begin(2, 300, torch.float32, torch.device("cpu"))
+        assert cache.layers[0]["key"].shape == (2, 1, 512, 1)
+        cache.advance(torch.tensor([3, 300]), 300)
+        cache.batch_repeat_interleave(2)
+        assert cache.lengths.tolist() == [3, 3, 300, 300]
+        cache.crop(-10)
+        assert cache.lengths.tolist() == [0, 0, 290, 290] and cache.get_seq_length() == 290
+        cache.crop(-1000)
+        assert cache.lengths.tolist() == [0] * 4 and cache.get_seq_length() == 0
+        cache.reset()
+
+
+def test_caches_of_random_rows_differ_and_come_again():
+    caches = [torch.empty(4, 64), torch.empty(4, 64), torch.empty(50, 64, dtype=torch.uint8)]
+    fill_randomly(caches, seed=1)
+    before = [cache.clone() for cache in caches]
+    fill_randomly(caches, seed=1)
+    assert all(map(torch.equal, caches, before)) and not torch.equal(caches[0], caches[1])
+    assert caches[2].unique().tolist() == list(range(1, 256))
+
+
 @torch.no_grad()
 def test_masked_core_of_training_equals_the_gathering_core(dsa_model, tokens):
     gathered = dsa_model.eval()(tokens, use_cache=False).logits
@@ -298,8 +385,10 @@ def test_only_selected_rows_enter_the_products(dsa_model):
     assert any({16, 64} == set(shape[-2:]) for shape in core.operands)  # the k = 16 selected rows do enter
 
 
-def test_indexer_is_detached_from_the_base(dsa_model, tokens):
+@pytest.mark.parametrize("options", [{}, {"index_queries": "shared", "index_heads": 7, "index_dim": 64}], ids=str)
+def test_indexer_is_detached_from_the_base(qwen_folder, tokens, options):
     """A loss on the indexer's outputs reaches the indexer only; cross-entropy reaches the base only."""
+    dsa_model = load_model(qwen_folder, index_topk=16, **options)
 
     def observe(trace):
         return {"index": trace.index_k.square().mean() + trace.index_q.square().mean() + trace.index_weights.mean()}
@@ -313,6 +402,22 @@ def test_indexer_is_detached_from_the_base(dsa_model, tokens):
     output.loss.backward()
     for name, parameter in dsa_model.named_parameters():
         assert ".indexer." not in name or parameter.grad is None or not parameter.grad.abs().sum(), name
+
+
+@torch.no_grad()
+def test_scores_are_of_one_size_whatever_the_indexers(qwen_folder, tokens):
+    """The KL compares their softmax with the attention."""
+    sizes = []
+    for heads, dim in ((4, 16), (64, 16), (4, 256)):
+        model = load_model(qwen_folder, index_topk=16, index_heads=heads, index_dim=dim)
+        torch.manual_seed(0)
+        indexer = model.model.layers[0].self_attn.indexer
+        for projection in (indexer.q_proj, indexer.k_proj, indexer.weights_proj):
+            torch.nn.init.normal_(projection.weight)
+        traces: list[AttentionTrace] = []
+        model(tokens, use_cache=False, observer=lambda trace, traces=traces: traces.append(trace) or {})
+        sizes.append(index_scores(traces[0].index_q, traces[0].index_weights, traces[0].index_k).std())
+    assert max(sizes) < 1.5 * min(sizes)
 
 
 def test_observer_sees_the_dense_teacher_when_selection_is_off(dsa_model, tokens):
@@ -378,6 +483,7 @@ def test_round_trip_through_transformers(dsa_model, tmp_path, topk):
         {"index_topk": [16, 0], "num_hidden_layers": 2},
         {"index_topk": [16, 16, 16], "num_hidden_layers": 2},
         {"index_dim": 33},
+        {"index_dim": 0},
         {"index_heads": 0},
         {"index_queries": "shared", "index_heads": 3},
         {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8},

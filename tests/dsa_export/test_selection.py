@@ -109,6 +109,8 @@ def test_means_of_groups():
     past, lengths = torch.tensor([5]), torch.tensor([4])  # tokens 5..8 are new, the groups 4..7 and 8..11
     means = pool_keys(keys, past, 6, lengths, 4)  # two tokens of padding
     assert means.flatten().tolist() == [5.5, 8.0, 0.0]
+    large = torch.full((1, 4, 1), 2.0**15).half()  # the sum of a group is beyond fp16
+    assert pool_keys(large, torch.tensor([0]), 4, torch.tensor([4]), 4)[:, 0].item() == 2**15
 
 
 def test_fp8_keys_keep_four_bits():
@@ -223,17 +225,18 @@ def test_an_indexer_of_several_layers_is_not_given_to_fewer(dsa_folder, tmp_path
 
 @pytest.mark.parametrize("share", [1, 2])
 @torch.no_grad()
-def test_a_call_keeps_no_layers_queries_and_keys(dsa_folder, tokens, share):
+def test_a_call_keeps_no_layers_queries_keys_and_values(dsa_folder, tokens, share):
     """They are the largest tensors of a layer, and only its own attention needs them."""
     before: list[weakref.ref] = []
 
     def observe(trace: AttentionTrace) -> dict:
         assert all(reference() is None for reference in before)
-        before.extend(weakref.ref(tensor) for tensor in (trace.q, trace.k))
+        (v,) = trace.value_norms.args
+        before.extend(weakref.ref(tensor) for tensor in (trace.q, trace.k, v))
         return {}
 
     load_model(dsa_folder, index_share=share)(tokens, use_cache=False, observer=observe)
-    assert len(before) == 4
+    assert len(before) == 6
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,18 @@ def test_the_warm_up_loss_is_the_definition_over_all_visible_keys(tiny: Path) ->
     torch.testing.assert_close(terms["kl"], torch.stack(expected).mean())
 
 
+@pytest.mark.parametrize("keys", ["fp8", "int8"])
+def test_an_indexer_learns_by_its_keys_before_they_are_rounded(tiny: Path, keys: str) -> None:
+    """Rounding has no gradient."""
+    learned = []
+    for stored in ("model", keys):
+        torch.manual_seed(0)
+        model = load_model(tiny, **INDEXER, index_keys=stored).train()
+        indexer = model.model.layers[0].self_attn.indexer
+        learned.append(torch.autograd.grad(warmup.warmup_terms(model, batch(), 8)["kl"], indexer.k_proj.weight)[0])
+    assert torch.equal(*learned) and learned[0].any()
+
+
 def test_a_shared_indexer_learns_from_the_mean_target_of_its_layers(tiny: Path) -> None:
     """indexer_kl of each layer of a group has, together, the gradient of one KL with their mean as the teacher."""
     model = load_model(tiny, **INDEXER, index_share=2).train()
