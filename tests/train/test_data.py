@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,21 @@ def test_cutting_pads_on_the_right_and_masks_the_padding(tmp_path: Path, tokeniz
     assert short["input_ids"].shape[1] == data.train.lengths.min()
 
 
+def test_what_is_cut_and_held_out_begins_where_its_document_does(records: Path, tokenizer) -> None:
+    held_out = load(str(records), tokenizer, packing="cut", length=64).held_out
+    assert len(held_out) == 2 and held_out.input_ids[:, 0].eq(IM_START).all()
+
+
+def test_the_limit_of_documents_is_for_those_that_are_trained_on(records: Path, tokenizer) -> None:
+    facts = load(str(records), tokenizer, packing="cut", length=64, max_rows=1).facts
+    assert (facts["documents_trained"], facts["documents_held_out"]) == (1, 2)
+
+
+def test_windows_with_other_labels_are_other_data(records: Path, tokenizer) -> None:
+    windows = load(str(records), tokenizer).train
+    assert replace(windows, labels=windows.input_ids).sha256() != windows.sha256()
+
+
 def test_windows_without_a_label_are_dropped(tmp_path: Path, tokenizer) -> None:
     """A window inside a long prompt would make the cross-entropy 0 / 0."""
     source = write_jsonl(tmp_path / "d.jsonl", [record("yes", input="long " * 200 + str(i)) for i in range(40)])
@@ -357,6 +373,8 @@ def test_what_was_tokenized_otherwise_is_not_taken(tmp_path: Path, tokenizer, en
     source = write_jsonl(tmp_path / "d.jsonl", [record(f"Answer number {i}.") for i in range(150)])
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ messages[0]['content'] }}"
+    ended = copy.deepcopy(tokenizer)
+    ended.eos_token = "<|endoftext|>"
 
     def tokenizes(words=tokenizer, **more) -> bool:
         del encoded[:]
@@ -364,7 +382,10 @@ def test_what_was_tokenized_otherwise_is_not_taken(tmp_path: Path, tokenizer, en
         return bool(encoded)
 
     assert tokenizes() and not tokenizes()
-    for options in ({"min_tokens": 9}, {"train_on_prompt": True}, {"max_rows": 9}, {"length": 16}, {"words": other}):
+    for options in (
+        {"min_tokens": 9}, {"train_on_prompt": True}, {"max_rows": 9}, {"length": 16}, {"words": other},
+        {"words": ended}, {"scored": 9}, {"allow_malformed": True}, {"held_out_windows": 3},
+    ):  # fmt: skip
         assert tokenizes(**options), options
     write_jsonl(tmp_path / "d.jsonl", [record(f"Answer Number {i}.") for i in range(150)])  # of the same size
     assert tokenizes()
@@ -399,7 +420,9 @@ def test_a_cache_that_may_not_be_read_is_made_anew_and_one_that_memory_lacks_for
 def test_tokenizing_goes_on_where_it_was_stopped(
     tmp_path: Path, records: Path, tokenizer, encoded: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load(str(records), tokenizer, train_windows=1000)
+    source = write_jsonl(tmp_path / "d.jsonl", ["oops", *records.read_text().splitlines()])
+    options = {"train_windows": 1000, "length": 50, "allow_malformed": True}  # 50: tokens are left over at the stop
+    whole = load(source, tokenizer, **options)
     count = len(encoded)
     monkeypatch.setattr(data, "SNAPSHOT_SECONDS", 0)
     del encoded[:]
@@ -412,8 +435,8 @@ def test_tokenizing_goes_on_where_it_was_stopped(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "encode", stopped)
-        load(str(records), tokenizer, train_windows=1000, cache=tmp_path)
-    rest = load(str(records), tokenizer, train_windows=1000, cache=tmp_path)
+        load(source, tokenizer, **options, cache=tmp_path / "cache")
+    rest = load(source, tokenizer, **options, cache=tmp_path / "cache")
     assert len(encoded) == count
     assert rest.facts == whole.facts and torch.equal(rest.train.labels, whole.train.labels)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsa_export.model import AttentionTrace
 from plugins.index_topk import index_topk
 from tests.conftest import Largest
 from train import losses
@@ -113,6 +116,20 @@ def test_the_warm_up_sees_keys_that_the_indexer_did_not_choose() -> None:
     d_k = torch.autograd.grad(indexer_kl(*tensors, lengths, SCALE, indices).kl, tensors[2])[0]
     unselected = sorted(set(range(30)) - set(indices.flatten().tolist()))
     assert (d_k[0, unselected] == 0).all()
+
+
+def test_an_observer_measures_a_layer_at_its_own_k_and_exactly_under_autocast() -> None:
+    index_q, index_weights, index_k, q, k, norms = tensors = inputs()
+    lengths = torch.tensor([50, 50, 50])
+    indexed = (index_q, index_weights, index_k, index_k)
+    trace = AttentionTrace(1, q, k, lambda: norms, *indexed, None, lengths, lengths, SCALE)
+    expected = indexer_kl(*tensors, lengths, SCALE, topk=4, measure_every=1)
+    observer = IndexerObserver([30, 4], measure_every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = observer(trace)
+    assert torch.equal(terms["kl"], expected.kl) and torch.equal(terms["recall"], expected.recall)
+    with pytest.raises(ValueError, match="calls without cache"):
+        observer(replace(trace, k=torch.cat([k, k], dim=2)))
 
 
 def test_the_queries_that_count_begin_anywhere() -> None:

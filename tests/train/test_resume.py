@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dsa_export.cli import UserError, user_message
 from dsa_export.files import TRAINING_STATE
@@ -125,6 +127,26 @@ def test_another_configuration_is_refused_and_overwrite_starts_again(
     assert (tmp_path / "w.partial" / "state.pt").exists()
     warmup.main(command(tiny, records, tmp_path / "w", 4, "--lr", "0.5", "--overwrite"))
     assert (tmp_path / "w" / "manifest.json").exists()
+    assert [m["step"] for m in trainer.read_steps(tmp_path / "w")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("changed", ["model", "data"])
+def test_a_model_or_data_that_changed_in_place_are_another_configuration(
+    changed: str, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = shutil.copytree(tiny, tmp_path / "tiny"), shutil.copy(records, tmp_path / "sft.jsonl")
+    arguments = command(model, text, tmp_path / "w", 4)
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            warmup.main(arguments)
+    if changed == "data":
+        text.write_text(text.read_text().replace("sparse", "dense"))
+    else:
+        state = load_file(model / "model.safetensors")
+        save_file({name: 2 * tensor for name, tensor in state.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"another configuration \({changed}: .* there, .* now"):
+        warmup.main(arguments)
 
 
 def test_a_stopped_run_that_overwrites_goes_on_too(
@@ -145,11 +167,13 @@ def test_a_stopped_run_that_overwrites_goes_on_too(
 def test_an_interrupt_within_a_step_says_what_is_kept(
     tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first asks for a stop after the step, the second does not wait for that."""
     step = trainer.Trainer._step
 
     def stopped_in_the_third(self):
         if self.step == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
     monkeypatch.setattr(trainer.Trainer, "_step", stopped_in_the_third)
@@ -162,11 +186,12 @@ def test_differences_are_told_whole_but_for_hashes() -> None:
     assert trainer.first_difference(*names) == "data: /a/long/folder/one.jsonl there, /a/long/folder/two.jsonl now"
     hashes = [{"sha256": 64 * digit} for digit in "ab"]
     assert trainer.first_difference(*hashes) == f"sha256: {12 * 'a'} there, {12 * 'b'} now"
+    assert trainer.first_difference({"a": {}}, {"a": {"lr": 0.5}}) == "a.lr: None there, 0.5 now"
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), "gradient"])
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(
-    poison: float, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    poison: float | str, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     healthy = warmup.warmup_terms
     calls = 0
@@ -175,7 +200,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(
         nonlocal calls
         calls += 1
         terms = healthy(model, batch, **options)
-        return terms | {"kl": terms["kl"] * (poison if calls == 3 else 1)}
+        if calls != 3:
+            return terms
+        if poison == "gradient":
+            terms["kl"].register_hook(lambda gradient: gradient * float("inf"))
+            return terms
+        return terms | {"kl": terms["kl"] * poison}
 
     monkeypatch.setattr(warmup, "warmup_terms", poisoned)
     with pytest.raises(UserError, match=r"at step 3 \(windows \d+, \d+\).*lower --lr"):
@@ -196,8 +226,9 @@ def test_weights_that_are_not_finite_are_not_written(
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("stopped", [False, True])
 def test_a_loss_that_explodes_stops_and_a_single_odd_batch_does_not(
-    tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: bool, tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     healthy = warmup.warmup_terms
     calls = 0
@@ -210,6 +241,10 @@ def test_a_loss_that_explodes_stops_and_a_single_odd_batch_does_not(
         return terms | {"kl": terms["kl"] * factor}
 
     monkeypatch.setattr(warmup, "warmup_terms", growing)
+    if stopped:  # the steps before count
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(15, patch)
+            warmup.main(command(tiny, records, tmp_path / "w", 60))
     with pytest.raises(UserError, match=r"kl explodes \(.* at first, .*\) at step 2[1-9] \(windows .*lower --lr"):
         warmup.main(command(tiny, records, tmp_path / "w", 60))
     state = checkpoint.load_state(tmp_path / "w.partial")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,6 +58,19 @@ def test_schedules(schedule: str, last: float) -> None:
     factors = [settings.lr_factor(step) for step in range(1000)]
     assert 0 < factors[0] < 0.2 and factors[10] == 1.0 == max(factors)
     assert factors[-1] == pytest.approx(last, abs=0.01)
+    assert np.diff(factors[:11]) == pytest.approx(factors[0]), "rises by the same in each step"
+
+
+def test_a_weight_without_gradient_does_not_decay() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    trainer.adamw([weight], Settings(steps=1, lengths=(8,), lr=0.1)).step()
+    assert weight.eq(1).all()
+
+
+def test_neighbouring_seeds_share_none_of_theirs() -> None:
+    first, second = ({trainer.nth_seed(seed, number) for number in range(1000)} for seed in (7, 8))
+    assert len(first) == 1000 and first.isdisjoint(second)
 
 
 def test_growing_windows_share_the_tokens() -> None:
