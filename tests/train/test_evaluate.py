@@ -279,6 +279,13 @@ def test_selection_statistics(model, ids: torch.Tensor) -> None:
     shares = torch.tensor(meter.heads()["shares"])
     torch.testing.assert_close(shares.sum(-1), torch.ones(2, 2))
 
+    exact, under_autocast = (SelectionMeter(2, 2, [K], every=1) for _ in range(2))
+    for trace in traces:
+        exact(trace)
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast(trace)
+    assert under_autocast.results() == exact.results()
+
 
 @torch.no_grad()
 def test_a_shorter_text_has_caught_everything_beyond_its_end(model, ids) -> None:
