@@ -120,6 +120,16 @@ def test_caches_hold_the_largest_k_of_any_layer(runners: dict[str, Runner]):
     assert bucket(replace(engine, topk=(16, 5000)), 1) == 5000
 
 
+def test_growing_keeps_what_the_longest_row_holds(runner: Runner):
+    prompts, more = [tokens(10), tokens(250, seed=1)], tokens(10, seed=2)
+    session = Session(runner, 2)
+    session.prefill(prompts)
+    logits = session.prefill([more, more])
+    assert session.capacity == 512
+    for b, prompt in enumerate(prompts):
+        np.testing.assert_allclose(logits[b], whole_prefill(runner, np.append(prompt, more))[0], atol=TOLERANCE)
+
+
 def test_an_interrupt_while_the_caches_grow_leaves_an_empty_session(runner: Runner, monkeypatch: pytest.MonkeyPatch):
     session, prompt = Session(runner), tokens(40)
     session.prefill([tokens(250)])
@@ -170,8 +180,9 @@ def test_truncating_forgets(runner: Runner):
     session.prefill([tokens(300, seed=5)])
     session.truncate(0)
     np.testing.assert_allclose(session.prefill([prompt]), whole_prefill(runner, prompt), atol=TOLERANCE)
-    with pytest.raises(ValueError, match="cannot truncate"):
-        session.truncate(41)
+    for length in (41, -1):
+        with pytest.raises(ValueError, match="cannot truncate"):
+            session.truncate(length)
 
 
 def test_greedy_generation_stops_at_the_end_token_and_streams(runner: Runner):
@@ -235,7 +246,7 @@ def test_a_row_that_fills_the_engine_ends_there_and_the_others_go_on(runner: Run
     monkeypatch.setattr(session_module, "Sampler", lambda *_: lambda logits: int(logits[: toy.END_OF_TEXT].argmax()))
     prompts = [tokens(toy.MAX_POSITIONS - 4), tokens(30, seed=1)]
     first, second = Session(runner, 2).generate(prompts, 10)
-    assert [first] == Session(runner).generate(prompts[:1], 5)
+    assert [first] == Session(runner).generate(prompts[:1], 5) and len(first) == 5
     assert [second] == Session(runner).generate(prompts[1:], 10)
     assert Session(runner).generate(prompts[1:], 0) == [[]]
 
@@ -251,12 +262,25 @@ def test_a_row_that_has_ended_keeps_what_it_holds(runner: Runner, lengths: tuple
     np.testing.assert_allclose(session.decode([9, 9])[0], alone.decode([9])[0], atol=TOLERANCE)
 
 
+def test_a_row_that_has_ended_keeps_what_it_answered(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    """Its second token ends row 0: the first stays in the caches while row 1 goes on."""
+    drawn = {0: iter([7, *[toy.END_OF_TEXT] * 5]), 1: iter([8] * 6)}
+    monkeypatch.setattr(session_module, "Sampler", lambda _, row: lambda logits: next(drawn[row]))
+    prompts = [tokens(5), tokens(3, seed=1)]
+    session = Session(runner, 2)
+    assert session.generate(prompts, 6) == [[7, toy.END_OF_TEXT], [8] * 6]
+    session.truncate([6, 3])
+    expected = whole_prefill(runner, np.array([*prompts[0], 7, 9]))
+    np.testing.assert_allclose(session.decode([9, 9])[0], expected[0], atol=TOLERANCE)
+
+
 def test_a_prompt_beyond_the_capacity_is_refused_before_anything_is_computed(runner: Runner):
     session = Session(runner)
     with pytest.raises(UserError, match=r"^4097 tokens do not fit into 4096 .*--max-context"):
         session.prefill([tokens(toy.MAX_POSITIONS + 1)])
     assert session.lengths.tolist() == [0]
     session.pretend(toy.MAX_POSITIONS)
+    assert session.capacity == toy.MAX_POSITIONS
     with pytest.raises(UserError, match="do not fit"):
         session.decode([1])
     with pytest.raises(UserError, match=r"^row 1: 4097 tokens do not fit"):
@@ -269,15 +293,16 @@ def test_a_token_outside_the_vocabulary_is_refused(runner: Runner, token: int):
         Session(runner).prefill([[1, token]])
 
 
-def test_too_many_rows_are_refused(runner: Runner):
-    with pytest.raises(UserError, match="built for 1 to 8 rows, not for 9"):
-        Session(runner, 9)
+@pytest.mark.parametrize("rows", [0, 9])
+def test_more_or_fewer_rows_than_the_engine_has_are_refused(runner: Runner, rows: int):
+    with pytest.raises(UserError, match=f"built for 1 to 8 rows, not for {rows}"):
+        Session(runner, rows)
 
 
 def test_a_call_beyond_the_caches_never_reaches_the_runtime(runner: Runner):
-    caches = runner.allocate(1, 32)
-    with pytest.raises(ValueError, match="exceed 32 slots"):
-        runner.run(caches, np.zeros((1, 3), np.int64), np.array([30]), np.array([3]))
+    caches = runner.allocate(2, 32)
+    with pytest.raises(ValueError, match="3 tokens after 30 exceed 32 slots"):
+        runner.run(caches, np.zeros((2, 3), np.int64), np.array([30, 0]), np.array([3, 3]))
 
 
 def test_the_prefill_chunk_is_halved_until_its_workspace_fits(runners: dict[str, Runner], monkeypatch):
@@ -287,6 +312,7 @@ def test_the_prefill_chunk_is_halved_until_its_workspace_fits(runners: dict[str,
     need = 2 * dense.workspace_bytes_per_query(4096)
     assert chunk * need <= 2**20 < 2 * chunk * need
     assert chunk_tokens(dense, 64, batch=1, capacity=16) == 64
+    assert Session(runners["dense"], 2, capacity=4096).chunk_tokens() == chunk
 
 
 def test_an_engine_of_onnx_runtime_needs_no_torch(engines: Path):
