@@ -77,6 +77,12 @@ def test_the_largest_random_number_draws_the_last_token_that_can_be(top_p: float
         assert sampler(logits) < len(logits) - 1
 
 
+def test_the_least_random_number_draws_the_first_token_that_can_be(monkeypatch: pytest.MonkeyPatch):
+    sampler = Sampler(Sampling(1.0, seed=0))
+    monkeypatch.setattr(sampler, "_rng", SimpleNamespace(random=lambda: 0.0))
+    assert sampler(np.array([-np.inf, 1, 2], np.float32)) == 1
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-5])
 def test_a_tiny_temperature_draws_among_the_best(temperature: float):
@@ -93,7 +99,8 @@ def test_a_seed_repeats_the_tokens_and_rows_differ(runner: Runner):
     def sample(seed: int) -> list[list[int]]:
         return Session(runner, 2).generate([[1, 2, 3], [1, 2, 3]], 12, sampling=Sampling(1.5, 0.95, seed))
 
-    assert sample(7) == sample(7)
+    for seed in (7, -7):
+        assert sample(seed) == sample(seed)
     assert sample(7) != sample(8)
     first, second = sample(7)
     assert first != second
