@@ -31,8 +31,9 @@ from engines.app import Server, create_app
 from engines.artifacts import open_engine
 from engines.memory import OutOfMemory
 from engines.ort import OrtRunner
+from engines.prefix_cache import SHORTEST, PrefixCache
 from engines.sampling import Sampler, Sampling
-from engines.scheduler import SMALLEST_CAPACITY, Batch, Event, Request, Row, Scheduler
+from engines.scheduler import SMALLEST_CAPACITY, Batch, Busy, Event, Request, Row, Scheduler, Stopped
 from engines.session import Runner, Session, open_runner
 from engines.text import Answer, Text
 from tests.engines import toy
@@ -512,6 +513,24 @@ def test_the_oldest_prefix_goes_first(runners: dict[str, Runner], endless: Text)
             assert sum(prefix.caches.capacity for prefix in scheduler.prefixes._kept) <= 700
 
 
+def test_a_prefix_of_which_a_part_is_used_is_not_the_oldest(runners: dict[str, Runner], endless: Text):
+    runner, first, second = runners["sparse"], prompt_of(300, 0), prompt_of(300, 1)
+    with scheduling(runner, endless, prefix_cache=700) as scheduler:
+        for prompt, known in [(first, 0), (second, 0), ([*first[:150], *prompt_of(10, 2)], 150), (first, 299)]:
+            assert ask(scheduler, endless, prompt, 2)[1] == known
+
+
+def test_of_what_is_kept_and_what_runs_the_longer_beginning_is_copied(
+    runners: dict[str, Runner], endless: Text, slow: None
+):
+    runner, kept = runners["sparse"], prompt_of(200, 0)
+    with scheduling(runner, endless) as scheduler:
+        ask(scheduler, endless, kept, 2)
+        running, _ = begin(scheduler, endless, [*kept[:50], *prompt_of(50, 1)], 4000)
+        wait_until(lambda: running.answer.tokens)
+        assert ask(scheduler, endless, kept, 2)[1] == 199
+
+
 def test_a_conversation_whose_answers_change_leaves_room_for_others(runners: dict[str, Runner], endless: Text):
     """An answer that comes back as other tokens: every turn replaces the one before all the same."""
     runner, other, prompt = runners["sparse"], prompt_of(200, 9), prompt_of(400, 0)
@@ -534,6 +553,55 @@ def test_questions_that_come_together_leave_room_for_others(runners: dict[str, R
         ask(scheduler, endless, [*shared, 5], 2)
         assert ask(scheduler, endless, other, 2) == (greedy(runner, other, 2), 199)
     assert sorted(len(prefix.tokens) for prefix in scheduler.prefixes._kept) == [201, 320]
+
+
+def tokens_of(length: int, seed: int) -> np.ndarray:
+    return np.array(prompt_of(length, seed))
+
+
+def known(prefixes: PrefixCache, tokens: np.ndarray) -> int:
+    return prefixes.longest(np.append(tokens, 1))[0]
+
+
+def test_the_prefix_cache_is_filled_to_its_limit_and_forgets_what_came_up_least_recently(runners: dict[str, Runner]):
+    runner = runners["sparse"]
+    prefixes, row = PrefixCache(runner, 400), runner.allocate(1, 512)
+    first, second, third = (tokens_of(200, seed) for seed in range(3))
+    for tokens in (first, second):
+        prefixes.keep(tokens, row)
+    assert known(prefixes, first) == known(prefixes, second) == 200
+    prefixes.keep(first, row)
+    prefixes.keep(third, row)
+    assert [known(prefixes, tokens) for tokens in (first, second, third)] == [200, 0, 200]
+
+
+@pytest.mark.parametrize("length, found", [(SHORTEST, SHORTEST), (SHORTEST - 1, 0)])
+def test_a_prefix_is_worth_a_copy_from_the_shortest_on(runners: dict[str, Runner], length: int, found: int):
+    runner, tokens = runners["sparse"], tokens_of(length, 0)
+    prefixes = PrefixCache(runner, 400)
+    prefixes.keep(tokens, runner.allocate(1, 512))
+    assert known(prefixes, tokens) == found
+
+
+def test_a_longer_prefix_replaces_its_beginning(runners: dict[str, Runner]):
+    runner, tokens = runners["sparse"], tokens_of(400, 0)
+    prefixes, row = PrefixCache(runner, 1000), runner.allocate(1, 512)
+    for length in (200, 400):
+        prefixes.keep(tokens[:length], row)
+    assert [len(prefix.tokens) for prefix in prefixes._kept] == [400]
+
+
+@pytest.mark.parametrize("failure", [OutOfMemory, MemoryError])
+def test_where_memory_is_short_nothing_is_kept(runners: dict[str, Runner], monkeypatch, failure: type[Exception]):
+    runner = runners["sparse"]
+    prefixes, row = PrefixCache(runner, 400), runner.allocate(1, 512)
+
+    def allocate(*_: object) -> None:
+        raise failure("no memory")
+
+    monkeypatch.setattr(type(runner), "allocate", allocate)
+    prefixes.keep(tokens_of(200, 0), row)
+    assert not prefixes.clear()
 
 
 def test_backends_of_one_capacity_count_it(runners: dict[str, Runner], endless: Text, monkeypatch):
@@ -615,6 +683,7 @@ def test_a_call_that_lacks_memory_is_made_again_without_what_is_kept(
         monkeypatch.setattr(type(runner), "run", run)
         assert ask(scheduler, endless, prompt, 2)[0] == ([] if known else expected)
         assert failed and ask(scheduler, endless, kept, 2)[1] == known
+        assert ask(scheduler, endless, prompt, 2) == (expected, 0 if known else 299), "of what failed nothing is kept"
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -802,18 +871,46 @@ def test_requests_beyond_the_queue_get_429_and_the_others_their_answers(runners:
         wait_until(lambda: idle(client))
 
 
+def test_one_request_beyond_the_queue_is_too_many(runners: dict[str, Runner], endless: Text, slow: None):
+    with scheduling(runners["sparse"], endless, slots=1, queue=2) as scheduler:
+        for _ in range(3):
+            begin(scheduler, endless, [1], 4000)
+        with pytest.raises(Busy):
+            begin(scheduler, endless, [1], 4000)
+
+
 # Trouble
 
 
+def test_a_stop_ends_those_who_wait_and_nobody_comes_after_it(runners: dict[str, Runner], endless: Text, slow: None):
+    """Whoever is told of the stop and tries again at once is told the same."""
+    told: list[Event] = []
+    scheduler = Scheduler(runners["sparse"], slots=1, queue=8)
+
+    def listener(event: Event) -> None:
+        if event.error:
+            told.append(event)
+            with pytest.raises(Stopped):
+                begin(scheduler, endless, [1], 2)
+
+    scheduler.start()
+    for _ in range(3):
+        scheduler.submit(Request([1], Answer(endless, 4000), Sampler(Sampling()), listener))
+    wait_until(lambda: scheduler.running)
+    scheduler.stop(20)
+    assert [type(event.error) for event in told] == [Stopped] * 3
+
+
+@pytest.mark.parametrize("failure", [UserError, MemoryError])
 def test_when_memory_runs_out_one_request_ends_and_the_others_go_on(
-    runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch
+    runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
 ):
     runner = runners["sparse"]
     original = type(runner).allocate
 
     def allocate(self: Runner, batch: int, capacity: int) -> Any:
         if capacity > SMALLEST_CAPACITY:
-            raise UserError("no memory for the caches")
+            raise failure("no memory for the caches")
         return original(self, batch, capacity)
 
     monkeypatch.setattr(type(runner), "allocate", allocate)
@@ -884,6 +981,22 @@ def test_an_error_of_one_request_ends_no_other(
     assert isinstance(events[-1].error, ZeroDivisionError) and "ZeroDivisionError" in caplog.text
 
 
+def test_memory_that_runs_out_behind_a_call_ends_its_request(runners: dict[str, Runner], endless: Text, monkeypatch):
+    """Its token is lost: the call cannot be made again, whatever memory could be given back."""
+    events: list[Event] = []
+    bad = Request([1, 2, 3], Answer(endless, 9), Sampler(Sampling()), events.append)
+
+    def sampler(_: np.ndarray) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(bad, "sampler", sampler)
+    with scheduling(runners["sparse"], endless) as scheduler:
+        ask(scheduler, endless, prompt_of(30, 0), 2)
+        scheduler.submit(bad)
+        wait_until(lambda: events, seconds=5)
+    assert isinstance(events[0].error, MemoryError)
+
+
 def test_an_error_of_ours_is_no_invitation_to_try_again(runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Sampler, "__call__", lambda *_: 1 / 0)
     with serving(runners["sparse"]) as client:
@@ -950,7 +1063,7 @@ def test_a_waiting_client_that_leaves_gives_up_its_place(runners: dict[str, Runn
             next(lines)
             with pytest.raises(httpx.ReadTimeout):
                 client.post(COMPLETIONS, json={"prompt": "x"}, timeout=0.1)
-            wait_until(lambda: client.get("/health").json()["waiting"] == 0)
+            wait_until(lambda: client.get("/health").json()["waiting"] == 0, seconds=5)  # the other runs for 40
         wait_until(lambda: idle(client))
 
 
