@@ -106,7 +106,6 @@ def _measure_torch(name: str, task: Task, contexts: Sequence[int]) -> list[Recor
             if task.caches == "random":
                 peer.randomise(context)
             else:
-                peer.crop(filled)
                 for start in range(filled, context, CHUNK):
                     chunk = task.text[start : min(start + CHUNK, context)]
                     seconds += measure.timed(lambda chunk=chunk: peer.append(chunk))  # type: ignore[misc]
