@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from bench import compare, matrix, measure, runs
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST
 from engines import build
-from engines.artifacts import runtime_version
+from engines.artifacts import open_engine, runtime_version
 from engines.memory import OutOfMemory
 from tests.bench import records
 from tests.engines import toy
@@ -156,6 +158,13 @@ def test_one_folder_without_engines_among_several_is_named(export, engines, tmp_
 def test_quick_contradicts_what_takes_long(options: list[str], capsys):
     code, _, error = run_command(compare.main, ["--quick", *options], capsys)
     assert code == 1 and "--quick takes random caches and no peers" in one_line(error)
+
+
+def test_every_k_of_a_group_must_be_asked_for(engines: Path):
+    (group,), _ = matrix.groups(open_engine(engines / "ort" / name) for name in ("dense", "sparse"))
+    group = replace(group, sparse=replace(group.sparse, topk=(8, 16)))
+    for k, found in (([8, 16, 64], True), ([16], False), (None, True)):
+        assert compare.wanted(group, argparse.Namespace(backend=None, precision=None, k=k)) == found
 
 
 def test_the_budget_is_what_was_asked_for():

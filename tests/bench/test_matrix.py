@@ -131,13 +131,17 @@ def test_default_contexts_are_affordable(group: Group):
     [
         ({"contexts": [5000]}, "beyond the engines' capacity of 4,096 tokens: build with --max-context"),
         ({"batches": [9]}, "built for 8 rows: build with --max-batch 9"),
-        ({"prefill_up_to": 32}, "--quick prefills up to 32 tokens only"),
+        ({"prefill_up_to": 63}, "--quick prefills up to 63 tokens only"),
     ],
 )
 def test_what_cannot_run_is_skipped_with_a_reason(group: Group, changes: dict, reason: str):
     cases, skips = matrix.plan(group, wish(**changes), PLENTY)
     assert reason in skips[0]["reason"]
     assert [case.phase for case in cases] == (["decode"] if "prefill_up_to" in changes else [])
+
+
+def test_a_quick_run_prefills_up_to_its_bound(group: Group):
+    assert len(matrix.plan(group, wish(prefill_up_to=64), PLENTY)[0]) == 2
 
 
 @pytest.mark.parametrize("side", ["dense", "sparse"])
@@ -203,6 +207,14 @@ def test_an_indexers_operations_are_those_of_the_keys_that_it_scores(
     rest = 2 * engine.manifest["step_weights"] + 4 * model.query_heads * model.head_dim * attended
     scores = floors.call_flops(engine, Case("decode", 1, 500, 1000, 1)) - rest
     assert scores == 2 * model.index_heads * model.index_dim * scored
+
+
+def test_operations_are_those_of_dense_attention_while_caches_are_short(group: Group):
+    engine = replace(group.sparse, manifest=group.sparse.manifest | {"dense_slots": 64})
+    short, long = (floors.call_flops(engine, Case("decode", 1, 60, capacity, 1)) for capacity in (64, 65))
+    weights, each = 2 * engine.manifest["step_weights"], 4 * engine.model.query_heads * engine.model.head_dim
+    assert short == weights + engine.model.layers * each * 60
+    assert long == floors.call_flops(group.sparse, Case("decode", 1, 60, 65, 1)) < short
 
 
 def test_what_selects_without_an_indexer_scores_nothing(group: Group):

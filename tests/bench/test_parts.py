@@ -76,6 +76,13 @@ def test_the_gate_looks_behind_short_caches(engines: Path, runners, tmp_path: Pa
     assert gate.problem and gate.problem.startswith("logits differ by")
 
 
+def test_the_gate_is_red_where_one_capacity_is(runners, monkeypatch):
+    green, red = parity.Gate(16, 0.2, 0.3, None), parity.Gate(8, 0.1, 0.05, "logits differ")
+    found = iter([{"dense": red}, {"dense": green}])
+    monkeypatch.setattr(parity, "_gates", lambda *_: next(found))
+    assert gate_of(runners) == red
+
+
 def test_the_gate_looks_at_the_greedy_token(runners, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", 100.0)
 
@@ -244,6 +251,7 @@ def test_alternating_timing():
     timing = measure.Timing.of(times["dense"])
     assert timing.p10 <= timing.median <= timing.p90
     assert timing.runs == 4
+    assert len(measure.alternate(calls, measure.Budget(1, at_least=0), lambda: None)["sparse"]) == 1
     assert len(measure.alternate(calls, measure.Budget(4, at_least=10), lambda: None)["sparse"]) == 40
     assert len(measure.alternate(calls, measure.Budget(50, at_most=0), lambda: None)["sparse"]) == measure.MIN_RUNS
 
@@ -256,6 +264,19 @@ def test_paired_speedups_are_medians_over_the_rounds(engines: Path):
     case = matrix.Case("decode", 1, 32, 32, 1)
     dense, sparse = runs._records(group, case, times, filled, floors.Rates(1, 1, ""), settings, 32)
     assert (dense["speedup_paired"], sparse["speedup_paired"], sparse["speedup"]) == (1, 2, 1)
+
+
+def test_sparse_agrees_with_the_strongest_dense_side(engines: Path):
+    folders = [engines / "ort" / name for name in ("dense", "dense-gqa", "sparse")]
+    (group,), _ = matrix.groups(open_engine(folder) for folder in folders)
+    times = {"Attention": np.array([4.0]), "GroupQueryAttention": np.array([3.0]), "SparseAttention": np.array([1.0])}
+    agreement = {
+        name: parity.Agreement(None, top1, 0.0, 1) for name, top1 in (("Attention", 0), ("GroupQueryAttention", 1))
+    }
+    filled = runs.Filled(32, dict.fromkeys(times, 1.0), parity.Score(dict.fromkeys(times, 1.0), agreement))
+    settings, case = runs.Settings("random", measure.Budget(1), 1, 1), matrix.Case("decode", 1, 32, 32, 1)
+    *_, sparse = runs._records(group, case, times, filled, floors.Rates(1, 1, ""), settings, 32)
+    assert sparse["agreement"]["top1"] == 1
 
 
 def test_peak_memory_sees_what_was_freed_again():

@@ -78,6 +78,17 @@ def test_a_peer_is_timed_on_random_caches(dsa_folder: Path):
     assert all(record["ttft_s"] is None and record["ms_median"] > 0 for record in records)
 
 
+def test_the_first_token_of_a_peer_takes_all_chunks(dsa_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def timed(call):
+        call()
+        return 1.0
+
+    monkeypatch.setattr(measure, "timed", timed)
+    monkeypatch.setattr(peers, "CHUNK", 10)
+    records = peers._measure_torch("masked", task(dsa_folder), [20, 60])
+    assert [record["ttft_s"] for record in records] == [2, 6]
+
+
 def test_a_peer_has_the_threads_of_the_engines(dsa_folder: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)

@@ -72,6 +72,11 @@ def test_the_sentence_is_about_the_best_of_several_pairs():
     assert "6 ms sparse (k = 512, the best of 3 pairs): 5.00× as fast" in said and "int4" in said
 
 
+def test_the_sentence_is_about_the_fewest_rows():
+    said = summary.sentence(summary.pairs([*pair(30, 10, batch=4), *pair(30, 15, batch=1)]))
+    assert "(batch 1, ort" in said and "15 ms sparse" in said
+
+
 def test_the_sentence_says_when_the_machine_was_busy():
     calm, busy = (pair(30, 10, contention=share, context=n) for share, n in ((0.03, 8192), (0.4, 512)))
     assert "measure again" not in summary.sentence(summary.pairs(calm))
@@ -90,6 +95,21 @@ def test_peers_are_held_against_the_same_precision_and_context():
         ("d", None),
         ("e", None),  # ours of that precision ran on a GPU
     ]
+
+
+def test_peers_are_held_against_the_fastest_engine_that_decodes_as_many_rows():
+    ours = [*pair(30, 10), *pair(30, 8, k=64), *pair(30, 2, phase="prefill"), *pair(30, 4, batch=4)]
+    ((_, own),) = summary.against_peers([*ours, peer("a", 50)])
+    assert own and own["ms_median"] == 8
+
+
+def test_losses_and_crossovers_are_what_sparse_adds_and_where_it_is_faster():
+    pairs = [pair(dense, 10, context=n) for dense, n in ((5, 512), (20, 2048))]
+    for dense, sparse in pairs:
+        dense["loss"], sparse["loss"] = 1.5, 1.75
+    found = {table.title: table for table in tables.all_tables([record for both in pairs for record in both])}
+    assert {row[7] for row in found["Agreement and loss"].rows} == {"+0.2500 ± 0.0100"}
+    assert found["Crossover"].rows[0][-1] == "1,024 tokens (between 512 and 2,048)"
 
 
 def test_every_table_has_full_rows():
