@@ -145,6 +145,22 @@ def test_a_changed_export(export: Path, tmp_path: Path):
         open_export(damaged)
 
 
+@pytest.mark.parametrize("hash_of", ["sha256", "weights_sha256"])
+def test_an_export_whose_graph_or_weights_are_others_by_now(engine_folder: Path, hash_of: str):
+    set_at(engine_folder, f"source.{hash_of}", "0" * 64)
+    assert "was exported again since" in refusal(engine_folder)
+
+
+def test_a_file_that_was_written_over_is_hashed_again(tmp_path: Path):
+    path = tmp_path / "weights"
+    hashes = []
+    for number, content in enumerate((b"old", b"new")):
+        path.write_bytes(content)
+        os.utime(path, ns=(number, number))
+        hashes.append(artifacts.content_hash(path))
+    assert hashes[0] != hashes[1]
+
+
 def test_hard_linked_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = toy.write_export(tmp_path / "onnx", seed=3)
     hashed: list[Path] = []

@@ -302,6 +302,11 @@ def test_options_without_effect_are_refused(options: str, message: str, capsys):
     assert code == 2 and error.strip().endswith(message)
 
 
+def test_dense_slots_may_be_up_to_k(export: Path):
+    given = build.parse_arguments(["--onnx", str(export), "--dense-slots", "16"])
+    assert build.limits_of(open_export(export), given).max_context == toy.MAX_POSITIONS
+
+
 def test_dense_slots_are_refused_where_a_gpu_would_be_used(export: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("engines.ort.runs_on_gpu", lambda: True)
     options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--dense-slots", "64"]

@@ -17,7 +17,7 @@ from dsa_export.files import MANIFEST, sha256
 from dsa_export.memory import PeakMemory
 from engines import ort
 from engines.artifacts import Limits
-from engines.memory import Estimate, check, estimate
+from engines.memory import Estimate, OutOfMemory, check, estimate
 from engines.session import Runner, Session, open_runner
 from tests.engines import toy
 from tests.engines.commands import copy_tree
@@ -114,14 +114,28 @@ def test_an_engine_whose_graph_was_edited_by_hand(engines: Path, tmp_path: Path)
         open_runner(folder)
 
 
-def test_no_memory_while_running(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+def test_no_memory_for_caches(runners: dict[str, Runner]):
+    with pytest.raises(
+        OutOfMemory, match=r"^no memory for 2097152\.0 GiB of caches \(1 rows of 4398046511104 tokens\)$"
+    ):
+        runners["dense"].allocate(1, 2**42)  # of 512 bytes
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (RuntimeError("Failed to allocate memory for requested buffer of size 134217728"), " of 128 MiB"),
+        (MemoryError(), ""),
+    ],
+)
+def test_no_memory_while_running(runner: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception, size: str):
     def refuse(*_: object) -> None:
-        raise RuntimeError("Error in execution: Failed to allocate memory for requested buffer of size 134217728")
+        raise error
 
     session = Session(runner)
     monkeypatch.setattr(runner, "session", types.SimpleNamespace(run_with_iobinding=refuse))
     with pytest.raises(
-        UserError, match=r"no memory for the workspace of 128 MiB of a call of .*: fewer or shorter rows need less"
+        OutOfMemory, match=rf"no memory for the workspace{size} of a call of .*: fewer or shorter rows need less"
     ):
         session.prefill([[1, 2, 3]])
     assert session.lengths.tolist() == [0]

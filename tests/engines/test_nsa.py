@@ -123,9 +123,12 @@ def test_a_short_prompt_takes_the_beginning_of_a_long_one(exported, tokens, tmp_
 def test_bytes_that_a_call_reads(exported):
     graph = open_export(exported[1]).graphs["sparse"]
     row = 2 * 16 * 4  # one branch's K or V of one token: 2 heads of 16, fp32
-    context, selected, window, block, stride = 1000, 32, 10, 8, 4
-    expected = 2 * row * (selected + window + block + context // stride)
+    context, selected, window, block, stride = 1001, 32, 10, 8, 4
+    expected = 2 * row * (selected + window + block + context // stride + 1)  # the last block has begun
     assert graph.cache_bytes_read(context) == expected
+    assert graph.cache_bytes_read(6) == 2 * row * (6 + 6 + 6 + 2)
+    scores = 3 * (1000 // stride + 2) * 14 * 4  # of 14 heads, in fp32: as they are, masked, probabilities
+    assert graph.workspace_bytes_per_query(1000) == scores + 2 * selected * 2 * 16 * 4 * 2
     assert graph.cache_bytes_per_token() == 2 * row * (1 + 1 + 1 + 1 / stride)
     dense = open_export(exported[1]).graphs["dense"]
     assert dense.cache_bytes_read(context) == 2 * row * context
@@ -150,6 +153,8 @@ def test_the_comparison_gives_a_row(exported, tmp_path, capsys):
     attended = 32 + 64 // 4 + 10  # selected, compressed and window rows
     flops = 2 * engine.manifest["step_weights"] + 4 * 14 * 16 * attended
     assert floors.call_flops(engine, Case("decode", 1, 64, 64, 1)) == flops
+    flops = 2 * engine.manifest["step_weights"] + 4 * 14 * 16 * (6 + 6 // 4 + 6)
+    assert floors.call_flops(engine, Case("decode", 1, 6, 64, 1)) == flops, "the window is not full"
 
 
 def test_options_of_an_indexer_are_refused(exported, tmp_path):

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from dsa_export.cli import UserError
 from dsa_export.selection import INDEX_CACHES, describe_selection
 from engines import build
 from engines.artifacts import Engine, Graph, open_engine, open_export, rebuild_command
-from engines.ort_graph import dense_while_short, group_query
+from engines.ort_graph import dense_while_short, group_query, with_cpu_kernels
 from engines.session import Session, open_runner
 from plugins import cpu
 from tests.dsa_export.conftest import CAPACITY
@@ -48,6 +49,24 @@ def test_index_queries_are_computed_where_they_are_read(export: Path) -> None:
         assert weights == [f"{layer}.iq", f"{layer}.iw"], "the key's projection stays outside"
     model = dense_while_short(graph, 1)
     assert not {"0.iq", "1.iw"} & {tensor.name for tensor in model.graph.initializer}
+
+
+def test_a_layer_attends_to_everything_up_to_its_own_k(tmp_path: Path) -> None:
+    graph = open_export(toy.write_export(tmp_path / "onnx", topk=[8, 24])).graphs["sparse"]
+    for slots, limits in ((8, [8, 24]), (64, [64, 64])):
+        initializers = dense_while_short(graph, slots).graph.initializer
+        found = [numpy_helper.to_array(tensor).item() for tensor in initializers if tensor.name.endswith("/limit")]
+        assert found == limits
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [["q", "keys", "values", "mask", "", "", "lengths"], ["q", "rows", "rows", "", "", "", "lengths"]],
+    ids=["under a mask", "over latent rows"],
+)
+def test_attention_that_our_kernel_does_not_do_is_left_to_onnx_runtime(inputs: list[str]) -> None:
+    attention = helper.make_node("Attention", inputs, ["out"], is_causal=1, scale=1.0)
+    assert not with_cpu_kernels(helper.make_model(helper.make_graph([attention], "attention", [], [])))
 
 
 def test_heads_that_group_query_attention_refuses_are_left_to_attention(export: Path) -> None:

@@ -60,6 +60,14 @@ def test_a_later_token_does_not_change_an_earlier_result(runner: Runner):
     np.testing.assert_array_equal(session.decode([prompt[49]]), before)
 
 
+def test_tokens_may_be_a_column_of_a_matrix(runner: Runner):
+    session, again = Session(runner, 2), Session(runner, 2)
+    matrix = tokens(20).reshape(2, 10)
+    logits = session.prefill(list(matrix[:, ::3]))
+    np.testing.assert_array_equal(logits, again.prefill([row[::3].tolist() for row in matrix]))
+    np.testing.assert_array_equal(session.decode(matrix[:, 1]), again.decode(matrix[:, 1].tolist()))
+
+
 def test_one_prefill_may_have_chunks_of_its_own(runner: Runner):
     session, taken = Session(runner, prefill_chunk=64), []
     session.prefill([tokens(40)], taken.append, chunk=16)

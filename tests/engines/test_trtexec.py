@@ -102,6 +102,8 @@ def test_a_capacity_that_fits_is_one_that_the_model_has(export: Path):
     for asked, fitting in ((200, 192), (150, 160), (201, 224)):
         with pytest.raises(UserError, match=f"choose --max-context {fitting}, or --max-batch 1"):
             profiles(graph, Limits(4, asked, 32))
+    with pytest.raises(UserError, match="choose --max-batch 1"):  # the graph needs k slots
+        profiles(replace(graph, topk=(193,)), Limits(4, 200, 32))
 
 
 def test_the_written_inputs_fit_the_timed_shapes(export: Path, tmp_path: Path, capsys):
@@ -329,6 +331,14 @@ def opened(trtexec, options, tmp_path: Path, capsys, monkeypatch):
 def test_an_engine_for_another_gpu_is_refused(opened: Path, monkeypatch, gpu: str):
     monkeypatch.setattr("engines.artifacts.installed_gpu", lambda: gpu)
     with pytest.raises(UserError, match=rf"for compute capability 9\.0, this GPU has {gpu}: run `python -m engines"):
+        open_engine(opened)
+
+
+def test_an_engine_for_several_gpus_opens_on_each(opened: Path, monkeypatch):
+    manifest = json.loads((opened / "manifest.json").read_text()) | {"compute_capability": ["8.9", "9.0"]}
+    (opened / "manifest.json").write_text(json.dumps(manifest))
+    for gpu in ("8.9", "9.0"):
+        monkeypatch.setattr("engines.artifacts.installed_gpu", lambda gpu=gpu: gpu)
         open_engine(opened)
 
 
