@@ -208,6 +208,14 @@ def test_sampling_stop_strings_and_threads_are_those_of_the_command(engines: Pat
 def test_figures_are_tokens_per_second():
     said = generate.figures(known=0, prompt=6, new=5, prefill_seconds=2.0, decode_seconds=0.5)
     assert "6 + 5 tokens; time to first token 2.00 s, prefill 3.0 tokens/s, decode 8.0 tokens/s" in said
+    said = generate.figures(known=4, prompt=6, new=1, prefill_seconds=2.0, decode_seconds=0.5)
+    assert said.startswith("4 known + 6 + 1 tokens; time to first token 2.00 s, prefill 3.0 tokens/s; peak"), (
+        "what was known was not computed"
+    )
+
+
+def test_a_temperature_of_zero_may_be_asked_for():
+    assert generate.parse_arguments(["--temperature", "0"]).temperature == 0
 
 
 def test_the_chat_template_is_applied(engines: Path, capsys, monkeypatch):
