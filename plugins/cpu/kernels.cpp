@@ -740,13 +740,12 @@ void merge_parts(SparseAttention const& call, int64_t task)
         auto sums = [&](int64_t part) { return call.partial + ((task * call.parts + part) * G + g) * width; };
         float largest = -std::numeric_limits<float>::infinity(), weight = 0;
         for (int64_t part = 0; part < call.parts; ++part)
-            if (sums(part)[D + 1] != 0) // a part without rows; any other has 1 or more, or NaN
-                largest = std::max(largest, sums(part)[D]);
+            largest = std::max(largest, sums(part)[D]);
         float* const out = call.output + ((b * call.Hq + h * G + g) * call.S + t) * D;
         std::fill_n(out, D, 0.0f);
         for (int64_t part = 0; part < call.parts; ++part)
         {
-            if (sums(part)[D + 1] == 0)
+            if (sums(part)[D + 1] == 0) // a part without rows, or none of them counts
                 continue;
             float const share = std::exp(sums(part)[D] - largest);
             weight += share * sums(part)[D + 1];
