@@ -177,9 +177,7 @@ def test_sparse_attention_is_that_of_stock_models(stock: str, tokens: torch.Tens
         for parameter in layer.self_attn.indexer.parameters() if layer.self_attn.leads else ():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     state = ours.state_dict()
-    if (
-        config.model_type == "glm_moe_dsa"
-    ):  # rotates neighbouring numbers of index queries and keys, we those half apart
+    if config.model_type == "glm_moe_dsa":  # rotates neighbours in index queries and keys, we numbers half a row apart
         for name in [n for n in state if ".indexer." in n and "weights_proj" not in n]:
             state[name] = state[name].unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
     for name, theirs in (("indexer.q_proj", "indexer.wq_b"), ("indexer.k_proj", "indexer.wk")):
