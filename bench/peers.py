@@ -82,12 +82,12 @@ def torch_bytes(checkpoint: str, context: int) -> int:
     """What a torch peer needs in fp32: the weights, and the cache twice, since every step may copy it."""
     from dsa_export.model import families
     from dsa_export.model.attention import VARIANTS
-    from dsa_export.model.checkpoint import load_config, parameter_count
+    from dsa_export.model.checkpoint import empty_model, load_config
 
     dense = families.dense_config(load_config(checkpoint))
     layout = VARIANTS[dense.attention].cache_layout(dense, 0)
     per_token = 4 * sum(entry.heads * entry.dim for entry in layout) * dense.num_hidden_layers
-    return 4 * parameter_count(dense) + 2 * context * per_token + MARGIN_BYTES
+    return 4 * empty_model(dense).num_parameters() + 2 * context * per_token + MARGIN_BYTES
 
 
 def _measure_torch(name: str, task: Task, contexts: Sequence[int]) -> list[Record]:

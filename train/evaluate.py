@@ -167,9 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     partial = temporary_name(args.out)
     check_partial(args.out, source, facts, args.overwrite)
     console.print(f"Loading {args.model}")
-    model = load_model(args.model, **selection_options(args)).to(device)
-    base = load_model(args.base, attention="dense").to(device).train() if args.base else None
     compute = options.DTYPES[args.dtype]
+    model = load_model(args.model, **selection_options(args)).to(device)  # its decoding is timed in fp32
+    base = precision.load_frozen(args.base, compute, attention="dense").to(device).train() if args.base else None
     study = Study(model, args.rungs, args.every, args.seed, base, args.score_tokens)
     try:
         with precision.autocast(device, compute), output_folder(args.out, keep_partial=True) as out:

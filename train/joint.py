@@ -32,7 +32,7 @@ from train.options import (
     start,
     train_from,
 )
-from train.precision import hold_matrices
+from train.precision import load_frozen
 from train.trainer import Settings, Stage, adamw
 
 SMALL = Recipe(steps=100, batch_size=2, length=(512,), lr=3e-4, min_tokens=64, indexer_lr=2e-3)
@@ -70,9 +70,8 @@ def dense_teacher(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     dtype: of the computation. The matrices of the layers are kept in it. What autocast leaves in fp32 must stay in
     fp32, so that where nothing is left out the teacher predicts what the model does.
     """
-    teacher = load_model(name, attention="dense").requires_grad_(False).train()
-    hold_matrices(teacher, dtype, rounded=True)
-    return teacher.to(device)
+    teacher = load_frozen(name, dtype, rounded=True, attention="dense")
+    return teacher.requires_grad_(False).train().to(device)
 
 
 def optimizers(

@@ -1,12 +1,14 @@
-"""Mixed precision: computation in bf16 where autocast finds it safe, weights and optimiser in fp32."""
+"""Mixed precision: computation in bf16 where autocast finds it safe, weights that learn and optimiser in fp32."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsa_export.model import DSAForCausalLM, load_model
 from dsa_export.model.checkpoint import INDEXER
 
 
@@ -21,18 +23,39 @@ def exact(values: Tensor, dtype: torch.dtype) -> Tensor | None:
     return rounded if torch.equal(rounded.to(values.dtype), values) else None
 
 
+def load_frozen(name: str, dtype: torch.dtype, *, rounded: bool = False, **options: Any) -> DSAForCausalLM:
+    """load_model() for weights that do not learn: what the layers multiply in `dtype` is held in it.
+
+    rounded: see hold_matrices().
+    """
+    model = load_model(name, kept=partial(matrices, dtype=dtype), **options)
+    hold_matrices(model, dtype, rounded=rounded)
+    return model
+
+
+def matrices(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Parameters that the layers multiply in `dtype` under its autocast(), but for the indexers'; none for fp32."""
+    if dtype == torch.float32:
+        return []
+    return [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("model.layers.") and INDEXER not in f".{name}."
+        for parameter, _ in module.named_parameters()
+    ]
+
+
 @torch.no_grad()
-def hold_matrices(model: Any, dtype: torch.dtype, *, rounded: bool = False) -> None:
-    """Keeps the matrices of the layers, but for the indexers', in `dtype`, in which autocast multiplies them anyway.
+def hold_matrices(model: nn.Module, dtype: torch.dtype, *, rounded: bool = False) -> None:
+    """Keeps matrices() in `dtype`, in which autocast multiplies them anyway.
 
     rounded: also those that lose something by it, which must not be saved then.
     """
-    for name, module in model.model.layers.named_modules():
-        if isinstance(module, nn.Linear) and INDEXER not in f".{name}.":
-            for parameter in module.parameters():
-                held = parameter.to(dtype) if rounded else exact(parameter, dtype)
-                if held is not None:
-                    parameter.data = held
+    for name in matrices(model, dtype):
+        parameter = model.get_parameter(name)
+        held = parameter.to(dtype) if rounded else exact(parameter, dtype)
+        if held is not None:
+            parameter.data = held
 
 
 def is_fast_in_bf16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dsa_export.cli import UserError, run
-from dsa_export.model import AttentionTrace, load_model
+from dsa_export.model import AttentionTrace
 from dsa_export.model.attention.base import mean_over_layers
 from dsa_export.model.checkpoint import INDEXER, adapted_config, indexed_attention, load_config
 from dsa_export.topk import TopK
@@ -31,7 +31,7 @@ from train.options import (
     train_from,
 )
 from train.positions import model_inputs
-from train.precision import hold_matrices
+from train.precision import load_frozen
 from train.trainer import Stage
 from train.validation import evaluate
 
@@ -159,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setattr(args, {"index_topk": "topk"}.get(option, option), value)
 
     def prepare() -> tuple[Any, Stage]:
-        model = load_model(name, attention=attention, **indexer)
-        hold_matrices(model, DTYPES[args.dtype])
+        model = load_frozen(name, DTYPES[args.dtype], attention=attention, **indexer)
         return model, Stage(
             name="warmup",
             groups=indexer_parameters,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging, resolve_revision
 
-from dsa_export.cli import UserError, first_line
+from dsa_export.cli import UserError, console, first_line
 from dsa_export.config import DSAConfig
 from dsa_export.files import MANIFEST, checkpoint_hash, manifest_kind
 from dsa_export.memory import available_memory
@@ -27,6 +28,11 @@ DEFAULT_CHECKPOINT = "ckpt"
 """Where training ends, and what comes after it begins, unless told otherwise."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights, as safetensors names them."""
+
+WEIGHT_FILES = "model*.safetensors"
 
 UNEXPECTED = (OSError, ValueError, KeyError, AttributeError, TypeError)
 """What transformers raises over a file that is missing, or holds something else than it looks for there."""
@@ -124,12 +130,19 @@ def adapted_config(base: PreTrainedConfig, attention: str | None = None, **optio
 
 
 def load_model(
-    name: str | Path, *, attention: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
+    name: str | Path,
+    *,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    kept: Callable[[DSAForCausalLM], Iterable[str]] = lambda model: (),
+    **options: Any,
 ) -> DSAForCausalLM:
     """Loads a plain checkpoint (a new indexer is initialised) or a DSA checkpoint, strictly, in eval mode.
 
     attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, the
     family's sparse one ("dsa") for a plain one. What the variant adds to a dense checkpoint is initialised.
+    kept: names the model's parameters that stay in the files' type where that is narrower than dtype. What is not
+    converted is mapped into memory instead of read.
     `options` are DSAConfig's fields of the variant (index_…, nsa_…); None keeps the checkpoint's or the default.
     Raises UserError when the checkpoint cannot be read, is of another architecture, lacks or holds tensors that it
     should not (only what a new variant adds may be missing), or holds NaN or infinite numbers; or when the machine's
@@ -140,11 +153,14 @@ def load_model(
     own = base.attention if isinstance(base, DSAConfig) else families.FAMILIES[base.model_type].dense
     attention = config.attention
     try:
-        _check_memory(name, config, dtype)
+        types = stored_types(name)
+        empty = empty_model(config)
+        narrow = {key: types[key] for key in kept(empty) if key in types and types[key].itemsize < dtype.itemsize}
+        _check_memory(name, empty, {key: narrow.get(key, dtype) for key in empty.state_dict()}, types)
         with quiet_transformers():
             # Mismatched sizes are refused below: transformers would say which in its report only, which is quiet here.
             model, info = DSAForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                name, config=config, dtype=dtype, types=narrow, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (*UNEXPECTED, SafetensorError, UnpicklingError, RuntimeError) as error:
         for file in Path(name).glob("*.safetensors"):
@@ -181,23 +197,47 @@ def load_model(
     return model.eval()
 
 
-def parameter_count(config: DSAConfig) -> int:
+def empty_model(config: DSAConfig) -> DSAForCausalLM:
+    """A model without numbers, which takes no memory."""
     with torch.device("meta"):
-        return DSAForCausalLM(config).num_parameters()
+        return DSAForCausalLM(config)
 
 
-def _check_memory(name: str | Path, config: DSAConfig, dtype: torch.dtype) -> None:
+def stored_types(name: str | Path) -> dict[str, torch.dtype]:
+    """Types of a checkpoint's tensors by their names, where its files are safetensors; those of the hub are fetched.
+
+    Raises UserError if they cannot be.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            with nullcontext() if console.is_terminal else quiet_transformers():
+                folder = Path(snapshot_download(str(name), allow_patterns=WEIGHT_FILES))
+        except Exception as error:  # the library that fetches them has errors of its own
+            raise UserError(f"the weights of {name} cannot be fetched: {first_line(error)}") from None
+    types: dict[str, torch.dtype] = {}
+    for path in folder.glob(WEIGHT_FILES):
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            found = {key: STORED.get(file.get_slice(key).get_dtype()) for key in keys}
+        types |= {key: dtype for key, dtype in found.items() if dtype}
+    return types
+
+
+def _check_memory(
+    name: str | Path, empty: DSAForCausalLM, types: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype]
+) -> None:
     """Raises UserError if the weights do not fit: the system would end the process in the middle, without a word.
 
-    Not for files of that type, which are mapped.
+    types: as they are loaded; what is stored so is mapped, and takes no memory that the system could not take back.
     """
-    needed = parameter_count(config) * dtype.itemsize
-    mapped = sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) >= needed
-    if not mapped and needed > (free := available_memory()):
-        name_of = {dtype: name for name, dtype in DTYPES.items()}
+    copied = {
+        key: p.numel() * types[key].itemsize for key, p in empty.named_parameters() if stored.get(key) != types[key]
+    }
+    if (needed := sum(copied.values())) > (free := available_memory()):
         raise UserError(
-            f"the weights of {name} take {needed / 2**30:.1f} GiB in {name_of[dtype]}, and this machine has "
-            f"{free / 2**30:.1f} GiB of memory free: end other programs, or take a machine with more"
+            f"the weights of {name} take {needed / 2**30:.1f} GiB, and this machine has {free / 2**30:.1f} GiB of "
+            "memory free: end other programs, or take a machine with more"
         )
 
 
@@ -205,8 +245,7 @@ def dense_twin(model: DSAForCausalLM) -> DSAForCausalLM:
     """The dense model with the same parameters (shared, not copied): all but those that its variant added."""
     sparse = model.config.attention
     config = families.dense_config(model.config)
-    with torch.device("meta"):
-        twin = DSAForCausalLM(config)
+    twin = empty_model(config)
     state = {name: tensor for name, tensor in model.state_dict().items() if not is_added(name, sparse)}
     twin.load_state_dict(state, strict=True, assign=True)
     if config.tie_word_embeddings:  # assigned one by one, the two names hold two parameters

@@ -7,8 +7,9 @@ has its own past length; batches padded on the left (transformers' generate) are
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -207,12 +208,16 @@ class DSAForCausalLM(DSAPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: DSAConfig):
+    def __init__(self, config: DSAConfig, types: Mapping[str, torch.dtype] = MappingProxyType({})):
+        """types: of parameters that are not of torch's default type, by their names."""
         super().__init__(config)
         self.model = DSAModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        for name, dtype in types.items():
+            parameter = self.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
 
     @property
     def sparse(self) -> bool:

@@ -14,7 +14,7 @@ from transformers import MistralConfig
 from dsa_export.cli import UserError
 from dsa_export.files import checkpoint_hash, write_manifest
 from dsa_export.model import dense_twin, load_model, load_tokenizer
-from dsa_export.model.checkpoint import load_config, model_source
+from dsa_export.model.checkpoint import load_config, model_source, stored_types
 from tests.conftest import build_qwen
 
 
@@ -143,8 +143,34 @@ def test_weights_that_do_not_fit_are_not_loaded(dsa_folder, damaged, monkeypatch
     load_model(dsa_folder)  # mapped
     edit_weights(damaged, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
     load_model(damaged, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match=r"the weights of .* take 0\.0 GiB in fp32, and this machine has 0\.0 GiB of"):
+    with pytest.raises(UserError, match=r"the weights of .* take 0\.0 GiB, and this machine has 0\.0 GiB of"):
         load_model(damaged)
+
+
+def test_parameters_that_are_kept_as_the_file_has_them(qwen_folder, damaged):
+    """Also where others are converted. What is new, or no narrower there, has the type that was asked for."""
+    low = {"model.embed_tokens.weight": torch.bfloat16, "model.norm.weight": torch.float16}
+    edit_weights(damaged, lambda tensors: tensors.update({name: tensors[name].to(t) for name, t in low.items()}))
+    every = {"kept": lambda model: model.state_dict()}
+    assert {n: p.dtype for n, p in load_model(damaged, **every).named_parameters() if p.dtype != torch.float32} == low
+    assert {p.dtype for p in load_model(damaged).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(damaged, dtype=torch.bfloat16, **every).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(qwen_folder, **every).parameters()} == {torch.float32}
+
+
+def test_weights_of_the_hub(dsa_folder, tmp_path, monkeypatch):
+    """As they lie in its cache, in one file or in several."""
+    folder, revision = tmp_path / "models--someone--small", "0123abcd" * 5
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    load_model(dsa_folder).save_pretrained(folder / "snapshots" / revision, max_shard_size="200KB")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    types = stored_types("someone/small")
+    assert len(list((folder / "snapshots" / revision).glob("*.safetensors"))) > 1
+    assert types == stored_types(dsa_folder) and set(types.values()) == {torch.float32}
+    with pytest.raises(UserError, match="the weights of someone/else cannot be fetched: Cannot find"):
+        stored_types("someone/else")
 
 
 def test_weights_that_are_not_finite(damaged):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_frozen_base_in_bf16_stays_in_bf16(
         elif "proj" in name:
             assert tensor.dtype == torch.float32, name
     assert load_config(out).dtype == torch.float32
-    monkeypatch.setattr(warmup, "hold_matrices", lambda *_: None)
+    monkeypatch.setattr(warmup, "load_frozen", lambda name, dtype, **options: load_model(name, **options))
     plain = weights(trained(tiny_in_bf16, records, tmp_path / "plain", "--dtype", dtype))
     assert all(torch.equal(after[name], plain[name]) for name in after)
 
@@ -108,3 +109,18 @@ def test_what_is_held_in_bf16(tiny: Path, tiny_in_bf16: Path) -> None:
     } == set()  # it would lose something
     assert held(load_model(tiny, **INDEXER), rounded=True) == base
     assert held(load_model(tiny_in_bf16, **INDEXER)) == base
+
+
+def test_a_base_of_a_bf16_file_is_never_in_fp32(tiny_in_bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would not fit where it does once it is held."""
+    loaded: dict[str, torch.dtype] = {}
+
+    def look(model: nn.Module, *_: Any, **__: Any) -> None:
+        loaded.update({name: parameter.dtype for name, parameter in model.named_parameters()})
+
+    monkeypatch.setattr(precision, "hold_matrices", look)
+    model = precision.load_frozen(str(tiny_in_bf16), torch.bfloat16, **INDEXER)
+    matrices = set(precision.matrices(model, torch.bfloat16))
+    assert {name for name, dtype in loaded.items() if dtype == torch.bfloat16} == matrices > set()
+    precision.load_frozen(str(tiny_in_bf16), torch.float32, **INDEXER)
+    assert set(loaded.values()) == {torch.float32}

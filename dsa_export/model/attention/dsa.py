@@ -82,7 +82,7 @@ class Indexer(nn.Module):
 
         def part(projection: nn.Linear, norm: nn.Module) -> Tensor:
             """[heads, Di, E], times the weights of Qwen3's norm over each head."""
-            heads = projection.weight.unflatten(0, (-1, D))[:, rows]
+            heads = projection.weight.unflatten(0, (-1, D))[:, rows].float()
             return heads * norm.weight[rows, None] if isinstance(norm, HeadRMSNorm) else heads
 
         self.k_proj.weight.copy_(part(attention.k_proj, attention.k_norm).mean(0))
