@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging, resolve_revision
 
@@ -141,8 +142,8 @@ def load_model(
 
     attention: a variant; "dense" is the dense twin of the checkpoint's own; None is the checkpoint's own, the
     family's sparse one ("dsa") for a plain one. What the variant adds to a dense checkpoint is initialised.
-    kept: names the model's parameters that stay in the files' type where that is narrower than dtype. What is not
-    converted is mapped into memory instead of read.
+    kept: names the model's parameters that stay in the type of the files. What is not converted is mapped into memory
+    instead of read.
     `options` are DSAConfig's fields of the variant (index_…, nsa_…); None keeps the checkpoint's or the default.
     Raises UserError when the checkpoint cannot be read, is of another architecture, lacks or holds tensors that it
     should not (only what a new variant adds may be missing), or holds NaN or infinite numbers; or when the machine's
@@ -155,12 +156,17 @@ def load_model(
     try:
         types = stored_types(name)
         empty = empty_model(config)
-        narrow = {key: types[key] for key in kept(empty) if key in types and types[key].itemsize < dtype.itemsize}
-        _check_memory(name, empty, {key: narrow.get(key, dtype) for key in empty.state_dict()}, types)
+        as_stored = {key: types[key] for key in kept(empty) if key in types}
+        _check_memory(name, empty, {key: as_stored.get(key, dtype) for key in empty.state_dict()}, types)
         with quiet_transformers():
             # Mismatched sizes are refused below: transformers would say which in its report only, which is quiet here.
             model, info = DSAForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, types=narrow, output_loading_info=True, ignore_mismatched_sizes=True
+                name,
+                config=config,
+                dtype=dtype,
+                types=as_stored,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (*UNEXPECTED, SafetensorError, UnpicklingError, RuntimeError) as error:
         for file in Path(name).glob("*.safetensors"):
@@ -190,7 +196,7 @@ def load_model(
             layer.self_attn.start_from_dense()
     for key, parameter in model.named_parameters():
         # NaN and infinity survive in the extremes, which take a thirtieth of the time of isfinite() on every number.
-        if not torch.stack(parameter.aminmax()).isfinite().all():
+        if not torch.stack(parameter.aminmax()).to(dtype).isfinite().all():
             raise UserError(f"{name}: {key} holds numbers that are not finite in {dtype}: the checkpoint is broken")
     # transformers does not tie, whatever the configuration says, where the file holds two different matrices.
     model.config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
@@ -200,7 +206,13 @@ def load_model(
 def empty_model(config: DSAConfig) -> DSAForCausalLM:
     """A model without numbers, which takes no memory."""
     with torch.device("meta"):
-        return DSAForCausalLM(config)
+        model = DSAForCausalLM(config)
+    model.tie_weights()
+    return model
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
 
 
 def stored_types(name: str | Path) -> dict[str, torch.dtype]:

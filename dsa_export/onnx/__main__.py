@@ -17,15 +17,23 @@ from transformers import PreTrainedConfig
 from dsa_export.cli import UserError, console, path, progress_bar, run
 from dsa_export.config import DSAConfig
 from dsa_export.files import check_output, output_folder, sha256, write_manifest
-from dsa_export.model import DSAForCausalLM, dense_twin, load_model, load_tokenizer
+from dsa_export.model import load_model, load_tokenizer
 from dsa_export.model.attention import VARIANTS, SparseAttention
 from dsa_export.model.cache import CacheEntry
-from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, DTYPES, check_vocabulary, load_config, model_source
+from dsa_export.model.checkpoint import (
+    DEFAULT_CHECKPOINT,
+    DTYPES,
+    check_vocabulary,
+    load_config,
+    model_source,
+    parameter_names,
+)
 from dsa_export.onnx.calibrate import calibrate, calibration_windows
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, export_graph, save_graphs
 from dsa_export.onnx.identical import Comparison, SharedWeights, compare_graphs, compare_weights
 from dsa_export.onnx.parity import DECODED_TOKENS, Reference, check_parity, parity_text, reference
 from dsa_export.onnx.quantise import BITS, BLOCK_SIZES, Scheme, quantise, untie
+from dsa_export.onnx.stored import StoredModel
 from dsa_export.selection import add_selection_arguments, chosen_options, selection_options
 from dsa_export.topk import compact_topk, describe_topk
 
@@ -118,17 +126,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     console.print(f"Loading {arguments.model}")
     model = load_model(
-        arguments.model, dtype=DTYPES[arguments.dtype], index_topk=arguments.topk, **selection_options(arguments)
+        arguments.model,
+        dtype=DTYPES[arguments.dtype],
+        kept=parameter_names,
+        index_topk=arguments.topk,
+        **selection_options(arguments),
     )
     model.requires_grad_(False)
     scheme = scheme_of(arguments)
     if scheme and scheme.lm_head:
         untie(model)
+    stored = StoredModel(model, DTYPES[arguments.dtype])
 
     with output_folder(arguments.out) as out:
-        models = {"dense": dense_twin(model), "sparse": model}
+        models = {"dense": stored.dense(), "sparse": stored}
         with console.status("Exporting the graphs"):
-            sparse = export_graph(model)
+            sparse = export_graph(stored)
             derivable = issubclass(VARIANTS[model.config.attention], SparseAttention)
             dense = dense_from_sparse(sparse) if derivable else export_graph(models["dense"])
             graphs = {"dense": dense, "sparse": sparse}
@@ -138,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if scheme:
             with console.status("Computing without quantised weights"):
                 unquantised = {variant: reference(m, text) for variant, m in models.items()}
-            quantise_graphs(graphs, model, scheme, windows)
+            quantise_graphs(graphs, stored, scheme, windows)
         with console.status("Writing the weights"):
             save_graphs(graphs, out)
         del graphs, sparse, dense
@@ -157,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not all(result["passed"] for result in parity.values()):
             raise UserError("the exported graphs do not compute what torch computes (figures above): nothing was kept")
         quantisation = asdict(scheme) | {"calibration": calibration} if scheme else None
-        write_export_manifest(out, arguments, model, models, parity, same, quantisation, random_indexer=random_indexer)
+        write_export_manifest(out, arguments, models, parity, same, quantisation, random_indexer=random_indexer)
     size = (arguments.out / "dense" / WEIGHTS_FILE).stat().st_size / 2**20
     console.print(
         f"Wrote {arguments.out}/dense/{MODEL_FILE} and {arguments.out}/sparse/{MODEL_FILE} "
@@ -197,16 +210,16 @@ def scheme_of(arguments: argparse.Namespace) -> Scheme | None:
 
 
 def quantise_graphs(
-    graphs: Mapping[str, ir.Model], model: DSAForCausalLM, scheme: Scheme, windows: Tensor | None
+    graphs: Mapping[str, ir.Model], stored: StoredModel, scheme: Scheme, windows: Tensor | None
 ) -> None:
     """Quantises the weights of all graphs and of the model, by GPTQ where there are windows to calibrate on."""
     rounded = {}
     if windows is not None:
         with progress_bar() as progress:
-            task = progress.add_task("Calibrating", total=len(model.model.layers) + scheme.lm_head)
-            rounded = calibrate(model, windows, scheme, lambda: progress.advance(task))
+            task = progress.add_task("Calibrating", total=len(stored.model.model.layers) + scheme.lm_head)
+            rounded = calibrate(stored, windows, scheme, lambda: progress.advance(task))
     with console.status("Quantising the weights"):
-        names = quantise(graphs.values(), dict(model.named_parameters()), scheme, rounded)
+        names = quantise(graphs.values(), stored, scheme, rounded)
     if windows is not None:
         others = sum(scheme.bits(name) == BITS["int4"] for name in names - rounded.keys())
         console.print(
@@ -249,20 +262,19 @@ def precision_of(arguments: argparse.Namespace) -> str:
 def write_export_manifest(
     out: Path,
     arguments: argparse.Namespace,
-    model: DSAForCausalLM,
-    models: dict[str, DSAForCausalLM],
+    models: Mapping[str, StoredModel],
     parity: dict[str, Any],
     same: Comparison | SharedWeights,
     quantisation: dict[str, Any] | None,
     *,
     random_indexer: bool,
 ) -> None:
+    model = models["sparse"].model
     config = model.config
     source = model_source(arguments.model)
     if (folder := Path(arguments.model)).is_dir():
         source["path"] = str(folder.resolve())
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
-    dtype_name = str(model.dtype).removeprefix("torch.")
     write_manifest(
         out,
         "onnx",
@@ -289,9 +301,7 @@ def write_export_manifest(
             variant: {
                 "path": f"{variant}/{MODEL_FILE}",
                 "sha256": sha256(out / variant / MODEL_FILE),
-                "cache": [
-                    describe_cache(entry, variant_model, dtype_name) for entry in variant_model.model.cache_layouts[0]
-                ],
+                "cache": [describe_cache(entry, variant_model) for entry in variant_model.model.model.cache_layouts[0]],
             }
             for variant, variant_model in models.items()
         },
@@ -306,17 +316,18 @@ def write_export_manifest(
     )
 
 
-def describe_cache(entry: CacheEntry, model: DSAForCausalLM, dtype: str) -> dict[str, Any]:
+def describe_cache(entry: CacheEntry, stored: StoredModel) -> dict[str, Any]:
     """One cached tensor for the manifest; `layers` only where not all have it."""
-    layers = [i for i, layout in enumerate(model.model.cache_layouts) if entry in layout]
+    layouts = stored.model.model.cache_layouts
+    layers = [i for i, layout in enumerate(layouts) if entry in layout]
     facts: dict[str, Any] = {
         "name": entry.name,
         "shape": list(entry.shape("batch", "capacity")),
-        "dtype": str(entry.dtype).removeprefix("torch.") if entry.dtype else dtype,
+        "dtype": str(entry.dtype or stored.dtype).removeprefix("torch."),
     }
     if entry.recent is not None:
         facts["recent"] = entry.recent
-    return facts if len(layers) == len(model.model.layers) else facts | {"layers": layers}
+    return facts if len(layers) == len(layouts) else facts | {"layers": layers}
 
 
 if __name__ == "__main__":

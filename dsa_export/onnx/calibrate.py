@@ -22,6 +22,7 @@ from dsa_export.model.attention import DenseAttention
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.onnx.parity import PARITY_MODULE
 from dsa_export.onnx.quantise import BITS, LM_HEAD, Rounded, Scheme, dequantise
+from dsa_export.onnx.stored import StoredModel
 
 WINDOW, WINDOWS = 1024, 12
 """Tokens of calibration: more than the widest input of a 0.5B model has features."""
@@ -67,14 +68,15 @@ def calibration_windows(tokenizer: Any, path: Path | None, limit: int) -> Tensor
 
 @torch.no_grad()
 def calibrate(
-    model: DSAForCausalLM, windows: Tensor, scheme: Scheme, on_layer: Callable[[], None] = lambda: None
+    stored: StoredModel, windows: Tensor, scheme: Scheme, on_layer: Callable[[], None] = lambda: None
 ) -> dict[str, Rounded]:
-    """Rounds the weights that the scheme wants in int4, by their names. The model's own become what they stand for.
+    """Rounds the weights that the scheme wants in int4, by their names.
 
     windows: [windows, tokens] int64. on_layer is called after every layer and the output projection. Weights that are
     not an nn.Linear's, see none of the tokens, or have more than WIDEST input features are left out. Raises UserError
     if inputs are not finite.
     """
+    model = stored.model
     was_training = model.training
     model.eval()  # all experts in two products: in training mode no tensor passes through their linear layers
     for module in model.modules():
@@ -93,22 +95,26 @@ def calibrate(
                 shared[id(sums)] = factors(sums)
             result = gptq(weight.float(), shared[id(sums)], scheme.block_size, weight.dtype)
             rounded[name] = result
-            weight.copy_(dequantise(result.integers, result.scales, scheme.block_size).T)
+            weight.data = dequantise(result.integers, result.scales, scheme.block_size).T.to(weight.dtype)
         on_layer()
 
-    states = first_inputs(model, windows)
+    with stored.converted(model.model.embed_tokens):
+        states = first_inputs(model, windows)
     for layer in model.model.layers:
         linear = [m for m in layer.modules() if isinstance(m, nn.Linear) and m.in_features <= WIDEST]
-        with moments([module for module in linear if scheme.bits(names[module]) == BITS["int4"]]) as measured:
-            for state in states:
-                layer(*state)
-        round_weights(measured)
-        states = [(layer(hidden, call)[0], call) for hidden, call in states]
+        chosen = [module for module in linear if scheme.bits(names[module]) == BITS["int4"]]
+        with stored.converted(layer):
+            with moments(chosen) as measured:
+                for state in states:
+                    layer(*state)
+            round_weights(measured)
+            states = [(layer(hidden, call)[0], call) for hidden, call in states]
     if scheme.bits(LM_HEAD) == BITS["int4"]:
-        total = second_moments(model.model.norm(states[0][0]))
-        for hidden, _ in states[1:]:
-            total += second_moments(model.model.norm(hidden))
-        round_weights({model.lm_head: total})
+        with stored.converted(model.model.norm), stored.converted(model.lm_head):
+            total = second_moments(model.model.norm(states[0][0]))
+            for hidden, _ in states[1:]:
+                total += second_moments(model.model.norm(hidden))
+            round_weights({model.lm_head: total})
     model.train(was_training)
     return rounded
 

@@ -24,6 +24,7 @@ from dsa_export.model.cache import CacheEntry
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.model.step import StepGraph
 from dsa_export.onnx import passes
+from dsa_export.onnx.stored import StoredModel
 from dsa_export.selection import INDEX_CACHES
 from plugins.registry import ONNX_OPSET
 
@@ -41,10 +42,10 @@ def cache_names(model: DSAForCausalLM) -> list[tuple[str, CacheEntry]]:
     ]
 
 
-def export_graph(model: DSAForCausalLM) -> ir.Model:
-    """Exports one variant; the weights in it are the model's own tensors, not copies."""
-    entries = cache_names(model)
-    past = [entry.zeros(EXAMPLE_B, EXAMPLE_C, model.dtype) for _, entry in entries]
+def export_graph(stored: StoredModel) -> ir.Model:
+    """Exports one variant; its weights are computed from the model's when they are read."""
+    entries = cache_names(stored.model)
+    past = [entry.zeros(EXAMPLE_B, EXAMPLE_C, stored.dtype) for _, entry in entries]
     lengths = torch.full((EXAMPLE_B,), EXAMPLE_S)
     arguments = (torch.zeros(EXAMPLE_B, EXAMPLE_S, dtype=torch.int64), torch.zeros_like(lengths), lengths, past)
     dynamic = torch.export.Dim.DYNAMIC
@@ -52,7 +53,7 @@ def export_graph(model: DSAForCausalLM) -> ir.Model:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            StepGraph(model).eval(),
+            StepGraph(stored.outline()).eval(),
             arguments,
             dynamo=True,
             opset_version=ONNX_OPSET,
@@ -68,11 +69,12 @@ def export_graph(model: DSAForCausalLM) -> ir.Model:
             },
         )
     assert program is not None
+    passes.set_weights(program.model, {name: stored.tensor(name) for name in stored.names.values()})
     graph_shapes: dict[str, tuple[Any, ...]] = {
         "input_ids": ("batch", "sequence"),
         "past_lengths": ("batch",),
         "input_lengths": ("batch",),
-        "logits": ("batch", 1, model.config.vocab_size),
+        "logits": ("batch", 1, stored.model.config.vocab_size),
     }
     for name, entry in entries:
         graph_shapes[f"past_key_values.{name}"] = entry.shape("batch", "capacity")

@@ -18,8 +18,7 @@ from __future__ import annotations
 import math
 import shutil
 import sysconfig
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +28,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dsa_export.model import AttentionTrace, DSAForCausalLM
 from dsa_export.onnx import passes
 from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, cache_names
+from dsa_export.onnx.stored import StoredModel
 from plugins.registry import ONNX_OPSET
 
 DECODED_TOKENS = 32
@@ -59,24 +59,27 @@ def parity_text() -> str:
 
 
 def check_parity(
-    model: DSAForCausalLM, graph_folder: Path, text: list[int], scratch: Path, unquantised: Reference | None = None
+    stored: StoredModel, graph_folder: Path, text: list[int], scratch: Path, unquantised: Reference | None = None
 ) -> dict[str, Any]:
     """Runs the check for one variant (model and graph_folder/model.onnx) and returns its figures, "passed" among them.
 
     text: the last DECODED_TOKENS are fed one at a time. `scratch` is a folder for temporary graphs. unquantised:
-    reference() of the model before its weights were quantised. Memory: the torch model in its type and one ONNX Runtime
-    session, whose weights are mapped; a graph of bf16 or with quantised weights is raised to fp32 in `scratch` for it.
+    reference() of the model before its weights were quantised. Memory: the torch model as it is stored and one ONNX
+    Runtime session, whose weights are mapped; a graph of bf16 or with quantised weights is raised to fp32 in `scratch`
+    for it.
     """
-    session = _session(model, graph_folder, scratch, fuse=False)
-    ort_logits, ort_indices = _run_onnx(model, session, text)
+    model, rounded = stored.model, stored.dtype == torch.float16
+    session = _session(stored, graph_folder, scratch, fuse=False)
+    ort_logits, ort_indices = _run_onnx(stored, session, text)
     del session
-    with _in_fp32(model):
+    with stored.computing(torch.float32):
         ours, sets = _run_torch(model, text, ort_indices)
     expected = ours.logits
     error = float((ort_logits - expected).abs().max())
     tolerance = TOLERANCE
-    if model.dtype == torch.float16:
-        own_error = float((_run_torch(model, text, ort_indices)[0].logits - expected).abs().max())
+    if rounded:
+        with stored.computing(stored.dtype):
+            own_error = float((_run_torch(model, text, ort_indices)[0].logits - expected).abs().max())
         tolerance = max(TOLERANCE, 2 * own_error)
     best = expected.topk(2).values
     wrong = (ort_logits.argmax(-1) != expected.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * tolerance)
@@ -90,12 +93,11 @@ def check_parity(
     }
     if ort_indices:
         result["selected_sets"] = sets
-        rounded = model.dtype == torch.float16
         result["passed"] &= sets["unlawful"] == 0
         result["passed"] &= sets["apart"] <= MAX_APART if rounded else sets["different"] == 0
     if unquantised is not None:
         expected = unquantised.logits
-        ort_logits, _ = _run_onnx(model, _session(model, graph_folder, scratch, fuse=True), text)
+        ort_logits, _ = _run_onnx(stored, _session(stored, graph_folder, scratch, fuse=True), text)
     result["quality"] = {
         **_quality(ort_logits, expected, text),
         "text_tokens": len(text) - 1,
@@ -113,35 +115,9 @@ class Reference:
     text_loss: float
 
 
-def reference(model: DSAForCausalLM, text: list[int]) -> Reference:
-    with _in_fp32(model):
-        return _run_torch(model, text)[0]
-
-
-@contextmanager
-def _in_fp32(model: DSAForCausalLM) -> Iterator[None]:
-    """Within the block the model computes in fp32; the weights of a layer are raised only while it runs."""
-    kept: list[Tensor] = []
-
-    def raise_weights(module: nn.Module, _: Any) -> None:
-        for parameter in module.parameters():
-            kept.append(parameter.data)
-            parameter.data = parameter.data.float()
-
-    def put_back(module: nn.Module, *_: Any) -> None:
-        for parameter in module.parameters():
-            parameter.data = kept.pop(0)
-
-    hooks = [
-        hook
-        for module in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head)
-        for hook in (module.register_forward_pre_hook(raise_weights), module.register_forward_hook(put_back))
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def reference(stored: StoredModel, text: list[int]) -> Reference:
+    with stored.computing(torch.float32):
+        return _run_torch(stored.model, text)[0]
 
 
 def _loss(logits: Tensor, text: list[int]) -> float:
@@ -161,7 +137,7 @@ def _quality(logits: Tensor, reference: Tensor, text: list[int]) -> dict[str, fl
     }
 
 
-def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: bool) -> ort.InferenceSession:
+def _session(stored: StoredModel, graph_folder: Path, scratch: Path, *, fuse: bool) -> ort.InferenceSession:
     """The graph with its selections as extra outputs (indices.{layer}), bf16 raised to fp32.
 
     fuse: let ONNX Runtime replace DequantizeLinear and MatMul by its kernel, which rounds the activations too.
@@ -173,9 +149,9 @@ def _session(model: DSAForCausalLM, graph_folder: Path, scratch: Path, *, fuse: 
         output.type = ir.TensorType(ir.DataType.INT32)
         output.shape = ir.Shape(["batch", "sequence", node.attributes["k"].as_int()])
         graph.graph.outputs.append(output)
-    if model.config.index_keys == "fp8":
+    if stored.model.config.index_keys == "fp8":
         passes.upcast_fp8_caches(graph)
-    raised = model.dtype == torch.bfloat16
+    raised = stored.dtype == torch.bfloat16
     if raised:
         passes.upcast_bf16(graph)
     if not fuse:
@@ -238,12 +214,13 @@ def _product(
     return ir.tensor(values, name=name)
 
 
-def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[int]) -> tuple[Tensor, list[Tensor]]:
+def _run_onnx(stored: StoredModel, session: ort.InferenceSession, text: list[int]) -> tuple[Tensor, list[Tensor]]:
     """Chunked prefill, then single tokens: logits [DECODED_TOKENS, V], indices [T, K] of every layer."""
-    capacity = -(-max(len(text), *model.config.topk_per_layer) // CHUNK) * CHUNK
-    dtype = torch.float16 if model.dtype == torch.float16 else torch.float32
+    topk = stored.model.config.topk_per_layer
+    capacity = -(-max(len(text), *topk) // CHUNK) * CHUNK
+    dtype = torch.float16 if stored.dtype == torch.float16 else torch.float32
     binding = session.io_binding()
-    for name, entry in cache_names(model):
+    for name, entry in cache_names(stored.model):
         raised = torch.float32 if entry.dtype == torch.float8_e4m3fn else entry.dtype
         zeros = torch.zeros(entry.shape(1, capacity), dtype=raised or dtype)
         cache = ort.OrtValue.ortvalue_from_numpy(zeros.numpy())
@@ -253,7 +230,7 @@ def _run_onnx(model: DSAForCausalLM, session: ort.InferenceSession, text: list[i
     shaped_by_the_call = ["logits", *(f"indices.{layer}" for layer in range(layers))]
 
     done, logits = 0, []
-    first = min(CHUNK, *model.config.topk_per_layer)  # a call in which everything is selected, and others
+    first = min(CHUNK, *topk)  # a call in which everything is selected, and others
     indices: list[list[Tensor]] = [[] for _ in range(layers)]
     prompt = len(text) - DECODED_TOKENS
     while done < len(text) - 1:

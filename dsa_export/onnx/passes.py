@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,13 @@ def finish(model: ir.Model, shapes: dict[str, tuple[Any, ...]]) -> ir.Model:
     name_nodes(model)
     append_functions(model)
     return model
+
+
+def set_weights(model: ir.Model, weights: Mapping[str, ir.TensorProtocol]) -> None:
+    """Ensures that the parameters of a traced step have these values, by the model's own names."""
+    for name, value in model.graph.initializers.items():
+        if (parameter := name.removeprefix(STEP_PREFIX)) in weights and name.startswith(STEP_PREFIX):
+            value.const_value = weights[parameter]
 
 
 def strip_weight_prefix(model: ir.Model) -> None:

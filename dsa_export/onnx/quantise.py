@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from dsa_export.model.checkpoint import INDEXER
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.model.feed_forward import ROUTER
 from dsa_export.onnx.passes import cast_back
+from dsa_export.onnx.stored import StoredModel
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (32, 64, 128)
@@ -55,23 +57,24 @@ class Rounded:
 
 
 def quantise(
-    graphs: Collection[ir.Model], parameters: Mapping[str, Tensor], scheme: Scheme, rounded: Mapping[str, Rounded]
+    graphs: Collection[ir.Model], stored: StoredModel, scheme: Scheme, rounded: Mapping[str, Rounded]
 ) -> set[str]:
     """Quantises the weights of all MatMul nodes that the scheme names, the same weight of several graphs once, and
     halves an embedding in fp32 that nothing multiplies.
 
     rounded: those that are rounded already, by name; all others are rounded to the nearest.
 
-    Requires weights [K, N] as initializers with the names of `parameters` [N, K], the torch model's, which are
-    overwritten with what the graphs now hold: the torch model then is the reference of the quantised graphs. Returns
-    the names of the quantised ones.
+    Requires weights [K, N] as initializers with the names of the torch model's parameters [N, K], which then have the
+    values that the graphs now hold: the torch model is the reference of the quantised graphs. Returns the names of the
+    quantised ones.
     """
+    names = set(stored.names.values())
     done: dict[str, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
     for graph in graphs:
         dequantised: dict[ir.Value, ir.Value] = {}  # equal small weights were merged: several nodes may read one
         for node in list(graph.graph):
             weight = node.inputs[1] if node.op_type == "MatMul" else None
-            if weight is None or weight.const_value is None or weight.name not in parameters:
+            if weight is None or weight.const_value is None or weight.name not in names:
                 continue
             bits = scheme.bits(weight.name)
             if bits is None:
@@ -82,14 +85,19 @@ def quantise(
                     if weight.name in rounded
                     else _quantise(weight.const_value, bits, scheme.block_size)
                 )
-                wide, factors = (torch.from_numpy(t.numpy().astype(np.float32)) for t in (integers, scales))
-                parameters[weight.name].data.copy_(dequantise(wide, factors, scheme.block_size).T)
+                stored.quantised[weight.name] = partial(_values, integers, scales, scheme.block_size)
                 done[weight.name] = integers, scales
             if weight not in dequantised:
                 dequantised[weight] = _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
             node.replace_input_with(1, dequantised[weight])
-    _halve_embedding(graphs, parameters)
+    _halve_embedding(graphs, stored)
     return set(done)
+
+
+def _values(integers: ir.TensorProtocol, scales: ir.TensorProtocol, block_size: int) -> Tensor:
+    """[N, K] fp32 of integers and scales [K, N], as graphs hold them."""
+    wide, factors = (torch.from_numpy(tensor.numpy().astype(np.float32)) for tensor in (integers, scales))
+    return dequantise(wide, factors, block_size).T
 
 
 def untie(model: DSAForCausalLM) -> None:
@@ -97,10 +105,10 @@ def untie(model: DSAForCausalLM) -> None:
     values."""
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
 
 
-def _halve_embedding(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor]) -> None:
+def _halve_embedding(graphs: Iterable[ir.Model], stored: StoredModel) -> None:
     """Stores the embedding in fp16 and casts the rows that are looked up, if nothing else reads it.
 
     In fp32 it is as large as all that is quantised of a small model. What a bf16 checkpoint holds stays as it is, but
@@ -111,13 +119,13 @@ def _halve_embedding(graphs: Iterable[ir.Model], parameters: Mapping[str, Tensor
     tables = [t for t in tables if t.dtype == fp32 and [node.op_type for node in t.consumers()] == ["Gather"]]
     if not tables:
         return
-    narrow = parameters[EMBEDDING].half()
+    narrow = stored.value(EMBEDDING).half()
     if not narrow.isfinite().all():
         return
-    parameters[EMBEDDING].data.copy_(narrow)
-    stored = ir.tensor(narrow.numpy(), name=EMBEDDING)
+    stored.quantised[EMBEDDING] = lambda: narrow
+    halves = ir.tensor(narrow.numpy(), name=EMBEDDING)
     for table in tables:
-        table.const_value, table.type = stored, ir.TensorType(fp16)
+        table.const_value, table.type = halves, ir.TensorType(fp16)
         (gather,) = table.consumers()
         cast_back(gather.outputs[0], fp16)
 

@@ -20,6 +20,7 @@ from dsa_export.onnx.calibrate import best_scales, calibrate, calibration_window
 from dsa_export.onnx.export import export_graph
 from dsa_export.onnx.parity import parity_text
 from dsa_export.onnx.quantise import Scheme, dequantise, quantise, untie
+from dsa_export.onnx.stored import StoredModel
 from tests.conftest import build_tokenizer
 from tests.dsa_export.conftest import export_command
 from tests.dsa_export.test_nsa import build as build_nsa
@@ -132,16 +133,18 @@ def test_a_calibrated_model_follows_the_original_better(dsa_folder: Path):
     for name in ("nearest", "calibrated"):
         model = load_model(dsa_folder).requires_grad_(False).eval()
         untie(model)
-        rounded = calibrate(model, ids[:8], scheme) if name == "calibrated" else {}
+        whole = StoredModel(model, FP32)
+        rounded = calibrate(whole, ids[:8], scheme) if name == "calibrated" else {}
         assert not model.training
-        graph = export_graph(model)
-        quantise([graph], dict(model.named_parameters()), scheme, rounded)
-        errors[name] = float((model(ids[8:]).logits - expected).square().mean())
+        graph = export_graph(whole)
+        quantise([graph], whole, scheme, rounded)
+        with whole.computing(FP32):
+            errors[name] = float((model(ids[8:]).logits - expected).square().mean())
         for weight, result in rounded.items():
             stored = graph.graph.initializers[weight].const_value.numpy().astype(np.int8)
             np.testing.assert_array_equal(stored, result.integers.numpy())
             values = dequantise(result.integers, result.scales, 32)
-            assert torch.equal(dict(model.named_parameters())[weight], values.T)
+            assert torch.equal(whole.value(weight), values.T)
     assert len(rounded) == 2 * 7 + 1 and not any("indexer" in name for name in rounded)
     assert errors["calibrated"] < 0.8 * errors["nearest"]
 
@@ -154,7 +157,8 @@ def test_every_weight_is_rounded_on_what_the_rounded_layers_before_it_give(dsa_f
     model = load_model(dsa_folder).requires_grad_(False)
     untie(model)
     original = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    rounded = calibrate(model, ids, scheme)
+    rounded = calibrate(StoredModel(model, FP32), ids, scheme)
+    assert all(torch.equal(parameter, original[name]) for name, parameter in model.named_parameters())
     inputs: dict[str, Tensor] = {}
     watched = {
         "model.layers.1.self_attn.q_proj": model.model.layers[1].self_attn.q_proj,
@@ -163,15 +167,16 @@ def test_every_weight_is_rounded_on_what_the_rounded_layers_before_it_give(dsa_f
     }
     for name, part in watched.items():
         part.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
-    for name in original:  # before the second layer was rounded, and all of it when the head was
-        if name.startswith("model.layers.1."):
-            dict(model.named_parameters())[name].copy_(original[name])
+    parameters = dict(model.named_parameters())
+    for name, result in rounded.items():  # before the second layer was rounded, and all of it when the head was
+        if name.startswith("model.layers.0."):
+            parameters[name].copy_(dequantise(result.integers, result.scales, 32).T)
     model.train()(ids, use_cache=False)
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"):
         expected = gptq(original[f"{name}.weight"], factors(module.second_moments(inputs[name])), 32, FP32)
         assert (rounded[f"{name}.weight"].integers == expected.integers).float().mean() > 0.98
     for name, result in rounded.items():
-        dict(model.named_parameters())[name].copy_(dequantise(result.integers, result.scales, 32).T)
+        parameters[name].copy_(dequantise(result.integers, result.scales, 32).T)
     model(ids, use_cache=False)
     expected = gptq(original["lm_head.weight"], factors(module.second_moments(inputs["lm_head"])), 32, FP32)
     assert (rounded["lm_head.weight"].integers == expected.integers).float().mean() > 0.98
@@ -185,14 +190,16 @@ def test_weights_too_small_for_the_type_and_inputs_that_are_not_finite(dsa_folde
     assert torch.isfinite(result.scales).all() and not result.integers[:32, 1].any()
     model = load_model(dsa_folder).requires_grad_(False)
     model.model.layers[1].input_layernorm.weight.fill_(torch.inf)
+    scheme = Scheme("int4", 32, lm_head=True, indexer=True)
     with pytest.raises(UserError, match=r"the inputs of model\.layers\.1\.\S+ are not finite in torch.float32: export"):
-        calibrate(model, torch.randint(3, 250, (1, 16)), Scheme("int4", 32, lm_head=True, indexer=True))
+        calibrate(StoredModel(model, FP32), torch.randint(3, 250, (1, 16)), scheme)
 
 
 def test_all_weights_of_native_sparse_attention(tmp_path: Path):
     model = build_nsa(layers=1).requires_grad_(False).eval()
     untie(model)
-    rounded = calibrate(model, torch.randint(3, 250, (2, 64)), Scheme("int4", 32, lm_head=True, indexer=True))
+    scheme = Scheme("int4", 32, lm_head=True, indexer=True)
+    rounded = calibrate(StoredModel(model, FP32), torch.randint(3, 250, (2, 64)), scheme)
     linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     assert rounded.keys() == linear and len(linear) > 12
 

@@ -16,6 +16,7 @@ from dsa_export.model import DSAForCausalLM, dense_twin, load_model
 from dsa_export.model.feed_forward import MixtureOfExperts
 from dsa_export.onnx.calibrate import calibrate
 from dsa_export.onnx.quantise import Scheme
+from dsa_export.onnx.stored import StoredModel
 from engines.build.folder import step_weights
 from tests.conftest import VOCABULARY, build_tokenizer
 from tests.dsa_export.conftest import Graph, export_command
@@ -191,7 +192,7 @@ def test_experts_are_calibrated(moe_folder):
     model = load_model(moe_folder).requires_grad_(False)
     text = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(5))
     scheme = Scheme("int4", 32, lm_head=True, indexer=True)
-    rounded = calibrate(model, text, scheme)
+    rounded = calibrate(StoredModel(model, torch.float32), text, scheme)
     linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     assert rounded.keys() == {name for name in linear if scheme.bits(name) == 4} and len(rounded) == 2 * 9 + 1
     assert not any(part.training for part in model.modules())

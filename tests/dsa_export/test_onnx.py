@@ -25,6 +25,7 @@ from dsa_export.onnx.export import MODEL_FILE, WEIGHTS_FILE, dense_from_sparse, 
 from dsa_export.onnx.identical import SharedWeights, compare_folder, compare_graphs, compare_weights
 from dsa_export.onnx.parity import _apart, check_parity
 from dsa_export.onnx.quantise import Scheme, _quantise, quantise, untie
+from dsa_export.onnx.stored import StoredModel
 from tests.conftest import VOCABULARY, build_qwen
 from tests.dsa_export.conftest import Graph, export_command
 
@@ -49,7 +50,7 @@ def test_files_and_manifest(export, dsa_folder):
 
 def test_all_tokens_that_end_an_answer_are_told(dsa_model, dsa_folder, tmp_path):
     """Qwen2.5's generation_config.json names two, its config.json one."""
-    models = dict.fromkeys(("dense", "sparse"), dsa_model)
+    models = dict.fromkeys(("dense", "sparse"), StoredModel(dsa_model, torch.float32))
     for variant in models:
         (tmp_path / variant).mkdir()
         for name in (MODEL_FILE, WEIGHTS_FILE):
@@ -58,7 +59,7 @@ def test_all_tokens_that_end_an_answer_are_told(dsa_model, dsa_folder, tmp_path)
     for ends, told in (([2, 1], [2, 1]), (2, [2])):
         dsa_model.generation_config.eos_token_id = ends
         export_main.write_export_manifest(
-            tmp_path, arguments, dsa_model, models, {}, SharedWeights(1, 1), None, random_indexer=False
+            tmp_path, arguments, models, {}, SharedWeights(1, 1), None, random_indexer=False
         )
         assert read_manifest(tmp_path, "onnx", "test")["model"]["eos_token_id"] == told
 
@@ -250,29 +251,31 @@ def test_a_quantised_tied_embedding_keeps_its_values(largest: float, stored: ir.
     embedding[3, 5] = largest
     model.model.embed_tokens.weight.copy_(embedding)
     untie(model)
-    graph = export_graph(model)
-    names = quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=True, indexer=False), {})
+    whole = StoredModel(model, torch.float32)
+    graph = export_graph(whole)
+    names = quantise([graph], whole, Scheme("int4", 32, lm_head=True, indexer=False), {})
     assert len(names) == 8
-    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert torch.equal(whole.value("model.embed_tokens.weight"), embedding)
+    projection = whole.value("lm_head.weight").numpy()
     head = graph.graph.initializers
     table = head["model.embed_tokens.weight"]
     assert table.dtype == table.const_value.dtype == stored
     np.testing.assert_array_equal(table.const_value.numpy().astype(np.float32), embedding)
     scales = head["lm_head.weight.scales"].const_value.numpy()
     values = head["lm_head.weight"].const_value.numpy().astype(np.float32) * scales.repeat(32, 0)
-    np.testing.assert_array_equal(model.lm_head.weight.numpy(), values.T)
+    np.testing.assert_array_equal(projection, values.T)
     step = np.abs(scales).repeat(32, 0).T
-    assert (np.abs(model.lm_head.weight.numpy() - embedding.numpy()) <= step * 1.01).all()
-    assert not np.array_equal(model.lm_head.weight.numpy(), embedding.numpy())
+    assert (np.abs(projection - embedding.numpy()) <= step * 1.01).all()
+    assert not np.array_equal(projection, embedding.numpy())
 
 
 def test_an_embedding_that_is_multiplied_too_keeps_its_type():
-    model = tied()
-    embedding = model.model.embed_tokens.weight.clone()
-    graph = export_graph(model)
-    quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=False, indexer=False), {})
+    whole = StoredModel(tied(), torch.float32)
+    embedding = whole.model.model.embed_tokens.weight
+    graph = export_graph(whole)
+    quantise([graph], whole, Scheme("int4", 32, lm_head=False, indexer=False), {})
     (table,) = [node.inputs[0] for node in graph.graph if node.op_type == "Gather" and node.inputs[0].is_initializer()]
-    assert table.dtype == ir.DataType.FLOAT and torch.equal(model.model.embed_tokens.weight, embedding)
+    assert table.dtype == ir.DataType.FLOAT and torch.equal(whole.value("model.embed_tokens.weight"), embedding)
 
 
 def test_weights_that_were_merged_are_dequantised_once():
@@ -281,9 +284,9 @@ def test_weights_that_were_merged_are_dequantised_once():
         vocab_size=64, hidden_size=32, head_dim=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, attention="nsa",
     )  # fmt: skip
-    model = DSAForCausalLM(config).requires_grad_(False).eval()
-    graph = export_graph(model)
-    names = quantise([graph], dict(model.named_parameters()), Scheme("int4", 32, lm_head=True, indexer=False), {})
+    whole = StoredModel(DSAForCausalLM(config).requires_grad_(False).eval(), torch.float32)
+    graph = export_graph(whole)
+    names = quantise([graph], whole, Scheme("int4", 32, lm_head=True, indexer=False), {})
     zeros = [name for name in names if "compression.key.down_proj" in name or "compression.value.down_proj" in name]
     assert len(zeros) == 1
     nodes = [node for node in graph.graph if node.op_type == "DequantizeLinear"]
@@ -305,10 +308,15 @@ def test_blocks_are_rounded_to_their_scale(bits):
 # The proof of identical operators, and that it can fail.
 
 
+def both_graphs(model):
+    whole = StoredModel(model, torch.float32)
+    return {"dense": export_graph(whole.dense()), "sparse": export_graph(whole)}
+
+
 @pytest.fixture
 def graphs(dsa_model):
     """Both by torch's exporter, where the command derives one from the other: so the proof has something to prove."""
-    return {"dense": export_graph(dense_twin(dsa_model)), "sparse": export_graph(dsa_model)}
+    return both_graphs(dsa_model)
 
 
 def test_the_derived_dense_graph_is_the_exported_one(graphs):
@@ -422,7 +430,7 @@ def test_small_weights_are_compared_too(graphs):
 
 def test_tied_embeddings_stay_one_weight(tmp_path):
     model = load_model(build_qwen(tmp_path / "tied", tied=True), index_heads=2, index_dim=32, index_topk=8)
-    graphs = {"dense": export_graph(dense_twin(model)), "sparse": export_graph(model)}
+    graphs = both_graphs(model)
     compare_graphs(**graphs)
     tied = ("lm_head.weight", "model.embed_tokens.weight")
     names = [[name for name in graph.graph.initializers if name in tied] for graph in graphs.values()]
@@ -435,13 +443,13 @@ def test_tied_embeddings_stay_one_weight(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_parity_fails_on_wrong_weights_and_on_another_selection(dsa_folder, tmp_path, dtype):
     folder, prompt = tmp_path / "onnx", TOKENS * 2
-    save_graphs({"sparse": export_graph(load_model(dsa_folder, dtype=dtype))}, folder)
+    save_graphs({"sparse": export_graph(StoredModel(load_model(dsa_folder, dtype=dtype), dtype))}, folder)
 
     def check(change=lambda model: None):
         model = load_model(dsa_folder, dtype=dtype)
         with torch.no_grad():
             change(model.model.layers)
-        return check_parity(model, folder / "sparse", prompt, tmp_path / "scratch")
+        return check_parity(StoredModel(model, dtype), folder / "sparse", prompt, tmp_path / "scratch")
 
     assert check()["passed"]
     assert not check(lambda layers: layers[0].mlp.up_proj.weight[0].add_(0.5))["passed"]
@@ -479,11 +487,11 @@ def test_a_reference_is_computed_in_fp32_without_a_second_model(tmp_path, tokens
     model.model.layers[1].mlp.register_forward_hook(
         lambda *_: raised.extend(name for name, p in model.named_parameters() if p.dtype == torch.float32)
     )
-    found = parity.reference(model, text)
+    found = parity.reference(StoredModel(model, torch.bfloat16), text)
     assert raised and all(name.startswith("model.layers.1.") for name in raised)
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == own[name][0] and torch.equal(parameter, own[name][1]), name
-    expected = parity.reference(copy.deepcopy(model).float(), text)
+    expected = parity.reference(StoredModel(copy.deepcopy(model).float(), torch.float32), text)
     assert torch.equal(found.logits, expected.logits) and found.text_loss == expected.text_loss
 
 
@@ -494,14 +502,15 @@ def test_logits_that_overflow_prove_nothing(dsa_model, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "_run_onnx", lambda *_: (exact + 5, []))
     runs = iter([exact, exact + torch.inf])
     monkeypatch.setattr(parity, "_run_torch", lambda *_: (parity.Reference(next(runs), 1.0), {}))
-    half = copy.deepcopy(dsa_model).half()
-    assert not check_parity(half, tmp_path, [0] * (parity.DECODED_TOKENS + 1), tmp_path)["passed"]
+    half, text = StoredModel(dsa_model, torch.float16), [0] * (parity.DECODED_TOKENS + 1)
+    assert not check_parity(half, tmp_path, text, tmp_path)["passed"]
 
 
 def test_the_parity_check_sees_short_and_long_pasts(export, dsa_model, monkeypatch):
     """The first call holds k tokens at most: there everything is selected, in another branch of the body."""
     calls = []
-    session = parity._session(dsa_model, export / "sparse", export / "scratch", fuse=False)
+    whole = StoredModel(dsa_model, torch.float32)
+    session = parity._session(whole, export / "sparse", export / "scratch", fuse=False)
     binding = type(session.io_binding())
     bind = binding.bind_cpu_input
 
@@ -510,7 +519,7 @@ def test_the_parity_check_sees_short_and_long_pasts(export, dsa_model, monkeypat
         bind(self, name, array)
 
     monkeypatch.setattr(binding, "bind_cpu_input", noted)
-    parity._run_onnx(dsa_model, session, list(range(3, 203)))
+    parity._run_onnx(whole, session, list(range(3, 203)))
     lengths = [shape[1] for name, shape in calls if name == "input_ids"]
     k = min(dsa_model.config.topk_per_layer)
     assert lengths[:2] == [k, min(parity.CHUNK, 200 - parity.DECODED_TOKENS - k)] and sum(lengths) == 199
@@ -522,7 +531,7 @@ def test_quality_is_that_of_the_kernels_that_run_later(dsa_model, tmp_path, monk
     monkeypatch.setattr(parity, "_run_onnx", lambda _, fused, __: (exact + fused, []))
     monkeypatch.setattr(parity, "_run_torch", lambda *_: (parity.Reference(exact, 1.0), {}))
     text = [0] * (parity.DECODED_TOKENS + 1)
-    result = check_parity(dsa_model, tmp_path, text, tmp_path, parity.Reference(exact, 1.0))
+    result = check_parity(StoredModel(dsa_model, torch.float32), tmp_path, text, tmp_path, parity.Reference(exact, 1.0))
     assert result["max_abs_error"] == 0 and result["quality"]["max_abs_error"] == pytest.approx(1)
 
 
@@ -565,7 +574,7 @@ def test_a_k_that_covers_the_text_is_said_to_check_no_selection(dsa_folder, tmp_
 
 
 def test_upcast_leaves_no_bf16(dsa_folder):
-    graph = export_graph(load_model(dsa_folder, dtype=torch.bfloat16))
+    graph = export_graph(StoredModel(load_model(dsa_folder), torch.bfloat16))
     passes.upcast_bf16(graph)
     types = [value.dtype for value in [*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()]]
     assert ir.DataType.BFLOAT16 not in types
