@@ -39,11 +39,15 @@ def through_adapters(stage: Stage, rank: int) -> Stage:
 def add_adapters(model: nn.Module, rank: int) -> None:
     """Puts an adapter beside every matrix of the base's layers; at first it adds nothing. alpha = 2 rank."""
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
+    for name, parameter in model.named_parameters():
+        if ADAPTER in name:
+            parameter.data = parameter.data.float()  # they came in the type of their matrix, which may be held in bf16
 
 
 def merge_adapters(model: nn.Module) -> None:
     """Adds the adapters into their matrices and removes them: the model's parameters have their old names again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
+            module.get_base_layer().float()  # what was held in bf16 would lose what it has learned
             module.merge()
             model.set_submodule(name, module.get_base_layer())

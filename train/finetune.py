@@ -25,6 +25,7 @@ from train.adapters import ADAPTER, add_adapter_argument, through_adapters
 from train.cross_entropy import cross_entropy_terms
 from train.data import Batch, Windows
 from train.options import DTYPES, SMALL_HIDDEN_SIZE, Recipe, argument_parser, resolve, start, train_from
+from train.precision import load_frozen
 from train.trainer import Stage
 from train.validation import Sum, means
 
@@ -135,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.from_scratch:
             model = new_model(adapted, args.seed)
         else:
-            model = load_model(name, attention=args.attention, **options)
+            load = load_model if args.lora_rank is None else partial(load_frozen, dtype=DTYPES[args.dtype])
+            model = load(name, attention=args.attention, **options)
         whole = stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
         if args.lora_rank is not None:
             whole = through_adapters(replace(whole, groups=adapters_and_added), args.lora_rank)

@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args.model or warmup.ensure()
 
     def prepare() -> tuple[Any, Stage]:
-        model = load_model(name, index_topk=args.topk, **selection_options(args))
+        load = load_model if args.lora_rank is None else partial(load_frozen, dtype=DTYPES[args.dtype])
+        model = load(name, index_topk=args.topk, **selection_options(args))
         distils = args.objective == "distillation"
         teacher = dense_teacher(name, DTYPES[args.dtype], processes.device) if distils else None
         stage = Stage(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_export.model import DSAForCausalLM, load_model
-from dsa_export.model.checkpoint import INDEXER
+from dsa_export.model.checkpoint import is_added
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -33,20 +33,22 @@ def load_frozen(name: str, dtype: torch.dtype, *, rounded: bool = False, **optio
     return model
 
 
-def matrices(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Parameters that the layers multiply in `dtype` under its autocast(), but for the indexers'; none for fp32."""
+def matrices(model: DSAForCausalLM, dtype: torch.dtype) -> list[str]:
+    """Parameters that the layers multiply in `dtype` under its autocast(), but for what its attention adds to dense
+    attention, which learns; none for fp32."""
     if dtype == torch.float32:
         return []
-    return [
+    names = [
         f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("model.layers.") and INDEXER not in f".{name}."
+        for name, module in model.model.layers.named_modules(prefix="model.layers")
+        if isinstance(module, nn.Linear)
         for parameter, _ in module.named_parameters()
     ]
+    return [name for name in names if not is_added(name, model.config.attention)]
 
 
 @torch.no_grad()
-def hold_matrices(model: nn.Module, dtype: torch.dtype, *, rounded: bool = False) -> None:
+def hold_matrices(model: DSAForCausalLM, dtype: torch.dtype, *, rounded: bool = False) -> None:
     """Keeps matrices() in `dtype`, in which autocast multiplies them anyway.
 
     rounded: also those that lose something by it, which must not be saved then.

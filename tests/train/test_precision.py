@@ -14,8 +14,8 @@ from torch import nn
 from dsa_export.config import DSAConfig
 from dsa_export.model import DSAForCausalLM, load_model
 from dsa_export.model.checkpoint import load_config
-from tests.train.conftest import INDEXER, batch, joint_of, trained, weights
-from train import precision, warmup
+from tests.train.conftest import INDEXER, SHORT, batch, joint_of, trained, weights
+from train import adapters, finetune, precision, warmup
 from train.losses import TARGETS
 
 
@@ -124,3 +124,36 @@ def test_a_base_of_a_bf16_file_is_never_in_fp32(tiny_in_bf16: Path, monkeypatch:
     assert {name for name, dtype in loaded.items() if dtype == torch.bfloat16} == matrices > set()
     precision.load_frozen(str(tiny_in_bf16), torch.float32, **INDEXER)
     assert set(loaded.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", ["joint", "finetune"])
+def test_adapters_learn_in_fp32_beside_a_base_that_is_held(
+    tiny_in_bf16: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """And are merged in fp32: a change that bf16 would round away arrives."""
+    types: dict[str, set[torch.dtype]] = {"adapters": set(), "matrices": set(), "others": set()}
+    merge = adapters.merge_adapters
+
+    def look(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            held = "adapters" if adapters.ADAPTER in name else "matrices" if ".base_layer." in name else "others"
+            types[held].add(parameter.dtype)
+        merge(model)
+
+    monkeypatch.setattr(adapters, "merge_adapters", look)
+    settings = ("--lora-rank", "2", "--lr", "1e-3", "--dtype", "bf16")
+    if stage == "joint":
+        start = trained(tiny_in_bf16, records, tmp_path / "warm", "--dtype", "bf16")
+        out = joint_of(start, records, tmp_path / "out", *settings)
+    else:
+        start, out = tiny_in_bf16, tmp_path / "out"
+        where = ("--model", str(start), "--data", str(records), "--out", str(out))
+        finetune.main([*where, "--attention", "nsa", *SHORT, *settings])
+    fp32 = {torch.float32}
+    assert types == {"adapters": fp32, "matrices": {torch.bfloat16}, "others": fp32}
+    before, after = weights(start), weights(out)
+    for name, tensor in before.items():
+        if "_proj.weight" in name and ".indexer." not in name:
+            change = after[name].float() - tensor.float()
+            assert after[name].dtype == torch.float32 and torch.linalg.matrix_rank(change, atol=1e-6) == 2, name
+            assert (change != 0).float().mean() > 0 and change.abs().max() < tensor.abs().max() / 2**9, name
