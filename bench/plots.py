@@ -75,7 +75,7 @@ def speedup(measured: Sequence[Pair]) -> Any:
     for phase, panel in panels.items():
         lines = summary.by_series(measured, phase)
         for (series, line), colour in zip(lines.items(), _colours(lines), strict=True):
-            name = summary.series_text(series, lines) if len(lines) > 1 else ""
+            name = summary.series_text(series, lines)
             contexts = [pair.context for pair in line]
             for key, label, style in (
                 ("speedup", "measured", "-"),

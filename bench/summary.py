@@ -76,11 +76,10 @@ def by_series(measured: Sequence[Pair], phase: str) -> dict[Series, list[Pair]]:
 
 
 def series_text(series: Series, among: Iterable[Series]) -> str:
-    """The parts of a series' name in which it differs from the others; all of them where it stands alone."""
+    """The parts of a series' name in which it differs from the others; nothing where it stands alone."""
     every = list(among)
     words = (series[0], series[1], f"k = {series[2]}", f"batch {series[3]}")
-    differing = [word for i, word in enumerate(words) if len({other[i] for other in every}) > 1]
-    return ", ".join(differing or words)
+    return ", ".join(word for i, word in enumerate(words) if len({other[i] for other in every}) > 1)
 
 
 @dataclass(frozen=True)

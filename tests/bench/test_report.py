@@ -71,6 +71,35 @@ def test_the_report_says_everything(page: Path):
     assert "prefers-color-scheme: dark" in text
 
 
+def text_of(found: list[records.Record], path: Path) -> str:
+    report.write(path, found, [], proofs=[], facts=FACTS)
+    return path.read_text()
+
+
+def test_the_report_says_where_caches_were_random(tmp_path: Path, page: Path):
+    some = [*records.pair(30, 10), *records.pair(30, 10, context=512, caches="random")]
+    assert "Random caches:" in text_of(some, tmp_path / "report.html")
+    assert "Random caches:" not in page.read_text()
+
+
+def test_the_report_names_every_rate_once(tmp_path: Path):
+    slow = {"bytes_per_s": 2.5e9, "flops_per_s": 1.25e12, "how": "copies in fp16"}
+    text = text_of([*records.pair(30, 10), *records.pair(9, 5, rates=slow, precision="int4")], tmp_path / "report.html")
+    assert text.count("20.0 GB/s, 100.0 GFLOP/s: copies<") == 1
+    assert text.count("2.5 GB/s, 1250.0 GFLOP/s: copies in fp16<") == 1
+
+
+def test_the_report_lists_every_engine_with_the_hashes_of_its_source(tmp_path: Path):
+    other = records.timing("sparse", 5, engine="int4/sparse", precision="int4", source={"sha256": "c" * 64})
+    facts = {"precision": "fp32", "graph": "a" * 16, "weights": "b" * 16}
+    assert report.sources([*records.pair(30, 10), *records.pair(9, 5, context=512), other]) == [
+        {"engine": "out/engines/ort/dense", "core": "Attention", **facts},
+        {"engine": "out/engines/ort/sparse", "core": "SparseAttention", **facts},
+        {"engine": "int4/sparse", "core": "SparseAttention", "precision": "int4", "graph": "c" * 16, "weights": ""},
+    ]
+    assert "<code>out/engines/ort/sparse</code>" in text_of(records.pair(30, 10), tmp_path / "report.html")
+
+
 def test_a_panel_shows_the_contexts_of_its_phase_and_tells_what_was_predicted():
     decoding = [record for n in (512, 8192) for record in records.pair(30, 10, context=n)]
     measured = summary.pairs([*decoding, *records.pair(30, 10, context=512, phase="prefill")])
