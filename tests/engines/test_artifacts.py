@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,18 @@ def test_a_plan_needs_the_exact_version(engine_folder: Path):
     installed = artifacts.runtime_version("tensorrt-rtx")
     edit(engine_folder, backend="tensorrt-rtx", versions={"runtime": installed[:-1] + "x"})
     assert "--backend tensorrt-rtx" in refusal(engine_folder)
+
+
+def test_the_version_is_that_of_whichever_package_is_there(monkeypatch: pytest.MonkeyPatch):
+    def version(name: str) -> str:
+        if name != "onnxruntime-gpu":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.99.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert artifacts.runtime_version("ort") == "1.99.0"
+    with pytest.raises(UserError, match="backend torch needs torch: pip install torch"):
+        artifacts.runtime_version("torch")
 
 
 BUILDS = [
@@ -110,11 +124,13 @@ def test_an_edited_graph(engine_folder: Path):
     data[100] ^= 1
     path.write_bytes(data)
     assert "model.onnx is not the file that was written" in refusal(engine_folder)
+    assert open_engine(engine_folder, verify=False).variant == "sparse"
 
 
-def test_truncated_weights_are_noticed_without_reading_them(engine_folder: Path):
+@pytest.mark.parametrize("bytes_more", [-1, 1])
+def test_weights_of_another_size_are_noticed_without_reading_them(engine_folder: Path, bytes_more: int):
     path = engine_folder / "model.onnx.data"
-    os.truncate(path, path.stat().st_size - 1)
+    os.truncate(path, path.stat().st_size + bytes_more)
     assert "truncated or replaced" in refusal(engine_folder, verify=False)
 
 
@@ -123,7 +139,21 @@ def test_missing_weights(engine_folder: Path):
     assert "model.onnx.data is missing: run `python -m engines.build" in refusal(engine_folder)
 
 
-@pytest.mark.parametrize("field", ["limits", "cache", "backend", "versions", "files", "model", "topk"])
+FIELDS = [
+    "limits",
+    "cache",
+    "backend",
+    "versions",
+    "files",
+    "model",
+    "topk",
+    "source",
+    "compute_capability",
+    "profiles",
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_manifest_without_a_field(engine_folder: Path, field: str):
     manifest = json.loads((engine_folder / MANIFEST).read_text())
     del manifest[field]
@@ -151,6 +181,16 @@ def test_an_export_whose_graph_or_weights_are_others_by_now(engine_folder: Path,
     assert "was exported again since" in refusal(engine_folder)
 
 
+def test_an_engine_outlives_its_export(engine_folder: Path, tmp_path: Path):
+    export = tmp_path / "onnx"
+    set_at(engine_folder, "source.path", str(export))
+    export.mkdir()
+    for damaged in (None, "{", "[]", "{}"):
+        if damaged:
+            (export / MANIFEST).write_text(damaged)
+        assert open_engine(engine_folder).variant == "sparse"
+
+
 def test_a_file_that_was_written_over_is_hashed_again(tmp_path: Path):
     path = tmp_path / "weights"
     hashes = []
@@ -176,6 +216,8 @@ def test_bytes_are_counted_from_the_layout(runners):
     assert sparse.cache_bytes_per_token() == toy.LAYERS * (2 * row + index_row)
     assert dense.cache_bytes_read(1000) == toy.LAYERS * 1000 * 2 * row
     assert sparse.cache_bytes_read(1000) == toy.LAYERS * (1000 * index_row + 16 * 2 * row)
+    assert sparse.cache_bytes_read(17) == toy.LAYERS * (17 * index_row + 16 * 2 * row)
+    assert sparse.cache_bytes_read(16) == toy.LAYERS * 16 * 2 * row
     assert sparse.cache_bytes_read(10) == toy.LAYERS * 10 * 2 * row, "up to k tokens nothing is scored"
     assert sparse.cache_bytes_read(1000, queries=4) == toy.LAYERS * (1000 * index_row + 64 * 2 * row)
     assert sparse.cache_bytes_read(1000, queries=128) == toy.LAYERS * 1000 * (index_row + 2 * row)
@@ -183,6 +225,21 @@ def test_bytes_are_counted_from_the_layout(runners):
     assert dense.manifest["step_weight_bytes"] == 4 * weights
     indexer = toy.LAYERS * (toy.E * (toy.HI * toy.DI + toy.DI + toy.HI) + toy.DI)
     assert sparse.manifest["step_weight_bytes"] == 4 * (weights + indexer)
+
+
+def test_a_cache_of_some_layers_is_counted_there(runners):
+    engine = runners["sparse"].engine
+    key, value, index = engine.cache
+    shared = replace(engine, cache=(key, value, replace(index, layers=(1,))))
+    assert [name for name, _ in shared.cache_names()] == ["0.key", "0.value", "1.key", "1.value", "1.index"]
+    assert shared.cache_bytes_per_token() == engine.cache_bytes_per_token() - index.bytes_per_token
+
+
+def test_the_kernels_work_on_candidates_and_indices_alone(export: Path):
+    graph = open_export(export).graphs["sparse"]
+    scores, rows = 100 * (2 * toy.HI + 3) * 4, 2 * 16 * toy.HKV * toy.D * 4 * 2
+    assert graph.workspace_bytes_per_query(100) == scores + rows
+    assert replace(graph, for_kernels=True).workspace_bytes_per_query(100) == 16 * (8 + 4)
 
 
 def test_k_per_layer_decides_bytes_and_the_least_capacity(tmp_path: Path, runners):
@@ -227,7 +284,15 @@ WRONG_ENGINES = [
     ("dense_slots", "abc", "dense_slots, 'abc'"),
     ("limits.max_batch", 0, "max_batch, 0"),
     ("step_weights", None, "step_weights, None"),
+    ("limits.max_batch", True, "max_batch, True"),
+    ("backend", "abacus", "backend, 'abacus'"),
+    ("source", {"path": "onnx"}, "'sha256'"),
     ("files", {"model.onnx": {"sha256": ""}}, "'bytes'"),
+    ("files", [], "'list' object has no attribute 'values'"),
+]
+WRONG_EXPORTS = [
+    ("weights.bytes", "1", "bytes, '1'"),
+    ("graphs", [], "'list' object has no attribute 'items'"),
 ]
 
 
@@ -242,7 +307,11 @@ def test_an_engine_whose_manifest_was_edited(engine_folder: Path, path: str, val
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
-    [*WRONG_FACTS, *((f"graphs.sparse.cache.{path}", value, said) for path, value, said in WRONG_CACHES)],
+    [
+        *WRONG_FACTS,
+        *((f"graphs.sparse.cache.{path}", value, said) for path, value, said in WRONG_CACHES),
+        *WRONG_EXPORTS,
+    ],
 )
 def test_an_export_whose_manifest_was_edited(export: Path, tmp_path: Path, path: str, value: object, said: str):
     folder = copy_tree(export, tmp_path / "onnx")

@@ -353,6 +353,11 @@ def test_the_gpu_is_the_first_that_is_visible(tmp_path: Path, monkeypatch):
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert installed_gpu() == capability
+    smi.write_text("#!/bin/sh\n")
+    assert installed_gpu() is None
+    smi.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert installed_gpu() is None
 
 
 def test_a_plugin_library_that_is_gone_or_another_is_refused(opened: Path, tmp_path: Path):
