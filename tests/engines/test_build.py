@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from dsa_export.cli import UserError
 from dsa_export.files import MANIFEST, link_or_copy, write_manifest
 from engines import build, nvidia, ort
-from engines.artifacts import open_engine, open_export
+from engines.artifacts import Limits, open_engine, open_export
 from engines.build.folder import step_weights
+from engines.build.ort import uses_kernels
 from engines.ort import OrtRunner
 from engines.text import TOKENIZER_FILES
 from plugins import cpu
@@ -41,7 +43,20 @@ def test_ort_engines_are_self_contained_and_cost_no_space(export: Path, engines:
         assert (engine.folder / "model.onnx.data").samefile(export / variant / "model.onnx.data")
         assert engine.manifest["versions"]["runtime"].startswith("1.")
         assert engine.manifest["cpu"]
-        assert engine.limits.max_context == toy.MAX_POSITIONS
+        assert engine.limits.max_context == toy.MAX_POSITIONS and not engine.manifest["beyond_positions"]
+        assert set(TOKENIZER_FILES) < set(engine.manifest["files"])
+
+
+def test_an_engine_says_what_its_export_says(export: Path, tmp_path: Path, capsys):
+    folder = copy_tree(export, tmp_path / "onnx")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"precision": "int4", "random_indexer": True}))
+    options = ["--onnx", str(folder), "--out", str(tmp_path), "--variant", "dense"]
+    code, output, _ = run_command(build.main, options, capsys)
+    engine = open_engine(tmp_path / "ort/dense")
+    mib = sum(file["bytes"] for file in engine.manifest["files"].values()) / 2**20
+    assert code == 0 and f"ort/dense: dense, int4, k = 16, {mib:.1f} MiB" in " ".join(output.split())
+    assert (engine.dtype, engine.precision, engine.random_indexer) == ("fp32", "int4", True)
 
 
 def test_weights_are_copied_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -67,6 +82,12 @@ def test_an_engine_may_be_smaller_than_its_check(export: Path, tmp_path: Path, c
     assert run_command(build.main, options, capsys)[0] == 0
 
 
+def test_an_engine_may_have_no_more_slots_than_k(export: Path, tmp_path: Path, capsys):
+    options = ["--onnx", str(export), "--out", str(tmp_path), "--variant", "sparse", "--max-context", "16"]
+    assert run_command(build.main, options, capsys)[0] == 0
+    assert open_engine(tmp_path / "ort/sparse").limits == Limits(8, 16, prefill_chunk=16)
+
+
 def test_a_second_build_replaces_the_first(export: Path, tmp_path: Path, capsys):
     options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--variant", "sparse"]
     assert run_command(build.main, options, capsys)[0] == 0
@@ -78,6 +99,17 @@ def test_a_second_build_replaces_the_first(export: Path, tmp_path: Path, capsys)
     for more, dense in ([], {"dense", "dense-gqa"} | kernels), (["--standard-operators"], {"dense", "dense-gqa"}):
         assert run_command(build.main, [*options, "dense", *more], capsys)[0] == 0
         assert {path.name for path in (tmp_path / "engines/ort").iterdir()} == {"sparse", *dense}
+    assert run_command(build.main, [*options, "sparse"], capsys)[0] == 0
+    assert {path.name for path in (tmp_path / "engines/ort").iterdir()} == {"sparse", *dense}
+
+
+def test_what_lies_where_an_engine_might_is_not_removed(export: Path, tmp_path: Path, capsys):
+    thesis = tmp_path / "ort/dense-kernels/thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.touch()
+    options = ["--onnx", str(export), "--out", str(tmp_path), "--variant", "dense", "--standard-operators"]
+    assert run_command(build.main, options, capsys)[0] == 0
+    assert thesis.is_file()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -131,18 +163,32 @@ def test_tensorrt_rtx_builds_for_named_gpus(export: Path, tmp_path: Path, capsys
     assert "compute capability 5.0 is unknown" in one_line(error)
 
 
-@pytest.mark.parametrize("variant, known", [("dense", False), ("sparse", True)])
+QUANTISED, ONE_KV_HEAD = "; quantised sparse graphs", "; models with a single KV head"
+
+
+@pytest.mark.parametrize(
+    ("variant", "precision", "kv_heads", "options", "known"),
+    [
+        ("dense", "int4", 2, [], ""),
+        ("sparse", "int4", 2, [], QUANTISED),
+        ("sparse", "fp32", 2, [], ""),
+        ("dense", "fp32", 1, [], ONE_KV_HEAD),
+        ("dense", "fp32", 1, ["--max-batch", "1"], ""),
+        ("sparse", "int4", 1, [], QUANTISED),
+    ],
+)
 def test_a_failed_build_names_what_is_known_to_fail(
-    export: Path, tmp_path: Path, capsys, monkeypatch, variant: str, known: bool
+    export: Path, tmp_path: Path, capsys, monkeypatch, variant, precision, kv_heads, options, known
 ):
-    quantised = copy_tree(export, tmp_path / "onnx")
-    manifest = json.loads((quantised / MANIFEST).read_text())
-    (quantised / MANIFEST).write_text(json.dumps(manifest | {"precision": "int4"}))
+    folder = copy_tree(export, tmp_path / "onnx")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["model"]["kv_heads"] = kv_heads
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"precision": precision}))
     monkeypatch.setattr(nvidia, "build_plan", lambda *_, **__: raise_error(UserError("the compiler failed")))
-    options = ["--onnx", str(quantised), "--out", str(tmp_path / "engines"), "--backend", "tensorrt-rtx"]
+    options = [*options, "--onnx", str(folder), "--out", str(tmp_path / "engines"), "--backend", "tensorrt-rtx"]
     code, _, error = run_command(build.main, [*options, "--variant", variant], capsys)
-    assert code == 1 and error.startswith("error: the compiler failed")
-    assert ("export without --weights" in error) == known
+    assert code == 1 and one_line(error).startswith(f"error: the compiler failed{known}")
+    assert known or one_line(error) == "error: the compiler failed"
 
 
 def raise_error(error: Exception) -> None:
@@ -156,6 +202,28 @@ def test_several_backends_in_one_command(export: Path, tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
     for backend in ("ort", "tensorrt-rtx"):
         assert open_engine(tmp_path / "engines" / backend / "dense").backend == backend
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refused() -> None:
+    raise UserError("no memory")
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"), [(killed, "the build of ort was ended by SIGKILL: a crash of its"), (refused, "no memory")]
+)
+def test_of_several_backends_none_is_built_after_one_that_failed(tmp_path: Path, capfd, monkeypatch, ends, message):
+    def built(backend: str, _: object) -> None:
+        (tmp_path / backend).touch()
+        ends()
+
+    monkeypatch.setattr(build, "build", built)
+    code, _, error = run_command(build.main, ["--backend", "ort", "torch", "--out", str(tmp_path)], capfd)
+    assert code == 1 and message in one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["ort"]
 
 
 def test_contexts_beyond_the_models_positions_are_for_timings(export: Path, tmp_path: Path, capsys):
@@ -198,6 +266,12 @@ def remove_manifest(folder: Path) -> None:
     (folder / MANIFEST).unlink()
 
 
+def remove_dense_graph(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["graphs"]["dense"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def break_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("{")
 
@@ -211,7 +285,8 @@ def break_manifest(folder: Path) -> None:
         (break_manifest, [], "is not valid JSON"),
         (damage_nothing, ["--max-context", "8"], "k = 16 exceeds the capacity of 8 tokens"),
         (damage_nothing, ["--max-context", "1", "--variant", "dense"], "--max-context 1 leaves nothing to generate"),
-        (damage_nothing, ["--max-context", "99999"], "--max-context 99999 exceeds the model's 4096 positions"),
+        (damage_nothing, ["--max-context", "4097"], "--max-context 4097 exceeds the model's 4096 positions"),
+        (remove_dense_graph, [], "holds no dense graph: choose another --variant"),
         (damage_nothing, ["--dense-slots", "4096"], "--dense-slots 4096 an engine of 4096 tokens would never select"),
         (damage_nothing, ["--dense-slots", "15"], "--dense-slots 15: up to k = 16 all is attended to anyway"),
         (damage_nothing, ["--backend", "tensorrt"], "backend tensorrt needs an NVIDIA GPU and trtexec on the PATH"),
@@ -266,12 +341,13 @@ def test_bf16_is_refused_on_the_cpu(tmp_path: Path, capsys):
 
 
 def test_an_output_that_is_not_ours_is_kept(export: Path, tmp_path: Path, capsys):
-    foreign = tmp_path / "ort" / "dense" / "thesis.txt"
+    foreign = tmp_path / "ort" / "sparse" / "thesis.txt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("years of work")
     code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(tmp_path)], capsys)
     assert code == 1
     assert "was not written by this toolchain" in one_line(error)
+    assert leftovers(tmp_path) == [foreign], "nothing was built before"
     assert foreign.read_text() == "years of work"
     code, _, error = run_command(build.main, ["--onnx", str(export), "--out", str(foreign)], capsys)
     assert code == 1
@@ -283,6 +359,9 @@ WITHOUT_EFFECT = {
     "--dense-slots 64 --variant dense": "--dense-slots is for the sparse engine",
     "--triton-repository models --backend torch": "--triton-repository is for --backend ort or --backend tensorrt",
     "--compile": "--compile is for --backend torch",
+    "--kv-cache fp16 --backend torch": "--kv-cache is for --backend ort",
+    "--standard-operators --backend torch": "--standard-operators is for --backend ort",
+    "--plugin-library x.so": "--plugin-library is for --backend tensorrt or --print-trtexec",
     "--compute-capability 8.9 --backend ort tensorrt": "--compute-capability is for --backend tensorrt-rtx",
     "--plans two --backend ort torch": "--plans is for --backend tensorrt-rtx or --backend tensorrt or --print-trtexec",
     "--serialize-plugins": "--serialize-plugins is for --backend tensorrt or --print-trtexec",
@@ -307,12 +386,27 @@ def test_dense_slots_may_be_up_to_k(export: Path):
     assert build.limits_of(open_export(export), given).max_context == toy.MAX_POSITIONS
 
 
-def test_dense_slots_are_refused_where_a_gpu_would_be_used(export: Path, tmp_path: Path, capsys, monkeypatch):
+def test_a_timing_cache_lies_beside_the_engines():
+    assert build.parse_arguments(["--out", "x"]).timing_cache == Path("x/tensorrt/timing.cache")
+
+
+@pytest.mark.parametrize("option", ["--dense-slots 64", "--standard-operators", "--kv-cache fp16"])
+def test_options_for_cpus_are_refused_where_a_gpu_would_be_used(
+    export: Path, tmp_path: Path, capsys, monkeypatch, option: str
+):
     monkeypatch.setattr("engines.ort.runs_on_gpu", lambda: True)
-    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), "--dense-slots", "64"]
+    options = ["--onnx", str(export), "--out", str(tmp_path / "engines"), *option.split()]
     code, _, error = run_command(build.main, options, capsys)
     assert (code, leftovers(tmp_path / "engines")) == (1, [])
-    assert "--dense-slots is for CPUs" in one_line(error)
+    assert f"{option.split()[0]} is for CPUs" in one_line(error)
+
+
+@pytest.mark.skipif(not cpu.fast_here(), reason="this processor has no AVX2")
+def test_kernels_for_cpus_are_not_used_where_a_gpu_would_be(export: Path, monkeypatch):
+    graph, args = open_export(export).graphs["sparse"], build.parse_arguments([])
+    for gpu in (False, True):
+        monkeypatch.setattr("engines.ort.runs_on_gpu", lambda gpu=gpu: gpu)
+        assert uses_kernels("ort", graph, args) != gpu
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(export: Path, tmp_path: Path, capsys, monkeypatch):

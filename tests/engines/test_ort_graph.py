@@ -98,6 +98,7 @@ def test_every_capacity_gives_the_exported_or_the_dense_answers(
     assert engine.dense_slots == (64 if slots == 64 else K if uniform else 0)
     assert engine.selecting_slots == (65 if slots == 64 else K + 1 if uniform else 25)
     assert ("dense slots 64" in describe_selection(topk, engine.selection)) == (slots == 64)
+    assert ("dense_slots" in engine.selection) == (slots == 64)
     if slots == 64:  # what is read and held is the dense engine's
         assert engine.workspace_bytes_per_query(64) == dense.engine.workspace_bytes_per_query(64)
         assert engine.cache_bytes_read(64, capacity=64) == dense.engine.cache_bytes_read(64)
@@ -204,6 +205,7 @@ def test_the_kernels_take_the_place_of_the_bodies_and_standard_operators_do_with
     standard = build_sparse(export, tmp_path / "standard", "--standard-operators")
     assert kernels.cpu_library == kernels.folder / "libdsa_cpu.so" and kernels.cpu_library.is_file()
     assert standard.cpu_library is None and not list(standard.folder.glob("*.so"))
+    assert standard.dense_slots == kernels.dense_slots == K
     models = [onnx.load(engine.folder / "model.onnx", load_external_data=False) for engine in (kernels, standard)]
     ours, bodies_of_ours = ([node for node in operators(m.graph) if node[0].startswith("dsa")] for m in models)
     selecting = [("IndexTopK",), ("SparseAttention",)]

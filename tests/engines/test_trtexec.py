@@ -9,6 +9,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ import pytest
 from dsa_export.cli import UserError
 from engines import artifacts, build, nvidia
 from engines.artifacts import CacheTensor, Limits, installed_gpu, open_engine, open_export
+from engines.build.tensorrt import run_trtexec
 from engines.profiles import profiles
 from engines.text import TOKENIZER_FILES
 from engines.trtexec import parse_version
@@ -64,6 +66,7 @@ def test_every_input_has_shapes_in_both_profiles(export: Path, tmp_path: Path, c
         folder = tmp_path / "engines" / "trtexec" / variant
         model = onnx.load(folder / "model.onnx", load_external_data=False)
         inputs = {value.name for value in model.graph.input}
+        assert (folder / "model.onnx.data").samefile(export / variant / "model.onnx.data")
         for command in (commands_of(output, "10.16")[0], commands_of(output, "11.x")[0]):
             ranges = [word for word in command if "Shapes=" in word]
             assert [word.split("=")[0] for word in ranges] == 2 * ["--minShapes", "--optShapes", "--maxShapes"]
@@ -245,6 +248,11 @@ def without_tokenizer(export: Path, folder: Path) -> None:
     (export / "tokenizer.json").unlink()
 
 
+def with_a_model_that_is_not_ours(export: Path, folder: Path) -> None:
+    (folder / "models" / "sparse_tensorrt").mkdir(parents=True)
+    (folder / "models" / "sparse_tensorrt" / "thesis.txt").touch()
+
+
 def with_index_keys(export: Path, dtype: str) -> None:
     manifest = json.loads((export / "manifest.json").read_text())
     manifest["graphs"]["sparse"]["cache"][2]["dtype"] = dtype
@@ -264,6 +272,7 @@ def with_int8(export: Path, folder: Path) -> None:
     [
         (without_gpu, "nvidia-smi names no GPU"),
         (without_tokenizer, "tokenizer.json is missing: run `python -m dsa_export.onnx` again"),
+        (with_a_model_that_is_not_ours, "sparse_tensorrt exists and was not written by this toolchain"),
         (with_fp8, "Triton Inference Server has no fp8: export without --index-keys fp8"),
         (with_int8, "update caches in fp32, fp16 and bf16 only: export without --index-keys int8"),
     ],
@@ -300,6 +309,7 @@ def test_the_timing_cache_is_read_and_replaced_by_a_build_that_succeeds(trtexec,
     assert run_command(build.main, options, capsys)[0] == 1
     assert cache.read_text() == "times\ntimes\n"
     assert [path.name for path in cache.parent.iterdir()] == ["timing.cache"]
+    assert not (tmp_path / "engines/tensorrt/dense/timing.cache").exists()
     assert {path.name for path in (tmp_path / "engines/tensorrt/dense").iterdir()} >= {"engine.plan", "manifest.json"}
 
 
@@ -430,7 +440,7 @@ def test_an_engine_without_the_plugins_is_refused(trtexec, options, tmp_path: Pa
     assert not (tmp_path / "engines/tensorrt/sparse").exists()
 
 
-def test_a_failing_trtexec_is_one_line(trtexec, options, capsys):
+def test_a_failing_trtexec_is_one_line(trtexec, options, tmp_path: Path, capsys):
     trtexec(code=3)
     code, _, error = run_command(build.main, options, capsys)
     assert code == 1
@@ -439,6 +449,29 @@ def test_a_failing_trtexec_is_one_line(trtexec, options, capsys):
     code, _, error = run_command(build.main, options, capsys)
     assert code == 1
     assert "trtexec failed (exit code 0): &&&& RUNNING TensorRT.trtexec" in one_line(error)
+    trtexec()
+    (tmp_path / "bin/layers.json").unlink()
+    code, _, error = run_command(build.main, options, capsys)
+    assert code == 1 and "trtexec failed (exit code 0)" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo '[E] first'; echo '[E] last'; echo end; exit 3", r"\(exit code 3\): \[E\] last$"),
+        ("", r"no output$"),
+    ],
+)
+def test_the_last_error_of_trtexec_is_told(tmp_path: Path, script: str, message: str):
+    job: Any = SimpleNamespace(plan=tmp_path / "engine.plan", layers=tmp_path / "layers.json")
+    with pytest.raises(UserError, match=message):
+        run_trtexec("sh", ["trtexec", "-c", script], job)
+
+
+def test_without_sparse_attention_no_plugin_library_is_needed(trtexec, options, tmp_path: Path, capsys):
+    trtexec()
+    (tmp_path / "libdsa_plugins.so").unlink()
+    assert run_command(build.main, [*options, "--variant", "dense"], capsys)[0] == 0
 
 
 @pytest.mark.parametrize("version", ["8403", "100300", "101599", "120000"])
@@ -457,13 +490,13 @@ def python_package(trtexec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorrt" or find_spec(name))
 
-    def stand_in(version: str = "11.4.0.106", layers: str = PLUGINS_TAKEN) -> list[dict[str, object]]:
-        builds: list[dict[str, object]] = []
+    def stand_in(version: str = "11.4.0.106", layers: str = PLUGINS_TAKEN) -> list[dict[str, Any]]:
+        builds: list[dict[str, Any]] = []
 
         def build_plan(graph: Path, plan: Path, profiles: object, **options: object) -> None:
             assert graph.is_file()
             plan.write_bytes(b"plan")
-            builds.append(options)
+            builds.append({**options, "profiles": profiles})
 
         monkeypatch.setattr("engines.build.tensorrt.runtime_version", lambda _: version)
         monkeypatch.setattr("engines.artifacts.runtime_version", lambda _: version)
@@ -480,6 +513,8 @@ def test_building_with_the_python_package(python_package, options, tmp_path: Pat
     assert (code, error) == (0, "")
     assert [options["product"] for options in builds] == ["tensorrt"] * 2
     assert [options["plugin_library"] for options in builds] == [None, tmp_path / "libdsa_plugins.so"]
+    assert all(options["serialize_plugins"] and options["timing_cache"] for options in builds)
+    assert [[profile.name for profile in options["profiles"]] for options in builds] == 2 * [["decode", "prefill"]]
     assert open_engine(tmp_path / "engines/tensorrt/sparse").manifest["versions"]["runtime"] == "11.4.0.106"
 
     python_package(layers=layer_information(0))
