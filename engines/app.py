@@ -312,15 +312,12 @@ async def server_sent_events(
     first: tuple[int, Event], events: AsyncIterator[tuple[int, Event]], reply: Reply, usage: Any
 ) -> AsyncIterator[str]:
     """The data lines of a stream; an error after the first token is one of them and ends the stream."""
-    begun: set[int] = set()
 
-    def line(i: int, event: Event) -> str:
-        part = reply.part(i, event.text, event.finish_reason, first=i not in begun)
-        begun.add(i)
-        return data_line(part)
+    def line(i: int, event: Event, *, begins: bool = False) -> str:
+        return data_line(reply.part(i, event.text, event.finish_reason, first=begins))
 
     try:
-        yield line(*first)
+        yield line(*first, begins=True)  # a chat, which alone tells the role, has one choice
         async for i, event in events:
             yield line(i, event)
     except ApiError as error:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -164,6 +165,7 @@ def test_a_completion_equals_the_session(client: httpx.Client, runners: dict[str
     answer = complete(client, prompt, 12)
     assert answer["choices"][0]["text"] == alone(runners["sparse"], prompt, 12)
     assert answer["object"] == "text_completion" and answer["model"] == "toy"
+    assert answer["created"] == pytest.approx(time.time(), abs=60)
     assert answer["usage"]["prompt_tokens"] == 30
     assert answer["usage"]["total_tokens"] == 30 + answer["usage"]["completion_tokens"]
     assert answer["choices"][0]["finish_reason"] in ("length", "stop")
@@ -178,10 +180,16 @@ def test_a_stream_says_the_same_as_the_whole(client: httpx.Client):
     assert deltas[0]["role"] == "assistant" and not any("role" in delta for delta in deltas[1:])
     for usage in (parts[-1]["usage"], whole["usage"]):
         del usage["prompt_tokens_details"]  # the stream finds the prompt computed
-    assert parts[-1]["usage"] == whole["usage"]
+    assert parts[-1]["usage"] == whole["usage"] and parts[-1]["choices"] == []
     assert parts[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert {part["object"] for part in parts} == {"chat.completion.chunk"}
     assert len({part["id"] for part in parts}) == 1
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}])
+def test_a_stream_tells_no_usage_that_nobody_asked_for(client: httpx.Client, options: dict[str, bool] | None):
+    body = {"prompt": "abc", "max_tokens": 3, "temperature": 0, "stream_options": options}
+    assert not any("usage" in part for part in stream(client, COMPLETIONS, body))
 
 
 def test_chat_applies_the_template(client: httpx.Client, text: Text):
@@ -191,11 +199,49 @@ def test_chat_applies_the_template(client: httpx.Client, text: Text):
     assert answer["usage"]["prompt_tokens"] == len(text.encode("system: x\nuser: y\nassistant: "))
 
 
+def test_parts_of_a_message_are_one_text(client: httpx.Client, text: Text):
+    parts = [{"type": "text", "text": word} for word in ("ab", "cd")]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+    assert client.post(CHAT, json=body).json()["usage"]["prompt_tokens"] == len(text.encode("user: abcd\nassistant: "))
+
+
+def test_the_newer_limit_of_a_chat_counts(client: httpx.Client):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "temperature": 0}
+    answer = client.post(CHAT, json={**body, "max_completion_tokens": 1}).json()
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+def test_without_a_limit_a_completion_has_16_tokens_and_a_chat_fills_the_context(runners: dict[str, Runner]):
+    with serving(runners["dense"], endless=True) as client:
+        usage = client.post(COMPLETIONS, json={"prompt": "abc"}).json()["usage"]
+        assert usage["completion_tokens"] == 16
+        long = {"role": "user", "content": "x" * (toy.MAX_POSITIONS - 60)}
+        usage = client.post(CHAT, json={"messages": [long]}).json()["usage"]
+        assert usage["completion_tokens"] > 16 and usage["total_tokens"] == toy.MAX_POSITIONS
+
+
+def test_a_completion_continues_its_prompt_and_a_chat_begins(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
+    continued = []
+
+    def noted(text: Text, limit: int, stop: Sequence[str], after: Sequence[int]) -> Answer:
+        continued.append(after)
+        return Answer(text, limit, stop, after)
+
+    monkeypatch.setattr("engines.app.Answer", noted)
+    complete(client, [[1, 2], [3]], 1)
+    client.post(CHAT, json={"messages": [{"role": "user", "content": "x"}], "max_tokens": 1})
+    assert continued == [[1, 2], [3], []]
+
+
 def test_several_prompts_give_several_choices(client: httpx.Client, runners: dict[str, Runner]):
     prompts = [prompt_of(9, 1), prompt_of(21, 2)]
     answer = complete(client, prompts, 6)
     assert [c["text"] for c in answer["choices"]] == [alone(runners["sparse"], prompt, 6) for prompt in prompts]
     assert [c["index"] for c in answer["choices"]] == [0, 1]
+    assert answer["usage"]["prompt_tokens"] == 9 + 21
+    assert answer["usage"]["completion_tokens"] == sum(
+        complete(client, prompt, 6)["usage"]["completion_tokens"] for prompt in prompts
+    )
     parts = stream(client, COMPLETIONS, {"prompt": prompts, "max_tokens": 6, "temperature": 0})
     for i in (0, 1):
         streamed = "".join(p["choices"][0]["text"] for p in parts if p["choices"][0]["index"] == i)
@@ -206,6 +252,7 @@ def test_a_stop_string_ends_an_answer(client: httpx.Client):
     whole = complete(client, "abcd", 40)["choices"][0]["text"]
     stop = whole[len(whole) // 2 :][:2]
     cut = complete(client, "abcd", 40, stop=[stop])["choices"][0]
+    assert complete(client, "abcd", 40, stop=stop)["choices"][0] == cut
     assert cut == {"index": 0, "text": whole[: whole.index(stop)], "logprobs": None, "finish_reason": "stop"}
 
 
@@ -233,12 +280,30 @@ def test_tokens_are_drawn_as_the_request_says(
     assert response["choices"][0]["text"] == expected
 
 
+def test_each_prompt_draws_its_own_tokens(client: httpx.Client, runners: dict[str, Runner], text: Text):
+    rows = Session(runners["sparse"], 2).generate([text.encode("abc")] * 2, 20, sampling=Sampling(1.0, 1.0, seed=3))
+    answers = [Answer(text, 20), Answer(text, 20)]
+    expected = ["".join(map(answer.push, row)) for answer, row in zip(answers, rows, strict=True)]
+    body = {"prompt": ["abc", "abc"], "max_tokens": 20, "seed": 3}
+    assert [choice["text"] for choice in client.post(COMPLETIONS, json=body).json()["choices"]] == expected
+    assert expected[0] != expected[1]
+
+
 def test_models_and_health(client: httpx.Client):
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["max_model_len"]) == ("toy", toy.MAX_POSITIONS)
     assert client.get("/v1/models/toy").json() == model
     wait_until(lambda: idle(client))
     assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0, "slots": 4}
+
+
+def test_the_limit_of_the_engine_is_told_not_that_of_the_model(runners: dict[str, Runner], monkeypatch):
+    engine = runners["sparse"].engine
+    smaller = replace(engine, limits=replace(engine.limits, max_context=512))
+    monkeypatch.setattr(runners["sparse"], "engine", smaller)
+    with serving(runners["sparse"]) as client:
+        assert client.get("/v1/models/toy").json()["max_model_len"] == 512
+        refused(client.post(COMPLETIONS, json={"prompt": "x" * 512}), 400, "do not fit into this engine's 512")
 
 
 # Several clients
@@ -733,7 +798,7 @@ def refused(response: httpx.Response, status: int, *words: str, kind: str = "inv
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (b'{"prompt": "x"', "JSON decode error"),
+        (b'{"prompt": "x"', "body: JSON decode error: Expecting ',' delimiter"),
         (b"", "Field required"),
         (b"[1, 2]", "dictionary"),
         (b'"text"', "dictionary"),
@@ -746,6 +811,7 @@ def refused(response: httpx.Response, status: int, *words: str, kind: str = "inv
 def test_bodies_that_are_not_requests(client: httpx.Client, content: bytes, word: str):
     response = client.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
     refused(response, 400, word)
+    assert response.json()["error"]["param"] is None
 
 
 @pytest.mark.parametrize(
@@ -753,6 +819,7 @@ def test_bodies_that_are_not_requests(client: httpx.Client, content: bytes, word
     [
         ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": "5"}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": True}, "max_tokens"),
+        ({"echo": True}, None), ({"add_generation_prompt": False}, None),
         ({"max_tokens": 10**30}, "max_tokens"), ({"temperature": -0.1}, "temperature"),
         ({"temperature": 3}, "temperature"), ({"temperature": "1"}, "temperature"), ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"), ({"seed": 1.5}, "seed"), ({"stream": "yes"}, "stream"), ({"stop": ""}, "stop"),
@@ -783,6 +850,19 @@ def test_a_field_of_several_types_has_one_message(client: httpx.Client):
     refused(client.post(COMPLETIONS, json={"prompt": "x", "stop": 3}), 400, "stop: expected a string, or a list")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs": 3, "best_of": 2}, "body: not supported by this server: best_of, logprobs"),
+        ({"prompt": [toy.V]}, "prompt: expected at least one token id, all in 0..256"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+    ],
+)
+def test_an_error_says_what_is_wrong_and_where(client: httpx.Client, change: dict[str, Any], message: str):
+    response = client.post(COMPLETIONS, json={"prompt": "x", **change})
+    assert response.json()["error"]["message"] == message
+
+
 def test_infinite_numbers_are_refused(client: httpx.Client):
     for number in ("NaN", "Infinity"):
         content = f'{{"prompt": "x", "temperature": {number}}}'.encode()
@@ -790,6 +870,8 @@ def test_infinite_numbers_are_refused(client: httpx.Client):
 
 
 def test_bad_chats_are_refused(client: httpx.Client):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 0}
+    refused(client.post(CHAT, json=body), 400, "max_completion_tokens")
     for messages in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}], "hello"):
         refused(client.post(CHAT, json={"messages": messages}), 400, "messages")
     refused(client.post(CHAT, json={"messages": [{"role": "tool", "content": "x"}]}), 400, "unknown role tool")
@@ -826,15 +908,26 @@ def test_a_list_that_is_all_wrong_is_a_few_errors(kind: Any, wrong: Any):
 def test_prompts_beyond_the_capacity_are_refused(client: httpx.Client):
     response = client.post(COMPLETIONS, json={"prompt": "x" * toy.MAX_POSITIONS, "max_tokens": 1})
     refused(response, 400, "4096 tokens of the prompt and 1 of the answer do not fit into this engine's 4096")
-    assert response.json()["error"]["code"] == "context_length_exceeded"
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    response = client.post(COMPLETIONS, json={"prompt": "x" * (toy.MAX_POSITIONS - 1), "max_tokens": 2})
+    refused(response, 400, "4095 tokens of the prompt and 2 of the answer do not fit")
+    assert response.json()["error"]["param"] == "max_tokens"
+    response = client.post(CHAT, json={"messages": [{"role": "user", "content": "x" * toy.MAX_POSITIONS}]})
+    refused(response, 400, " tokens of the prompt do not fit into this engine's 4096")
     complete(client, "x" * (toy.MAX_POSITIONS - 2), 2)
 
 
 def test_unknown_models_paths_and_methods(client: httpx.Client):
     refused(client.post(COMPLETIONS, json={"prompt": "x", "model": "gpt"}), 404, "'gpt' is not served here")
-    refused(client.get("/v1/models/gpt"), 404, "'gpt' is not served here")
+    response = client.get("/v1/models/gpt")
+    refused(response, 404, "'gpt' is not served here")
+    assert response.json()["error"]["code"] == "model_not_found"
+    refused(client.post(COMPLETIONS, json={"prompt": "x", "model": ""}), 404, "'' is not served here")
     refused(client.get("/v1/nothing"), 404)
-    refused(client.get(COMPLETIONS), 405)
+    response = client.get(COMPLETIONS)
+    refused(response, 405)
+    assert response.headers["allow"] == "POST"
     complete(client, "x", 1, model="toy", user="fields that change nothing are ignored", logprobs=None, tools=[])
     defaults = {"repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": False, "best_of": 1, "n": 1}
     complete(client, "x", 1, response_format={"type": "text"}, top_k=-1, tool_choice="auto", **defaults)
@@ -854,10 +947,13 @@ def test_a_body_beyond_the_limit_is_refused(client: httpx.Client):
 def test_more_prompts_than_the_server_ever_takes_are_refused_for_good(runners: dict[str, Runner]):
     with serving(runners["sparse"], slots=1, queue=1) as client:
         refused(client.post(COMPLETIONS, json={"prompt": ["a", "b", "c"]}), 400, "at most 2 prompts in one request")
+        assert len(complete(client, ["a", "b"], 1)["choices"]) == 2
 
 
 def test_a_body_that_is_not_said_to_be_json_is_told_so(client: httpx.Client):
     refused(client.post(CHAT, content=b'{"messages": []}'), 400, "sent as Content-Type: application/json")
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    refused(client.post(CHAT, content=b'{"messages": []}', headers=headers), 400, "messages: List should have at least")
 
 
 def test_requests_beyond_the_queue_get_429_and_the_others_their_answers(runners: dict[str, Runner]):
@@ -925,6 +1021,15 @@ def test_when_memory_runs_out_one_request_ends_and_the_others_go_on(
         assert "no memory for the caches" in lines[-1] or lines[-1] == "data: [DONE]"
         assert short.result()["choices"][0]["text"] == expected
         wait_until(lambda: idle(client))
+
+
+def test_memory_that_runs_out_without_a_word_is_named(runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch):
+    def allocate(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(OrtRunner, "allocate", allocate)
+    with serving(runners["sparse"]) as client:
+        refused(client.post(COMPLETIONS, json={"prompt": "x"}), 503, "out of memory", kind="server_error")
 
 
 def test_a_failing_call_ends_the_longest_request_of_its_batch(
@@ -1053,6 +1158,14 @@ def test_200_clients_that_leave_cost_neither_rows_nor_memory(runners: dict[str, 
         assert complete(client, prompt_of(30, 0), 3)["choices"][0]["text"] == alone(
             runners["sparse"], prompt_of(30, 0), 3
         )
+
+
+def test_a_client_that_leaves_gives_up_the_places_of_all_its_prompts(runners: dict[str, Runner], slow: None):
+    with serving(runners["sparse"], slots=2, endless=True) as client:
+        body = {"prompt": ["a", "b"], "max_tokens": 4000, "stream": True}
+        with client.stream("POST", COMPLETIONS, json=body) as response:
+            next(response.iter_lines())
+        wait_until(lambda: idle(client), seconds=5)
 
 
 def test_a_waiting_client_that_leaves_gives_up_its_place(runners: dict[str, Runner], slow: None):
