@@ -112,8 +112,8 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error tells that memory ran out, Python's, numpy's or torch's, of the processor or of a GPU."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says(error, OUT_OF_MEMORY))
+    """Whether an error tells that memory ran out, of the processor or of a GPU, whichever library raised it."""
+    return isinstance(error, MemoryError) or says(error, OUT_OF_MEMORY)
 
 
 def says(error: BaseException, signs: Iterable[str]) -> bool:

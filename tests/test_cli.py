@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from dsa_export import interrupt
 from dsa_export.cli import UserError, first_line, path, run
@@ -40,6 +41,7 @@ def failing(error):
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "error: disk full"),
         (MemoryError(), "error: out of memory: fewer tokens"),
         (RuntimeError("std::bad_alloc"), "error: out of memory: fewer tokens"),
+        (RuntimeException("Exception during initialization: std::bad_alloc"), "error: out of memory: fewer tokens"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "error: out of memory"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
