@@ -165,6 +165,7 @@ def _session(stored: StoredModel, graph_folder: Path, scratch: Path, *, fuse: bo
     options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse else "1")
     if not fuse:  # then the weights stay in the file, which ONNX Runtime maps, instead of being copied in another order
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_mem_pattern = False  # it asks for room for all of them at once, though it needs none
     try:
         ir.save(graph, path, external_data=external)
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
