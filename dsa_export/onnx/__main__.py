@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -137,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if scheme and scheme.lm_head:
         untie(model)
     stored = StoredModel(model, DTYPES[arguments.dtype])
+    check_disk(arguments.out, stored, scheme)
 
     with output_folder(arguments.out) as out:
         models = {"dense": stored.dense(), "sparse": stored}
@@ -199,6 +201,19 @@ def check_request(arguments: argparse.Namespace, config: PreTrainedConfig) -> No
     if getattr(config, "attention", None) == "nsa" and (arguments.topk or selection_options(arguments)):
         raise UserError(
             f"{arguments.model} has native sparse attention: --topk and --index-… are options of an indexer"
+        )
+
+
+def check_disk(out: Path, stored: StoredModel, scheme: Scheme | None) -> None:
+    """Raises UserError if the disk cannot hold the weights, which lie there in fp32 while a graph that is quantised or
+    in bf16 is checked."""
+    in_fp32 = scheme is not None or stored.dtype == torch.bfloat16
+    needed = stored.model.num_parameters() * (torch.float32 if in_fp32 else stored.dtype).itemsize
+    disk = next(folder for folder in out.absolute().parents if folder.exists())
+    if needed > (free := shutil.disk_usage(disk).free):
+        raise UserError(
+            f"the export needs {needed / 2**30:.1f} GiB of disk{' while it checks the graphs' if in_fp32 else ''}, and "
+            f"{disk} has {free / 2**30:.1f} free: free some space, or choose an --out elsewhere"
         )
 
 

@@ -573,6 +573,22 @@ def test_a_k_that_covers_the_text_is_said_to_check_no_selection(dsa_folder, tmp_
     assert parity["selected_sets"]["covered_layers"] == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "bytes_each"),
+    [([], 4), (["--dtype", "fp16"], 2), (["--dtype", "bf16"], 4), (["--dtype", "fp16", "--weights", "int4"], 4)],
+)
+def test_a_disk_that_is_too_small_is_refused_at_once(dsa_folder, tmp_path, monkeypatch, flags, bytes_each):
+    needed = load_model(dsa_folder).num_parameters() * bytes_each
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(export_main, "export_graph", lambda _: pytest.fail("enough"))
+    arguments = ["--model", str(dsa_folder), "--out", str(tmp_path / "a" / "onnx"), *flags]
+    with pytest.raises(UserError, match=rf"needs 0\.0 GiB of disk.*, and {tmp_path} has 0\.0 free: free some space"):
+        export_main.main(arguments)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    with pytest.raises(pytest.fail.Exception, match="enough"):
+        export_main.main(arguments)
+
+
 def test_upcast_leaves_no_bf16(dsa_folder):
     graph = export_graph(StoredModel(load_model(dsa_folder), torch.bfloat16))
     passes.upcast_bf16(graph)
