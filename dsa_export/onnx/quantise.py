@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dsa_export.model.checkpoint import INDEXER
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.model.feed_forward import ROUTER
-from dsa_export.onnx.passes import cast_back
+from dsa_export.onnx.passes import cast_back, read_tensor
 from dsa_export.onnx.stored import StoredModel
 
 BITS = {"int4": 4, "int8": 8}
@@ -85,19 +85,25 @@ def quantise(
                     if weight.name in rounded
                     else _quantise(weight.const_value, bits, scheme.block_size)
                 )
-                stored.quantised[weight.name] = partial(_values, integers, scales, scheme.block_size)
                 done[weight.name] = integers, scales
             if weight not in dequantised:
-                dequantised[weight] = _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
+                inserted = _insert_dequantisation(graph, node, weight, *done[weight.name], scheme.block_size)
+                stored.quantised.setdefault(weight.name, partial(_values, inserted, scheme.block_size))
+                (dequantised[weight],) = inserted.outputs
             node.replace_input_with(1, dequantised[weight])
     _halve_embedding(graphs, stored)
     return set(done)
 
 
-def _values(integers: ir.TensorProtocol, scales: ir.TensorProtocol, block_size: int) -> Tensor:
-    """[N, K] fp32 of integers and scales [K, N], as graphs hold them."""
-    wide, factors = (torch.from_numpy(tensor.numpy().astype(np.float32)) for tensor in (integers, scales))
-    return dequantise(wide, factors, block_size).T
+def _held(value: ir.Value) -> Tensor:
+    """What an initializer holds, in fp32: in memory, or in a file once its graph is saved."""
+    return torch.from_numpy(read_tensor(value.const_value).numpy().astype(np.float32))
+
+
+def _values(dequantisation: ir.Node, block_size: int) -> Tensor:
+    """[N, K] fp32: what a DequantizeLinear makes of the integers and scales [K, N] that it reads."""
+    integers, scales = (_held(value) for value in dequantisation.inputs)
+    return dequantise(integers, scales, block_size).T
 
 
 def untie(model: DSAForCausalLM) -> None:
@@ -122,7 +128,7 @@ def _halve_embedding(graphs: Iterable[ir.Model], stored: StoredModel) -> None:
     narrow = stored.value(EMBEDDING).half()
     if not narrow.isfinite().all():
         return
-    stored.quantised[EMBEDDING] = lambda: narrow
+    stored.quantised[EMBEDDING] = partial(_held, tables[0])
     halves = ir.tensor(narrow.numpy(), name=EMBEDDING)
     for table in tables:
         table.const_value, table.type = halves, ir.TensorType(fp16)
@@ -184,9 +190,8 @@ def _insert_dequantisation(
     integers: ir.TensorProtocol,
     scales: ir.TensorProtocol,
     block_size: int,
-) -> ir.Value:
-    """Inserts DequantizeLinear(integers, scales) before `node` and returns its output; the integers get the weight's
-    name."""
+) -> ir.Node:
+    """Inserts DequantizeLinear(integers, scales) before `node` and returns it; the integers get the weight's name."""
     name = weight.name
     assert name is not None
     del model.graph.initializers[name]
@@ -201,4 +206,4 @@ def _insert_dequantisation(
     )
     dequantise.outputs[0].name = f"{name}.dequantised"
     model.graph.insert_before(node, dequantise)
-    return dequantise.outputs[0]
+    return dequantise

@@ -55,6 +55,21 @@ def test_an_export_is_that_of_converted_weights(in_bf16, tmp_path, tokens, dtype
     assert written[0] == written[1]
 
 
+def test_quantised_values_are_read_from_the_file_once_it_is_written(in_bf16, tmp_path):
+    """A file with several links, which onnx_ir itself does not read."""
+    stored = loaded(in_bf16, torch.float32, kept=parameter_names)
+    untie(stored.model)
+    graphs = {"dense": export_graph(stored.dense()), "sparse": export_graph(stored)}
+    quantise(graphs.values(), stored, INT4, {})
+    before = {name: stored.value(name) for name in stored.quantised}
+    save_graphs(graphs, tmp_path)
+    assert len(before) == 2 * (7 + 3) + 2
+    assert all(torch.equal(stored.value(name), values) for name, values in before.items())
+    (tmp_path / "dense" / WEIGHTS_FILE).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        stored.value("lm_head.weight")
+
+
 def test_what_fails_within_a_layer_leaves_the_weights_as_they_were(in_bf16, tokens):
     stored = loaded(in_bf16, torch.float32, kept=parameter_names)
     own = {key: (p.dtype, p.data_ptr()) for key, p in stored.model.named_parameters()}
