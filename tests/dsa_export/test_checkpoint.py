@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig
+from transformers import MistralConfig, Qwen3Config, Qwen3ForCausalLM
 
 from dsa_export.cli import UserError
 from dsa_export.files import checkpoint_hash, write_manifest
@@ -267,6 +267,19 @@ def test_a_new_indexer_starts_from_the_heads_of_the_attention(qwen_folder, heads
         torch.testing.assert_close(model.index_rotary.inv_freq, model.rotary.inv_freq[rows[: dim // 2]])
         for mine, theirs in {2: [(0, 0), (1, 6)], 9: [(h, h) for h in range(7)], 3: [(0, 0), (1, 3), (2, 6)]}[heads]:
             assert torch.equal(index_q[mine], q[theirs, rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_indexer_is_the_same_whatever_is_converted(tmp_path, dtype):
+    """The export leaves the weights as they are stored, the torch engine does not."""
+    shape = {"hidden_size": 48, "head_dim": 64, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64}
+    Qwen3ForCausalLM(Qwen3Config(num_attention_heads=4, num_key_value_heads=2, **shape)).save_pretrained(tmp_path)
+    found = []
+    for kept in (parameter_names, lambda _: ()):
+        torch.manual_seed(0)
+        model = load_model(tmp_path, dtype=dtype, index_heads=3, index_dim=32, kept=kept)
+        found.append([p for name, p in model.named_parameters() if INDEXER in name])
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("attention", ["dense", "nsa"])

@@ -82,8 +82,8 @@ class Indexer(nn.Module):
 
         def part(projection: nn.Linear, norm: nn.Module) -> Tensor:
             """[heads, Di, E], times the weights of Qwen3's norm over each head."""
-            heads = projection.weight.unflatten(0, (-1, D))[:, rows].float()
-            return heads * norm.weight[rows, None] if isinstance(norm, HeadRMSNorm) else heads
+            heads = projection.weight.unflatten(0, (-1, D))[:, rows].to(self.k_proj.weight)
+            return heads * norm.weight[rows, None].to(heads) if isinstance(norm, HeadRMSNorm) else heads
 
         self.k_proj.weight.copy_(part(attention.k_proj, attention.k_norm).mean(0))
         if self.own_queries:
