@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging, resolve_revision
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging, resolve_revision
 
 from dsa_export.cli import UserError, console, first_line
 from dsa_export.config import DSAConfig
@@ -33,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights, as safetensors names them."""
 
-WEIGHT_FILES = "model*.safetensors"
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*-of-*.safetensors")
 
 UNEXPECTED = (OSError, ValueError, KeyError, AttributeError, TypeError)
 """What transformers raises over a file that is missing, or holds something else than it looks for there."""
@@ -212,11 +213,13 @@ def empty_model(config: DSAConfig) -> DSAForCausalLM:
 
 
 def parameter_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
+    """Of all parameters, those of one that has several too (tied matrices)."""
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
 def stored_types(name: str | Path) -> dict[str, torch.dtype]:
-    """Types of a checkpoint's tensors by their names, where its files are safetensors; those of the hub are fetched.
+    """Types of a checkpoint's tensors by their names, where the files that transformers loads are safetensors; those of
+    the hub are fetched.
 
     Raises UserError if they cannot be.
     """
@@ -224,12 +227,16 @@ def stored_types(name: str | Path) -> dict[str, torch.dtype]:
     if not folder.is_dir():
         try:
             with nullcontext() if console.is_terminal else quiet_transformers():
-                folder = Path(snapshot_download(str(name), allow_patterns=WEIGHT_FILES))
+                folder = Path(snapshot_download(str(name), allow_patterns=list(WEIGHT_FILES)))
         except Exception as error:  # the library that fetches them has errors of its own
             raise UserError(f"the weights of {name} cannot be fetched: {first_line(error)}") from None
+    files = {SAFE_WEIGHTS_NAME}
+    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     types: dict[str, torch.dtype] = {}
-    for path in folder.glob(WEIGHT_FILES):
-        with safe_open(path, framework="pt") as file:
+    for name_of_file in files:
+        with safe_open(folder / name_of_file, framework="pt") as file:
             keys = file.keys()
             found = {key: STORED.get(file.get_slice(key).get_dtype()) for key in keys}
         types |= {key: dtype for key, dtype in found.items() if dtype}

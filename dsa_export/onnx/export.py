@@ -21,6 +21,7 @@ import torch
 
 from dsa_export.files import link_or_copy
 from dsa_export.model.cache import CacheEntry
+from dsa_export.model.checkpoint import parameter_names
 from dsa_export.model.decoder import DSAForCausalLM
 from dsa_export.model.step import StepGraph
 from dsa_export.onnx import passes
@@ -69,7 +70,7 @@ def export_graph(stored: StoredModel) -> ir.Model:
             },
         )
     assert program is not None
-    passes.set_weights(program.model, {name: stored.tensor(name) for name in stored.names.values()})
+    passes.set_weights(program.model, {name: stored.tensor(name) for name in parameter_names(stored.model)})
     graph_shapes: dict[str, tuple[Any, ...]] = {
         "input_ids": ("batch", "sequence"),
         "past_lengths": ("batch",),

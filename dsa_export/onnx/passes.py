@@ -34,7 +34,10 @@ def finish(model: ir.Model, shapes: dict[str, tuple[Any, ...]]) -> ir.Model:
 
 
 def set_weights(model: ir.Model, weights: Mapping[str, ir.TensorProtocol]) -> None:
-    """Ensures that the parameters of a traced step have these values, by the model's own names."""
+    """Ensures that the parameters of a traced step have these values, by the model's own names; buffers keep theirs.
+
+    Requires all names of tied ones: which of them torch's exporter takes is not said.
+    """
     for name, value in model.graph.initializers.items():
         if (parameter := name.removeprefix(STEP_PREFIX)) in weights and name.startswith(STEP_PREFIX):
             value.const_value = weights[parameter]

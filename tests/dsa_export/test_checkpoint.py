@@ -160,6 +160,25 @@ def test_parameters_that_are_kept_as_the_file_has_them(qwen_folder, damaged):
     assert {p.dtype for n, p in plain.named_parameters() if INDEXER in n} == {torch.float16}
 
 
+def test_types_are_those_of_the_files_that_are_loaded(damaged):
+    """A folder may hold others, such as a variant in fp16, or a shard of what was there before."""
+    whole = stored_types(damaged)
+    half = {name: tensor.half() for name, tensor in load_file(damaged / "model.safetensors").items()}
+    save_file(half, damaged / "model.fp16.safetensors")
+    (damaged / "model-00001-of-00002.safetensors").write_bytes(b"half a file")
+    assert stored_types(damaged) == whole
+    assert {p.dtype for p in load_model(damaged, kept=parameter_names).parameters()} == {torch.float32}
+
+
+def test_tied_matrices_of_a_file_that_holds_both_stay_tied(tmp_path):
+    folder = build_qwen(tmp_path / "tied", tied=True)
+    low = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    low["lm_head.weight"] = low["model.embed_tokens.weight"].clone()
+    save_file(low, folder / "model.safetensors", metadata={"format": "pt"})
+    for dtype in (torch.float32, torch.float16):
+        assert load_model(folder, dtype=dtype, kept=parameter_names).config.tie_word_embeddings
+
+
 def test_weights_of_the_hub(dsa_folder, tmp_path, monkeypatch):
     """As they lie in its cache, in one file or in several."""
     folder, revision = tmp_path / "models--someone--small", "0123abcd" * 5

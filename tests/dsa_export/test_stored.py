@@ -55,6 +55,22 @@ def test_an_export_is_that_of_converted_weights(in_bf16, tmp_path, tokens, dtype
     assert written[0] == written[1]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_of_a_graph_is_the_models(tmp_path, tied):
+    """Also of one that torch knows by two names."""
+    stored = loaded(build_qwen(tmp_path / "qwen", tied=tied), torch.float32, kept=parameter_names)
+    weights = {
+        name: value.const_value.numpy()
+        for name, value in export_graph(stored).graph.initializers.items()
+        if name.startswith(("model.layers", "model.norm", "model.embed", "lm_head"))
+    }
+    matrices = [sum(tensor.ndim == 2 for tensor in found) for found in (weights.values(), stored.model.parameters())]
+    assert matrices[0] == matrices[1] > 15
+    for name, found in weights.items():
+        expected = stored.model.get_parameter(name).numpy()
+        assert (found == (expected if found.shape == expected.shape else expected.T)).all(), name
+
+
 def test_quantised_values_are_read_from_the_file_once_it_is_written(in_bf16, tmp_path):
     """A file with several links, which onnx_ir itself does not read."""
     stored = loaded(in_bf16, torch.float32, kept=parameter_names)

@@ -157,3 +157,18 @@ def test_adapters_learn_in_fp32_beside_a_base_that_is_held(
             change = after[name].float() - tensor.float()
             assert after[name].dtype == torch.float32 and torch.linalg.matrix_rank(change, atol=1e-6) == 2, name
             assert (change != 0).float().mean() > 0 and change.abs().max() < tensor.abs().max() / 2**9, name
+
+
+def test_what_an_adapter_adds_to_the_output_is_not_rounded(tiny_in_bf16: Path) -> None:
+    """By the norms of what values add to it the indexer learns where to look."""
+    maps = []
+    for load in (load_model, lambda name, **options: precision.load_frozen(name, torch.bfloat16, **options)):
+        model = load(str(tiny_in_bf16), **INDEXER)
+        adapters.add_adapters(model, 2)
+        g = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if adapters.ADAPTER in name:
+                parameter.data.normal_(std=0.01, generator=g)
+        maps.append(model.model.layers[0].self_attn.value_maps())
+    assert maps[1].dtype == torch.float32
+    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=1e-7)

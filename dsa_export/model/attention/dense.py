@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +102,8 @@ class DenseAttention(nn.Module):
 
     def value_maps(self) -> Tensor:
         """What takes each query head's sum of rows of v to the layer's output: [Hq, E, D]."""
-        if type(self.o_proj) is nn.Linear:
-            output = self.o_proj.weight
-        else:  # with an adapter, whose part has no one name
-            weight = self.o_proj.weight
-            output = self.o_proj(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).T
+        projection: Any = self.o_proj
+        output = projection.weight
+        if type(projection) is not nn.Linear:  # with an adapter, beside which the matrix may be held in bf16
+            output = output.float() + projection.get_delta_weight(*projection.active_adapters)
         return output.unflatten(1, (self.query_heads, -1)).transpose(0, 1)
