@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from dsa_export.cli import positive
+from dsa_export.model import DSAForCausalLM, load_model
+from train.precision import load_frozen
 from train.trainer import Stage
 
 ADAPTER = ".lora_"
@@ -29,6 +33,11 @@ def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
         help="train the base through LoRA adapters of this rank, merged at the end: much less memory; wants a higher "
         "--lr, such as 1e-4 [all its parameters]",
     )
+
+
+def load_base(name: str, rank: int | None, dtype: torch.dtype, **options: Any) -> DSAForCausalLM:
+    """load_model() for a stage that computes in `dtype`; the base rests if it gets adapters (of this rank)."""
+    return load_model(name, **options) if rank is None else load_frozen(name, dtype, **options)
 
 
 def through_adapters(stage: Stage, rank: int) -> Stage:

@@ -16,16 +16,15 @@ from transformers import Qwen2Config
 
 from dsa_export.cli import UserError, run
 from dsa_export.config import DSAConfig
-from dsa_export.model import DSAForCausalLM, feed_forward, load_model
+from dsa_export.model import DSAForCausalLM, feed_forward
 from dsa_export.model.checkpoint import adapted_config, is_added
 from dsa_export.model.families import dense_config
 from dsa_export.selection import NSA_OPTIONS
 from train import base
-from train.adapters import ADAPTER, add_adapter_argument, through_adapters
+from train.adapters import ADAPTER, add_adapter_argument, load_base, through_adapters
 from train.cross_entropy import cross_entropy_terms
 from train.data import Batch, Windows
 from train.options import DTYPES, SMALL_HIDDEN_SIZE, Recipe, argument_parser, resolve, start, train_from
-from train.precision import load_frozen
 from train.trainer import Stage
 from train.validation import Sum, means
 
@@ -136,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.from_scratch:
             model = new_model(adapted, args.seed)
         else:
-            load = load_model if args.lora_rank is None else partial(load_frozen, dtype=DTYPES[args.dtype])
-            model = load(name, attention=args.attention, **options)
+            model = load_base(name, args.lora_rank, DTYPES[args.dtype], attention=args.attention, **options)
         whole = stage(model, batch_size=args.batch_size, compute_dtype=DTYPES[args.dtype])
         if args.lora_rank is not None:
             whole = through_adapters(replace(whole, groups=adapters_and_added), args.lora_rank)

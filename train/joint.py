@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dsa_export.cli import UserError, positive, run
-from dsa_export.model import feed_forward, load_model
+from dsa_export.model import feed_forward
 from dsa_export.model.checkpoint import DEFAULT_CHECKPOINT, INDEXER, adapted_config, require_indexer
 from dsa_export.selection import add_selection_arguments, selection_options
 from dsa_export.topk import TopK, topk_per_layer
 from train import warmup
-from train.adapters import ADAPTER, add_adapter_argument, through_adapters
+from train.adapters import ADAPTER, add_adapter_argument, load_base, through_adapters
 from train.cross_entropy import cross_entropy_terms
 from train.losses import TARGETS
 from train.options import (
@@ -129,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args.model or warmup.ensure()
 
     def prepare() -> tuple[Any, Stage]:
-        load = load_model if args.lora_rank is None else partial(load_frozen, dtype=DTYPES[args.dtype])
-        model = load(name, index_topk=args.topk, **selection_options(args))
+        model = load_base(name, args.lora_rank, DTYPES[args.dtype], index_topk=args.topk, **selection_options(args))
         distils = args.objective == "distillation"
         teacher = dense_teacher(name, DTYPES[args.dtype], processes.device) if distils else None
         stage = Stage(

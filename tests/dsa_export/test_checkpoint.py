@@ -179,16 +179,22 @@ def test_tied_matrices_of_a_file_that_holds_both_stay_tied(tmp_path):
         assert load_model(folder, dtype=dtype, kept=parameter_names).config.tie_word_embeddings
 
 
-def test_weights_of_the_hub(dsa_folder, tmp_path, monkeypatch):
-    """As they lie in its cache, in one file or in several."""
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    """Where someone/small lies in the hub's cache; its name is the revision."""
     folder, revision = tmp_path / "models--someone--small", "0123abcd" * 5
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(revision)
-    load_model(dsa_folder).save_pretrained(folder / "snapshots" / revision, max_shard_size="200KB")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder / "snapshots" / revision
+
+
+def test_weights_of_the_hub(dsa_folder, snapshot):
+    """In one file or in several."""
+    load_model(dsa_folder).save_pretrained(snapshot, max_shard_size="200KB")
     types = stored_types("someone/small")
-    assert len(list((folder / "snapshots" / revision).glob("*.safetensors"))) > 1
+    assert len(list(snapshot.glob("*.safetensors"))) > 1
     assert types == stored_types(dsa_folder) and set(types.values()) == {torch.float32}
     with pytest.raises(UserError, match="the weights of someone/else cannot be fetched: Cannot find"):
         stored_types("someone/else")
@@ -250,15 +256,9 @@ def test_options_that_do_not_fit_the_weights_are_named(dsa_folder):
         load_model(dsa_folder, index_heads=8)
 
 
-def test_the_source_of_a_hub_model_is_its_revision(qwen_folder, tmp_path, monkeypatch):
-    """As it lies in the hub's cache."""
-    folder, revision = tmp_path / "models--someone--small", "0123abcd" * 5
-    shutil.copytree(qwen_folder, folder / "snapshots" / revision)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(revision)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert model_source("someone/small") == {"path": "someone/small", "sha256": revision}
+def test_the_source_of_a_hub_model_is_its_revision(qwen_folder, snapshot):
+    shutil.copytree(qwen_folder, snapshot)
+    assert model_source("someone/small") == {"path": "someone/small", "sha256": snapshot.name}
     assert model_source(str(qwen_folder)) == {"path": str(qwen_folder), "sha256": checkpoint_hash(qwen_folder)}
 
 
