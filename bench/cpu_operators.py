@@ -4,10 +4,10 @@
 
 A graph holds one node for each of several layers, with keys and caches of their own, so that these come from memory as
 they do in a model and threads are awake. Both forms run in turn; a time is the median per layer. Shapes are those of
-Qwen2.5-0.5B (14 query heads, 2 KV heads of 64, indexer 8 x 64), caches fp32, index keys fp32 or 8-bit integers. Last,
-dense attention of one query: the attention kernel, given every row, against ONNX Runtime's own operator. Attention is
-timed with caches in fp16 too, which the standard operators have in fp32. The floor: the bytes that must be read, at the
-bandwidth of a large copy or sum on this machine, whichever is faster.
+Qwen2.5-0.5B (14 query heads, 2 KV heads of 64, indexer 8 x 64), caches fp32, index keys fp32 or 8-bit integers.
+Attention is dense: our kernel against ONNX Runtime's own operator. Both kinds of attention are timed with caches in
+fp16 too, which the standard operators have in fp32. The floor: the bytes that must be read, at the bandwidth of a large
+copy or sum on this machine, whichever is faster.
 """
 
 from __future__ import annotations
@@ -48,17 +48,13 @@ class Case:
     context: int
     k: int
 
-    @property
-    def selected(self) -> int:
-        """Tokens that a query attends to."""
-        return self.context if self.operator == "Attention" else self.k
-
     def bytes_read(self) -> int:
         """What one layer must read at least: of K and V the rows that some query selects, of random selections so many
         on average."""
         if self.operator == "IndexTopK":
             return self.context * (DI + 4 if self.keys == "int8" else 4 * DI)
-        rows = self.context * (1 - (1 - self.selected / self.context) ** self.queries)
+        selected = self.context if self.operator == "Attention" else self.k
+        rows = self.context * (1 - (1 - selected / self.context) ** self.queries)
         return round(rows) * 2 * HKV * D * (2 if self.keys == "fp16" else 4)
 
     def inputs(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -68,11 +64,14 @@ class Case:
         def normal(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape, np.float32)
 
+        lengths = {"kv_lengths": np.array([C], np.int64)}
         if self.operator != "IndexTopK":
-            chosen = [np.sort(rng.choice(C, self.selected, replace=False)) for _ in range(S)]
-            caches = {name: normal(1, HKV, C, D) for name in ("k_cache", "v_cache")}
-            return {"q": normal(1, HQ, S, D), **caches, "indices": np.array([chosen], np.int32)}
-        weights, lengths = {"index_weights": normal(1, S, HI)}, {"kv_lengths": np.array([C], np.int64)}
+            attended = {"q": normal(1, HQ, S, D), **{name: normal(1, HKV, C, D) for name in ("k_cache", "v_cache")}}
+            if self.operator == "Attention":
+                return attended | lengths
+            chosen = [np.sort(rng.choice(C, self.k, replace=False)) for _ in range(S)]
+            return attended | {"indices": np.array([chosen], np.int32)}
+        weights = {"index_weights": normal(1, S, HI)}
         if self.keys == "fp32":
             return {"index_q": normal(1, S, HI, DI), **weights, "index_k": normal(1, C, DI), **lengths}
         index_q = rng.integers(-63, 64, (1, S, HI, DI)).astype(np.int8)
@@ -87,8 +86,7 @@ def cases(contexts: list[int]) -> Iterator[Case]:
             yield from (Case("IndexTopK", keys, queries, context, 512) for context in contexts)
         for caches in ("fp32", "fp16"):
             yield from (Case("SparseAttention", caches, queries, context, 512) for context in contexts)
-    for caches in ("fp32", "fp16"):
-        yield from (Case("Attention", caches, 1, context, 0) for context in contexts)
+            yield from (Case("Attention", caches, queries, context, 0) for context in contexts)
 
 
 def session(case: Case, layers: list[dict[str, np.ndarray]], library: Path | None, threads: int) -> Callable[[], Any]:
@@ -96,13 +94,9 @@ def session(case: Case, layers: list[dict[str, np.ndarray]], library: Path | Non
     nodes, infos, outputs = [], [], []
     feeds: dict[str, np.ndarray] = {}
     fixed: dict[str, Any] = {"k": case.k} if case.operator == "IndexTopK" else {"scale": D**-0.5}
-    operator, domain = case.operator, DOMAIN
-    if operator == "Attention":
-        operator, domain = ("Attention", "") if library is None else ("SparseAttention", DOMAIN)
-    plugin = PLUGIN_ATTRIBUTES if domain else {}
+    domain = "" if case.operator == "Attention" else DOMAIN
+    fixed |= PLUGIN_ATTRIBUTES if domain else {"is_causal": 1}
     for number, layer in enumerate(layers):
-        if operator == "Attention":
-            layer = {name: array for name, array in layer.items() if name != "indices"}
         if case.keys == "fp16" and library is not None:
             halved = {name: array.astype(np.float16) for name, array in layer.items() if name.endswith("_cache")}
             layer = layer | halved
@@ -111,12 +105,13 @@ def session(case: Case, layers: list[dict[str, np.ndarray]], library: Path | Non
         infos += [helper.make_tensor_value_info(name, TYPES[str(feeds[name].dtype)], None) for name in names]
         kind = TensorProto.INT32 if case.operator == "IndexTopK" else TensorProto.FLOAT
         outputs.append(helper.make_tensor_value_info(f"output_{number}", kind, None))
-        names_out = [outputs[-1].name]
-        nodes.append(helper.make_node(operator, names, names_out, domain=domain, **fixed, **plugin))
+        if case.operator == "Attention":
+            names[3:] = ["", "", "", *names[3:]]
+        nodes.append(helper.make_node(case.operator, names, [outputs[-1].name], domain=domain, **fixed))
     bodies = function_protos(False, "int8" if case.keys == "int8" else "model")
     model = helper.make_model(
         helper.make_graph(nodes, "layers", infos, outputs),
-        functions=[body for body in bodies if body.name == operator],
+        functions=[body for body in bodies if body.name == case.operator],
         opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )

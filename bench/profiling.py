@@ -47,14 +47,12 @@ def profile(engine: Engine, context: int, threads: int) -> dict[str, Any]:
         "core": core_of(engine),
         "precision": engine.precision,
         "context": context,
-        "ms": by_part(events, skip=measure.WARM_UP, selects=engine.variant == "sparse"),
+        "ms": by_part(events, skip=measure.WARM_UP),
     }
 
 
-def by_part(events: Iterable[dict[str, Any]], skip: int, *, selects: bool = True) -> dict[str, float]:
+def by_part(events: Iterable[dict[str, Any]], skip: int) -> dict[str, float]:
     """Median milliseconds of every part over the runs in a profile, the first `skip` runs left out.
-
-    selects: whether the engine has a selection; a dense one's If is our kernel's beside Attention.
 
     ONNX Runtime inlines the bodies of our operators and forgets where their nodes came from. Nodes run in the order of
     the graph: within a layer, what runs without a module's name belongs to the selection up to its TopK (its If, where
@@ -67,7 +65,7 @@ def by_part(events: Iterable[dict[str, Any]], skip: int, *, selects: bool = True
     events = list(events)
     operators = {event.get("args", {}).get("op_name") for event in events}
     last_of_selection = next((operator for operator in (*CHOOSING_OPERATORS, "If") if operator in operators), None)
-    before = SELECTION if selects and last_of_selection else OTHER
+    before = SELECTION if last_of_selection else OTHER
     inlined = before
     cores = _spans_of_cores(events)
     for event in sorted(events, key=_end):

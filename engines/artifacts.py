@@ -198,15 +198,15 @@ class Variant:
     def workspace_bytes_per_query(self, capacity: int) -> int:
         """Bytes that one layer of the ONNX form needs for one query token of one row: it bounds the prefill chunk.
 
-        Dense: scores and probabilities of every head, fp32. Sparse: index scores of every indexer head before and after
-        ReLU, their weighted sum, the same masked, and its mask; then K and V of the selected rows, gathered and
-        reshaped; with our CPU kernels candidates and indices alone. Native sparse attention: scores, masked scores and
-        probabilities of its compressed rows instead of index scores. Together with the weights and the caches this is a
-        session's peak: `engines.memory.estimate`.
+        Dense: scores and probabilities of every head, fp32; none by our CPU kernels, but for latent rows. Sparse: index
+        scores of every indexer head before and after ReLU, their weighted sum, the same masked, and its mask; then K
+        and V of the selected rows, gathered and reshaped; with our CPU kernels candidates and indices alone. Native
+        sparse attention: scores, masked scores and probabilities of its compressed rows instead of index scores.
+        Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
         """
-        dense_scores = 2 * capacity * self.model.query_heads * 4
         if self.variant == "dense" or capacity <= self.dense_slots:
-            return dense_scores
+            in_tiles = self.has_kernels and all(tensor.name != "latent" for tensor in self.cache)
+            return 0 if in_tiles else 2 * capacity * self.model.query_heads * 4
         selected = 2 * self.max_topk * self.model.kv_heads * self.model.head_dim * 4 * 2
         if self.has_kernels:
             selected = self.max_topk * (8 + 4)

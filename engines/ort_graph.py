@@ -1,10 +1,9 @@
 """The exported graphs as ONNX Runtime's CPU runs them fastest.
 
 Dense: with GroupQueryAttention, ONNX Runtime's faster operator for single tokens at long contexts (128K: 2.3 times),
-and with our own kernel for single tokens; Attention is the faster one for many. The comparison holds the sparse engine
-against whichever wins.
+and with our own kernel (plugins/cpu). The comparison holds the sparse engine against whichever wins.
 
-Sparse: with dense Attention while the caches are short, and with our own kernels for what selects (plugins/cpu).
+Sparse: with dense attention while the caches are short, and with our own kernels.
 """
 
 from __future__ import annotations
@@ -243,9 +242,6 @@ def _embed(tensor: TensorProto, graph: Graph) -> TensorProto:
 # ---------------------------------------------------------------- both
 
 
-ONE_TOKEN = "own/one_token"
-
-
 def fits_cpu_kernels(graph: Graph) -> bool:
     """Whether the kernels take the graph's types and sizes."""
     bytes_of_keys = [tensor.shape[3] for tensor in graph.cache if tensor.dtype == "uint8"]
@@ -253,22 +249,17 @@ def fits_cpu_kernels(graph: Graph) -> bool:
 
 
 def with_cpu_kernels(model: onnx.ModelProto) -> bool:
-    """Gives the kernels' library what it does faster, in branches too; whether there is anything.
+    """Gives our kernels' library what it does faster, in branches too; whether there is anything.
 
-    That is our operators, and Attention in calls of one token per row: there it stands in an If beside our own.
+    That is our operators, and causal Attention.
     """
     taken = _take_kernels(model.graph)
-    if "Attention" in taken:
-        tokens, one = f"{ONE_TOKEN}/tokens", f"{ONE_TOKEN}/one"
-        count = helper.make_node("Shape", ["input_ids"], [tokens], start=1, end=2)
-        _replace(model, {}, [count, helper.make_node("Equal", [tokens, one], [ONE_TOKEN])])
-        model.graph.initializer.append(helper.make_tensor(one, TensorProto.INT64, [1], [1]))
     if taken:
         model.opset_import.append(helper.make_opsetid(cpu.DOMAIN, 1))
         kept = [function for function in model.functions if function.name not in cpu.OPERATORS]
         del model.functions[:]
         model.functions.extend(kept)
-    return bool(taken)
+    return taken
 
 
 HALVED = ("key", "value")
@@ -276,7 +267,7 @@ HALVED = ("key", "value")
 
 
 def with_half_caches(model: onnx.ModelProto) -> None:
-    """Keeps keys and values in fp16. Our kernels read them so; for Attention, in calls of many tokens, they are raised.
+    """Keeps keys and values in fp16, which our kernels read.
 
     For graphs that with_cpu_kernels() changed.
     """
@@ -296,44 +287,21 @@ def with_half_caches(model: onnx.ModelProto) -> None:
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _raise_before_attention(model.graph, halved)
 
 
-def _raise_before_attention(graph: onnx.GraphProto, halved: set[str]) -> None:
-    """Casts what every Attention reads of the caches to fp32, in the branch where it stands."""
-    nodes = []
+def _take_kernels(graph: onnx.GraphProto) -> bool:
+    """Whether the library takes over any operator."""
+    taken = False
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.GRAPH:
-                _raise_before_attention(attribute.g, halved)
-        if node.op_type == "Attention":
-            for place in (1, 2):
-                if node.input[place] in halved:
-                    wide = f"{node.output[0]}/wide_{place}"
-                    nodes.append(helper.make_node("Cast", [node.input[place]], [wide], to=TensorProto.FLOAT))
-                    node.input[place] = wide
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _take_kernels(graph: onnx.GraphProto) -> set[str]:
-    """The operators that the library takes over, by their names in the graph."""
-    taken: set[str] = set()
-    nodes = []
-    for node in graph.node:
-        inner = [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
-        for branch in inner:
-            taken |= _take_kernels(branch)
+                taken |= _take_kernels(attribute.g)
         if node.domain == DSA_DOMAIN and node.op_type in cpu.OPERATORS:
             node.domain = cpu.DOMAIN
-            taken.add(node.op_type)
+            taken = True
         elif node.op_type == "Attention" and _attends_to_all_before(node):
-            taken.add(node.op_type)
-            node = _own_for_one_token(node)
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
+            node.CopyFrom(_own_attention(node))
+            taken = True
     return taken
 
 
@@ -345,14 +313,6 @@ def _attends_to_all_before(attention: NodeProto) -> bool:
     return causal and plain and not _over_latent_rows([attention])
 
 
-def _own_for_one_token(attention: NodeProto) -> NodeProto:
-    output = attention.output[0]
-    theirs = _with_output(attention, f"{output}/theirs")
-    inputs = [*attention.input[:3], attention.input[6]]
-    scale = _attribute(attention, "scale")
-    own = helper.make_node(OWN_ATTENTION, inputs, [f"{output}/own"], attention.name, domain=cpu.DOMAIN, scale=scale)
-    then, otherwise = (
-        helper.make_graph([node], name, [], [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)])
-        for name, node in (("one_token", own), ("many_tokens", theirs))
-    )
-    return helper.make_node("If", [ONE_TOKEN], [output], attention.name, then_branch=then, else_branch=otherwise)
+def _own_attention(attention: NodeProto) -> NodeProto:
+    inputs, scale = [*attention.input[:3], attention.input[6]], _attribute(attention, "scale")
+    return helper.make_node(OWN_ATTENTION, inputs, attention.output, attention.name, domain=cpu.DOMAIN, scale=scale)

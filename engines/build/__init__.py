@@ -54,9 +54,9 @@ def build(backend: str, args: argparse.Namespace) -> None:
         if args.triton_repository:
             check_output(triton_server.model_folder(args.triton_repository, variant, backend), triton_server.KIND)
             triton_server.check_types(export.graphs[variant])
-        graph = replace(export.graphs[variant], for_kernels=uses_kernels(backend, export.graphs[variant], args))
-        if variant == "sparse" and graph.for_kernels:
-            graph = as_cached(graph, args)
+        graph = export.graphs[variant]
+        if variant == "sparse" and uses_kernels(backend, graph, args):  # of the dense ones, what the exported needs
+            graph = as_cached(replace(graph, for_kernels=True), args)
         needed = memory.estimate(graph, limits, export.manifest["weights"]["bytes"])
         console.print(f"{backend} {variant} will need {needed} at {limits.max_batch} x {limits.max_context:,} tokens")
         memory.check(backend, needed)

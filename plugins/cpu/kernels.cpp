@@ -19,14 +19,15 @@ namespace
 {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRowsAtOnce = 4;
+constexpr int kLanes = 16, kRowsAtOnce = 4, kHeadsAtOnce = 6;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRowsAtOnce = 2;
+constexpr int kLanes = 8, kRowsAtOnce = 2, kHeadsAtOnce = 2;
 #else
-constexpr int kLanes = 4, kRowsAtOnce = 2;
+constexpr int kLanes = 4, kRowsAtOnce = 2, kHeadsAtOnce = 2;
 #endif
 constexpr int kVectors = 4;
 constexpr int kTile = 64; // keys handled at a time: transposed, they fill a part of the first cache
+constexpr int kScoresAtOnce = 32768; // of attention: 128 KB
 static_assert(kTile % (kLanes * kVectors) == 0);
 
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -41,6 +42,16 @@ Floats& floats(float* p)
 Floats const& floats(float const* p)
 {
     return *reinterpret_cast<Floats const*>(p);
+}
+
+/// Keeps a vector in a register: the compiler would load it anew for each product.
+void hold(Floats& x)
+{
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
 }
 
 /// Memory of this thread, kept for the next call.
@@ -214,30 +225,34 @@ int64_t dot_steps(int64_t rows, int64_t words)
     return ceil_div(rows, kRowsAtOnce) * (kTile / (kLanes * kVectors)) * words;
 }
 
-/// dots[r][t] = rows[r] · keys[t] for n rows, of keys that stand as columns.
+/// dots[r * room + t] = rows[r] · keys[t] for n rows, of kTile keys that stand as columns.
 template <int n>
-void float_dots(float const* const* rows, float const* columns, int64_t D, float* dots, Fetch& ahead)
+void float_dots(float const* const* rows, float const* columns, int64_t D, float* dots, int64_t room, Fetch& ahead)
 {
+    Fetch fetch = ahead; // in registers
+    float const* row[n];
+    std::copy_n(rows, n, row);
     for (int first = 0; first < kTile; first += kLanes * kVectors)
     {
         Floats acc[n][kVectors] = {};
         for (int64_t d = 0; d < D; ++d)
         {
-            ahead.step();
+            fetch.step();
             Floats key[kVectors];
             for (int v = 0; v < kVectors; ++v)
-                key[v] = floats(columns + d * kTile + first + v * kLanes);
+                hold(key[v] = floats(columns + d * kTile + first + v * kLanes));
             for (int r = 0; r < n; ++r)
                 for (int v = 0; v < kVectors; ++v)
-                    acc[r][v] += key[v] * rows[r][d];
+                    acc[r][v] += key[v] * row[r][d];
         }
         for (int r = 0; r < n; ++r)
             for (int v = 0; v < kVectors; ++v)
-                floats(dots + r * kTile + first + v * kLanes) = acc[r][v];
+                floats(dots + r * room + first + v * kLanes) = acc[r][v];
     }
+    ahead = fetch;
 }
 
-/// The same for signed bytes and keys of unsigned ones; of the dots, start[r] is added.
+/// The same for signed bytes and keys of unsigned ones, in a room of kTile; to the dots, start[r] is added.
 template <int n>
 void byte_dots(int8_t const* const* rows, int32_t const* start, uint32_t const* columns, int64_t words, float* dots,
     Fetch& ahead)
@@ -304,7 +319,7 @@ void score(
             float const* rows[kRowsAtOnce];
             for (int r = 0; r < kRowsAtOnce; ++r)
                 rows[r] = static_cast<float const*>(call.index_q) + at + std::min(r, n - 1) * call.Di;
-            float_dots<kRowsAtOnce>(rows, reinterpret_cast<float const*>(columns), call.Di, dots, ahead);
+            float_dots<kRowsAtOnce>(rows, reinterpret_cast<float const*>(columns), call.Di, dots, kTile, ahead);
         }
         for (int r = 0; r < n; ++r)
         {
@@ -463,17 +478,22 @@ template <int n, int vectors, bool half>
 void add_weighted(void const* const* rows, int64_t count, float const* const* weights, float* const* sums,
     int64_t first, Fetch& ahead)
 {
+    Fetch fetch = ahead; // in registers
+    float const* weight[n];
+    std::copy_n(weights, n, weight);
     Floats acc[n][vectors] = {}; // of these rows alone: sums of sums round less
     for (int64_t i = 0; i < count; ++i)
     {
-        ahead.step();
+        fetch.step();
         for (int v = 0; v < vectors; ++v)
         {
-            Floats const value = numbers<half>(rows[i], first + v * kLanes);
+            Floats value = numbers<half>(rows[i], first + v * kLanes);
+            hold(value);
             for (int r = 0; r < n; ++r)
-                acc[r][v] += value * weights[r][i];
+                acc[r][v] += value * weight[r][i];
         }
     }
+    ahead = fetch;
     for (int r = 0; r < n; ++r)
         for (int v = 0; v < vectors; ++v)
             floats(sums[r] + first + v * kLanes) += acc[r][v];
@@ -605,130 +625,253 @@ void finish(IndexTopK const& call, int64_t query)
     std::fill(out, end, -1);
 }
 
-template <bool half>
-void attend_to_rows(SparseAttention const& call, int64_t task)
+/// float_dots for up to `most` rows.
+template <int most>
+void float_dots_of(
+    int64_t n, float const* const* rows, float const* columns, int64_t D, float* dots, int64_t room, Fetch& ahead)
 {
-    int64_t const part = task % call.parts, h = task / call.parts % call.Hkv, query = task / call.parts / call.Hkv;
-    int64_t const b = query / call.S, t = query % call.S, G = call.Hq / call.Hkv, D = call.D;
-    int64_t const rows_in_all
-        = call.indices ? call.K : std::clamp<int64_t>(call.kv_lengths[b] - call.S + t + 1, 0, call.C);
-    int64_t const begin = rows_in_all * part / call.parts, end = rows_in_all * (part + 1) / call.parts;
-    int64_t const room = ceil_div(end - begin, kTile) * kTile;
+    if (n == most)
+        return float_dots<most>(rows, columns, D, dots, room, ahead);
+    if constexpr (most > 1)
+        float_dots_of<most - 1>(n, rows, columns, D, dots, room, ahead);
+}
 
-    thread_local std::vector<float> scores_memory, sums_memory;
-    thread_local std::vector<uint32_t> columns_memory;
-    thread_local std::vector<void const*> rows_memory;
-    float* const scores = scratch(scores_memory, G * room);
-    uint32_t* const columns = scratch(columns_memory, D * kTile);
-    void const** const k_rows = scratch(rows_memory, 2 * (end - begin));
-    void const** const v_rows = k_rows + (end - begin);
-    int64_t const row_bytes = D * (half ? 2 : 4);
-    int64_t const cache = (b * call.Hkv + h) * call.C;
-    int64_t count = 0;
-    for (int64_t i = begin; i < end; ++i)
-    {
-        int64_t const slot = call.indices ? call.indices[query * call.K + i] : i;
-        if (slot < 0 || slot >= call.C)
-            continue;
-        k_rows[count] = static_cast<char const*>(call.k_cache) + (cache + slot) * row_bytes;
-        v_rows[count++] = static_cast<char const*>(call.v_cache) + (cache + slot) * row_bytes;
-    }
+/// add_weighted_rows for up to `most` heads.
+template <int most, bool half>
+void add_weighted_rows_of(int64_t n, void const* const* rows, int64_t count, float const* const* weights,
+    float* const* sums, int64_t D, Fetch& ahead)
+{
+    if (n == most)
+        return add_weighted_rows<most, half>(rows, count, weights, sums, D, ahead);
+    if constexpr (most > 1)
+        add_weighted_rows_of<most - 1, half>(n, rows, count, weights, sums, D, ahead);
+}
 
-    auto q_row = [&](int64_t g) { return call.q + ((b * call.Hq + h * G + g) * call.S + t) * D; };
-    for (int64_t first = 0; first < count; first += kTile)
-    {
-        int64_t const rows = std::min<int64_t>(count - first, kTile);
-        transpose<half>(k_rows + first, rows, D, columns);
-        int64_t const left = count - first - kTile; // after the last keys, the first values
-        Fetch ahead(left > 0 ? k_rows + first + kTile : v_rows, std::min<int64_t>(left > 0 ? left : count, kTile), row_bytes,
-            dot_steps(G, D));
-        for (int64_t g = 0; g < G; g += kRowsAtOnce)
-        {
-            float const* q_rows[kRowsAtOnce];
-            float dots[kRowsAtOnce * kTile];
-            for (int r = 0; r < kRowsAtOnce; ++r)
-                q_rows[r] = q_row(std::min(g + r, G - 1));
-            float_dots<kRowsAtOnce>(q_rows, reinterpret_cast<float const*>(columns), D, dots, ahead);
-            for (int r = 0; r < kRowsAtOnce && g + r < G; ++r)
-                std::copy_n(dots + r * kTile, kTile, scores + (g + r) * room + first);
-        }
-    }
+/// The softmax of one query head over rows that come in spans.
+struct Softmax
+{
+    static float constexpr kNone = std::numeric_limits<float>::lowest();
 
-    // Sums, largest score and sum of weights of each head: for the output, or for merge_parts.
-    int64_t const width = D + 2;
-    float* const sums = call.parts > 1 ? call.partial + task * G * width : scratch(sums_memory, G * width);
-    std::fill_n(sums, G * width, 0.0f);
-    for (int64_t g = 0; g < G; ++g)
+    float largest = kNone; // score so far; kNone after nothing but -infinity
+    Floats weight{};       // sum of the weights, in lanes
+
+    /// Makes weights of `count` scores, which stand in whole vectors. sums [D]: of the spans before, weighted alike.
+    void add(float* scores, int64_t count, float* sums, int64_t D)
     {
-        float* const row = scores + g * room;
-        float* const row_end = row + count;
-        float* const last = row + ceil_div(count, kLanes) * kLanes;
-        float constexpr infinity = std::numeric_limits<float>::infinity();
-        std::fill(row_end, last, -infinity);
-        Floats most = Floats{} - infinity, weights{};
-        for (float* at = row; at < last; at += kLanes)
-        {
-            Floats const scaled = floats(at) = floats(at) * call.scale;
-            most = scaled > most ? scaled : most;
-        }
-        float largest = -infinity;
+        float* const end = scores + count;
+        float* const last = scores + ceil_div(count, kLanes) * kLanes;
+        std::fill(end, last, -std::numeric_limits<float>::infinity());
+        Floats most = Floats{} + largest;
+        for (float* at = scores; at < last; at += kLanes)
+            most = floats(at) > most ? floats(at) : most;
+        float const before = largest;
         for (int lane = 0; lane < kLanes; ++lane)
             largest = std::max(largest, most[lane]);
-        // A part may have nothing but -infinity: weights of 0 beside other parts. Of all rows, NaN as in the definition.
-        float const from = call.parts > 1 ? std::max(largest, std::numeric_limits<float>::lowest()) : largest;
-        for (float* at = row; at < last; at += kLanes)
-            floats(at) = exp_negative(floats(at) - from);
-        std::fill(row_end, last, 0.0f);
-        for (float* tile = row; tile < last; tile += kTile)
+        if (largest > before)
+        {
+            float const share = std::exp(before - largest);
+            weight *= share;
+            for (int64_t d = 0; d < D; ++d)
+                sums[d] *= share;
+        }
+        for (float* at = scores; at < last; at += kLanes)
+            floats(at) = exp_negative(floats(at) - largest);
+        std::fill(end, last, 0.0f);
+        for (float* tile = scores; tile < last; tile += kTile)
         {
             Floats sum{}; // sums of sums round less
             for (float* at = tile; at < std::min(tile + kTile, last); at += kLanes)
                 sum += floats(at);
-            weights += sum;
+            weight += sum;
         }
+    }
+};
+
+/// Attention of a block of tokens to one part of their rows, for the query heads of one KV head.
+///
+/// Rows are taken in spans: scores of all heads, their softmax so far, sums of the values. Of a single token a span is
+/// long; of many, its scores still fit into the second cache.
+template <bool half>
+class Attention
+{
+public:
+    Attention(SparseAttention const& of, int64_t task)
+        : call(of), part(task % call.parts), h(task / call.parts % call.Hkv)
+    {
+        int64_t const block = task / call.parts / call.Hkv % call.blocks;
+        b = task / call.parts / call.Hkv / call.blocks;
+        t0 = call.S * block / call.blocks;
+        heads = (call.S * (block + 1) / call.blocks - t0) * G;
+        int64_t const in_all = call.indices ? call.K : visible(token(heads - 1));
+        begin = in_all * part / call.parts;
+        list_rows(in_all * (part + 1) / call.parts);
+        span = std::max<int64_t>(kScoresAtOnce / heads / kTile, 1) * kTile;
+        scores = scratch(scores_memory, heads * span);
+        columns = scratch(columns_memory, D * kTile);
+        softmax = scratch(softmax_memory, heads);
+        q = scratch(heads_memory, 2 * heads * D);
+        sums = q + heads * D;
+        std::fill_n(softmax, heads, Softmax{});
+        std::fill_n(sums, heads * D, 0.0f);
+        for (int64_t r = 0; r < heads; ++r)
+        {
+            float const* const row = call.q + place(r) * D;
+            for (int64_t d = 0; d < D; ++d)
+                q[r * D + d] = row[d] * call.scale;
+        }
+    }
+
+    void run()
+    {
+        for (int64_t start = 0; start < count; start += span)
+        {
+            int64_t const stop = std::min(start + span, count);
+            score(start, stop);
+            for (int64_t r = 0; r < heads; ++r)
+                if (int64_t const seen = seen_by(r, start, stop))
+                    softmax[r].add(scores + r * span, seen, sums + r * D, D);
+            add_values(start, stop);
+        }
+        for (int64_t r = 0; r < heads; ++r)
+            write(r);
+    }
+
+private:
+    SparseAttention const& call;
+    int64_t const part, h, G = call.Hq / call.Hkv, D = call.D, row_bytes = D * (half ? 2 : 4);
+    int64_t b, t0, begin, count = 0, span;
+    int64_t heads; // number r is head r % G of the group, of token(r)
+    void const **k_rows, **v_rows; // [count]
+    float *q, *sums;               // [heads, D], q scaled
+    float* scores;                 // [heads, span]
+    uint32_t* columns;             // [D, kTile]
+    Softmax* softmax;              // [heads]
+
+    static inline thread_local std::vector<float> heads_memory, scores_memory;
+    static inline thread_local std::vector<uint32_t> columns_memory;
+    static inline thread_local std::vector<void const*> rows_memory;
+    static inline thread_local std::vector<Softmax> softmax_memory;
+
+    int64_t token(int64_t r) const { return t0 + r / G; }
+
+    /// Of q and the output, the row of head r.
+    int64_t place(int64_t r) const { return (b * call.Hq + h * G + r % G) * call.S + token(r); }
+
+    int64_t visible(int64_t t) const
+    {
+        return std::clamp<int64_t>(call.kv_lengths[b] - call.S + t + 1, 0, call.C);
+    }
+
+    /// How many of the rows from `first` to `stop` head r sees.
+    int64_t seen_by(int64_t r, int64_t first, int64_t stop) const
+    {
+        return (call.indices ? stop : std::clamp(visible(token(r)) - begin, first, stop)) - first;
+    }
+
+    void list_rows(int64_t end)
+    {
+        k_rows = scratch(rows_memory, 2 * (end - begin));
+        v_rows = k_rows + (end - begin);
+        int64_t const cache = (b * call.Hkv + h) * call.C;
+        for (int64_t i = begin; i < end; ++i)
+        {
+            int64_t const slot = call.indices ? call.indices[(b * call.S + t0) * call.K + i] : i;
+            if (slot < 0 || slot >= call.C)
+                continue;
+            k_rows[count] = static_cast<char const*>(call.k_cache) + (cache + slot) * row_bytes;
+            v_rows[count++] = static_cast<char const*>(call.v_cache) + (cache + slot) * row_bytes;
+        }
+    }
+
+    /// Of the rows that are needed next, a tile: `rows` from `first` to `stop`, or after these `others`.
+    Fetch next(void const** rows, int64_t first, int64_t stop, void const** others, int64_t of_others, int64_t steps) const
+    {
+        bool const same = first < stop;
+        int64_t const some = std::min<int64_t>(same ? stop - first : of_others, kTile);
+        return {same ? rows + first : others, some, row_bytes, ceil_div(heads, kHeadsAtOnce) * steps};
+    }
+
+    /// work(r, n, seen) for heads r to r + n, up to kHeadsAtOnce that see as many rows of a tile, unless they see none.
+    template <class Work>
+    void in_groups(int64_t first, int64_t stop, Work work)
+    {
+        bool const all_alike = seen_by(0, first, stop) == stop - first; // else those of a token are
+        for (int64_t r = 0, n; r < heads; r += n)
+        {
+            int64_t const left = all_alike ? heads - r : G - r % G;
+            n = ceil_div(left, ceil_div(left, kHeadsAtOnce));
+            if (int64_t const seen = seen_by(r, first, stop))
+                work(r, n, seen);
+        }
+    }
+
+    void score(int64_t start, int64_t stop)
+    {
+        for (int64_t first = start; first < stop; first += kTile)
+        {
+            int64_t const end = std::min<int64_t>(first + kTile, stop);
+            transpose<half>(k_rows + first, end - first, D, columns);
+            Fetch ahead = next(k_rows, end, stop, v_rows + start, stop - start, D);
+            in_groups(first, end, [&](int64_t r, int64_t n, int64_t)
+            {
+                float const* rows[kHeadsAtOnce];
+                for (int64_t i = 0; i < n; ++i)
+                    rows[i] = q + (r + i) * D;
+                float* const dots = scores + r * span + first - start;
+                float_dots_of<kHeadsAtOnce>(n, rows, reinterpret_cast<float const*>(columns), D, dots, span, ahead);
+            });
+        }
+    }
+
+    void add_values(int64_t start, int64_t stop)
+    {
+        for (int64_t first = start; first < stop; first += kTile)
+        {
+            int64_t const end = std::min<int64_t>(first + kTile, stop);
+            int64_t const steps = ceil_div(D, kLanes * kVectors) * (end - first);
+            Fetch ahead = next(v_rows, end, stop, k_rows + stop, count - stop, steps);
+            in_groups(first, end, [&](int64_t r, int64_t n, int64_t seen)
+            {
+                float const* weights[kHeadsAtOnce];
+                float* to[kHeadsAtOnce];
+                for (int64_t i = 0; i < n; ++i)
+                {
+                    weights[i] = scores + (r + i) * span + first - start;
+                    to[i] = sums + (r + i) * D;
+                }
+                add_weighted_rows_of<kHeadsAtOnce, half>(n, v_rows + first, seen, weights, to, D, ahead);
+            });
+        }
+    }
+
+    /// Head r's output, or for merge_parts its sums, largest score and sum of weights.
+    void write(int64_t r) const
+    {
         float weight = 0;
         for (int lane = 0; lane < kLanes; ++lane)
-            weight += weights[lane];
-        sums[g * width + D] = largest;
-        sums[g * width + D + 1] = weight;
-    }
-    for (int64_t first = 0; first < count; first += kTile)
-    {
-        int64_t const rows = std::min<int64_t>(count - first, kTile);
-        int64_t const steps = ceil_div(D, kLanes * kVectors) * ceil_div(G, kRowsAtOnce) * rows;
-        Fetch ahead(v_rows + first + rows, std::min<int64_t>(count - first - rows, kTile), row_bytes, steps);
-        for (int64_t g = 0; g < G; g += kRowsAtOnce)
+            weight += softmax[r].weight[lane];
+        bool const nothing = softmax[r].largest == Softmax::kNone; // but -infinity, or no row
+        if (call.parts > 1)
         {
-            float const* weights[kRowsAtOnce];
-            float* heads[kRowsAtOnce];
-            for (int r = 0; r < kRowsAtOnce && g + r < G; ++r)
-            {
-                weights[r] = scores + (g + r) * room + first;
-                heads[r] = sums + (g + r) * width;
-            }
-            switch (std::min<int64_t>(kRowsAtOnce, G - g))
-            {
-            case 1: add_weighted_rows<1, half>(v_rows + first, rows, weights, heads, D, ahead); break;
-            case 2: add_weighted_rows<2, half>(v_rows + first, rows, weights, heads, D, ahead); break;
-            case 3: add_weighted_rows<3, half>(v_rows + first, rows, weights, heads, D, ahead); break;
-            default: add_weighted_rows<kRowsAtOnce, half>(v_rows + first, rows, weights, heads, D, ahead);
-            }
+            int64_t const query = (b * call.S + token(r)) * call.Hkv + h;
+            float* const out = call.partial + ((query * call.parts + part) * G + r % G) * (D + 2);
+            std::copy_n(sums + r * D, D, out);
+            out[D] = nothing ? -std::numeric_limits<float>::infinity() : softmax[r].largest;
+            out[D + 1] = weight;
+            return;
         }
+        float* const out = call.output + place(r) * D;
+        if (weight == 0) // no row
+            std::fill_n(out, D, 0.0f);
+        else // NaN for scores of -infinity alone, as in the definition
+            for (int64_t d = 0; d < D; ++d)
+                out[d] = sums[r * D + d] / (nothing ? std::nanf("") : weight);
     }
-    if (call.parts > 1)
-        return;
-    for (int64_t g = 0; g < G; ++g)
-    {
-        float* const out = call.output + ((b * call.Hq + h * G + g) * call.S + t) * D;
-        float const weight = sums[g * width + D + 1];
-        for (int64_t d = 0; d < D; ++d)
-            out[d] = count ? sums[g * width + d] / weight : 0.0f;
-    }
-}
+};
 
 void attend(SparseAttention const& call, int64_t task)
 {
-    call.half ? attend_to_rows<true>(call, task) : attend_to_rows<false>(call, task);
+    call.half ? Attention<true>(call, task).run() : Attention<false>(call, task).run();
 }
 
 void merge_parts(SparseAttention const& call, int64_t task)

@@ -37,8 +37,9 @@ struct SparseAttention
     int64_t const* kv_lengths;
     float* output;
 
-    // Each query's rows are cut into `parts`; with more than one, merged by merge_parts.
-    int64_t parts;
+    // How the work is cut: `blocks` of queries for each row of the batch, with indices of one query, and each block's rows
+    // into `parts`; with more than one, they are merged by merge_parts.
+    int64_t blocks, parts;
     float* partial;             // [B, S, Hkv, parts, G, D + 2]: weighted sums, largest score, sum of weights
 };
 
@@ -59,7 +60,7 @@ struct Kernels
     void (*select)(IndexTopK const&, int64_t task);
     /// Indices of one query out of B · S, from its candidates.
     void (*finish)(IndexTopK const&, int64_t query);
-    /// One part of a query's rows for one KV head: of B · S · Hkv · parts.
+    /// One part of the rows of a block of queries for one KV head: of B · blocks · Hkv · parts.
     void (*attend)(SparseAttention const&, int64_t task);
     /// Output of one query for one KV head, from its parts: of B · S · Hkv.
     void (*merge_parts)(SparseAttention const&, int64_t task);

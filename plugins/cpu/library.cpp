@@ -28,7 +28,8 @@ namespace
 {
 
 constexpr char const* kDomain = "dsa.cpu";
-constexpr int64_t kKeysPerSlice = 1024, kRowsPerPart = 128, kMostRowsPerPart = 4096, kNumbersOfOneThread = 16384;
+constexpr int64_t kKeysPerSlice = 1024, kRowsPerPart = 128, kRowsPerSmallTask = 4096, kHeadsPerBlock = 128;
+constexpr int64_t kNumbersOfOneThread = 16384;
 
 ort::Api const* api = nullptr;
 
@@ -282,20 +283,23 @@ struct AttentionKernel
         call.q = static_cast<float const*>(q.data);
         call.k_cache = k_cache.data, call.v_cache = v_cache.data;
         call.output = output<float>(context, 0, q.dims);
-        int64_t const tasks = call.B * call.S * call.Hkv;
-        if (tasks == 0)
+        if (call.B == 0 || call.S == 0)
             return;
 
-        int64_t const most_rows = sparse ? call.K : call.C;
-        int64_t const wanted = std::max(processors() / tasks, (most_rows + kMostRowsPerPart - 1) / kMostRowsPerPart);
-        call.parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most_rows / kRowsPerPart, 1));
+        int64_t const group = call.Hq / call.Hkv, rows = sparse ? call.K : call.C;
+        int64_t const queries = sparse ? 1 : std::max<int64_t>(kHeadsPerBlock / group, 1);
+        call.blocks = (call.S + queries - 1) / queries;
+        int64_t const tasks = call.B * call.blocks * call.Hkv;
+        // Several tasks for each processor, where they are long: one that is held up does fewer.
+        int64_t const wanted = std::max(processors() / tasks, std::min(4 * processors() / tasks, rows / kRowsPerSmallTask));
+        call.parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(rows / kRowsPerPart, 1));
         std::unique_ptr<float[]> partial;
         if (call.parts > 1)
-            partial.reset(new float[tasks * call.parts * (call.Hq / call.Hkv) * (call.D + 2)]);
+            partial.reset(new float[call.B * call.S * call.Hkv * call.parts * group * (call.D + 2)]);
         call.partial = partial.get();
         parallel(context, kernels.attend, call, tasks * call.parts);
         if (call.parts > 1)
-            parallel(context, kernels.merge_parts, call, tasks);
+            parallel(context, kernels.merge_parts, call, call.B * call.S * call.Hkv);
     }
 };
 

@@ -42,12 +42,10 @@ def test_cores_of_layers_without_an_indexer_are_cores() -> None:
 
 
 def test_a_dense_engine_selects_nothing() -> None:
-    """Its If holds our kernel for single tokens beside Attention."""
     events = [
         node("Add_1", "Add", 0, 10),
         node(f"{ATTENTION.format(0)}/Attention", "DenseAttention", 10, 30),
-        node("If_1", "If", 10, 31),
         {"cat": "Session", "name": "model_run", "ts": 0, "dur": 40},
     ]
-    parts = by_part(events, skip=0, selects=False)
+    parts = by_part(events, skip=0)
     assert parts[SELECTION] == 0 and parts[OTHER] == 0.010

@@ -240,6 +240,13 @@ def test_the_kernels_work_on_candidates_and_indices_alone(export: Path):
     scores, rows = 100 * (2 * toy.HI + 3) * 4, 2 * 16 * toy.HKV * toy.D * 4 * 2
     assert graph.workspace_bytes_per_query(100) == scores + rows
     assert replace(graph, for_kernels=True).workspace_bytes_per_query(100) == 16 * (8 + 4)
+    dense = open_export(export).graphs["dense"]
+    scores = 2 * 100 * toy.HQ * 4
+    assert dense.workspace_bytes_per_query(100) == scores
+    own = replace(dense, for_kernels=True)
+    assert own.workspace_bytes_per_query(100) == 0
+    latent = replace(own, cache=(replace(own.cache[0], name="latent"),))
+    assert latent.workspace_bytes_per_query(100) == scores, "ONNX Runtime attends to those"
 
 
 def test_k_per_layer_decides_bytes_and_the_least_capacity(tmp_path: Path, runners):

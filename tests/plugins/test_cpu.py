@@ -201,22 +201,63 @@ def test_attention_of_any_shape(kernels: str, B: int, S: int, C: int, Hkv: int, 
     assert_attention(run(kernels, "SparseAttention", tensors, scale=scale), problem)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("lengths", [[9000, 37], [0, 1], [-3, 9999]])
-@pytest.mark.parametrize("S", [1, 3])
-def test_dense_attention_is_attention_to_every_visible_row(kernels: str, lengths: list[int], S: int) -> None:
-    B, C = len(lengths), 9000
-    generator = torch.Generator().manual_seed(7)
-    q, k, v = (torch.randn(B, heads, rows, 16, generator=generator) for heads, rows in ((6, S), (2, C), (2, C)))
-    for b, length in enumerate(lengths):
-        k[b, :, max(length, 0) :] = v[b, :, max(length, 0) :] = torch.nan  # nobody may look there
-    got = run(kernels, "DenseAttention", [q, k, v, torch.tensor(lengths)], scale=0.25)
+def dense_reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """Every query over the rows that it sees, one at a time."""
+    (B, Hq, S, D), (_, Hkv, C, _) = q.shape, k.shape
+    expected = torch.zeros(B, Hkv, Hq // Hkv, S, D)
     for b, length in enumerate(lengths):
         for t in range(S):
-            visible = min(max(length - S + t + 1, 0), C)
-            scores = torch.einsum("hgd,hcd->hgc", q[b, :, t].view(2, 3, 16), k[b, :, :visible]) * 0.25
-            expected = (scores.softmax(-1) @ v[b, :, :visible]).flatten(0, 1) if visible else torch.zeros(6, 16)
-            torch.testing.assert_close(got[b, :, t], expected, atol=1e-5, rtol=1e-4)
+            if (visible := min(length - S + t + 1, C)) > 0:
+                scores = torch.einsum("hgd,hcd->hgc", q[b, :, t].view(Hkv, -1, D), k[b, :, :visible]) * scale
+                expected[b, :, :, t] = scores.softmax(-1) @ v[b, :, :visible]
+    return expected.flatten(1, 2)
+
+
+def dense_problem(B: int, S: int, C: int, Hkv: int, group: int, D: int, lengths: list[int], seed: int) -> list[Tensor]:
+    """q, k, v; beyond a row's length, where nobody may look, NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(B, heads, rows, D, generator=generator) for heads, rows in ((Hkv * group, S), (Hkv, C), (Hkv, C))
+    )
+    for b, length in enumerate(lengths):
+        k[b, :, max(length, 0) :] = v[b, :, max(length, 0) :] = torch.nan
+    return [q, k, v]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("lengths", [[9000, 37], [0, 1], [-3, 9999]])
+@pytest.mark.parametrize("S", [1, 3, 70])
+def test_dense_attention_is_attention_to_every_visible_row(kernels: str, lengths: list[int], S: int) -> None:
+    """Of so many rows that they are cut into spans, and for few queries into parts."""
+    q, k, v = dense_problem(2, S, 9000, 2, 3, 16, lengths, seed=7)
+    got = run(kernels, "DenseAttention", [q, k, v, torch.tensor(lengths)], scale=0.25)
+    torch.testing.assert_close(got, dense_reference(q, k, v, lengths, 0.25), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@given(
+    st.lists(st.integers(-2, 170), min_size=1, max_size=2), st.integers(1, 150), st.integers(1, 160), st.integers(1, 3),
+    st.integers(1, 9), st.sampled_from([4, 16, 24, 48, 128]), st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_dense_attention_of_any_shape(
+    kernels: str, lengths: list[int], S: int, C: int, Hkv: int, group: int, D: int, seed: int
+) -> None:
+    q, k, v = dense_problem(len(lengths), S, C, Hkv, group, D, lengths, seed)
+    got = run(kernels, "DenseAttention", [q, k, v, torch.tensor(lengths)], scale=0.125)
+    torch.testing.assert_close(got, dense_reference(q, k, v, lengths, 0.125), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e6])
+def test_a_token_does_not_reach_those_before_it(kernels: str, bad: float) -> None:
+    """Not even through a weight of zero. Token 40 is in the middle of a block of queries and of a tile of keys."""
+    q, k, v = dense_problem(1, 100, 150, 2, 7, 16, [150], seed=3)
+    before = run(kernels, "DenseAttention", [q, k, v, torch.tensor([150])], scale=0.25)
+    k[0, :, 90] = v[0, :, 90] = bad
+    after = run(kernels, "DenseAttention", [q, k, v, torch.tensor([150])], scale=0.25)
+    assert torch.equal(after[:, :, :40], before[:, :, :40])
+    assert (after[:, :, 40:] != before[:, :, 40:]).any(-1).all()
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
