@@ -80,6 +80,10 @@ class CacheTensor:
         return self.row_bytes / self.stride
 
 
+FEED_FORWARD_BYTES = 4 * 6 * 4
+"""For each number of a hidden state: some four intermediate states in fp32, up to six times as wide (of Qwen2.5)."""
+
+
 @dataclass(frozen=True)
 class Model:
     """The facts about the model that a deployment needs."""
@@ -198,11 +202,18 @@ class Variant:
     def workspace_bytes_per_query(self, capacity: int) -> int:
         """Bytes that one layer of the ONNX form needs for one query token of one row: it bounds the prefill chunk.
 
-        Dense: scores and probabilities of every head, fp32; none by our CPU kernels, but for latent rows. Sparse: index
-        scores of every indexer head before and after ReLU, their weighted sum, the same masked, and its mask; then K
-        and V of the selected rows, gathered and reshaped; with our CPU kernels candidates and indices alone. Native
-        sparse attention: scores, masked scores and probabilities of its compressed rows instead of index scores.
-        Together with the weights and the caches this is a session's peak: `engines.memory.estimate`.
+        Of attention and of the feed-forward, which take turns, the larger. Together with the weights and the caches
+        this is a session's peak: `engines.memory.estimate`.
+        """
+        return max(self._attention_bytes_per_query(capacity), FEED_FORWARD_BYTES * self.model.hidden_size)
+
+    def _attention_bytes_per_query(self, capacity: int) -> int:
+        """Dense: scores and probabilities of every head, fp32; none by our CPU kernels, but for latent rows.
+
+        Sparse: index scores of every indexer head before and after ReLU, their weighted sum, the same masked, and its
+        mask; then K and V of the selected rows, gathered and reshaped; with our CPU kernels candidates and indices
+        alone. Native sparse attention: scores, masked scores and probabilities of its compressed rows instead of index
+        scores.
         """
         if self.variant == "dense" or capacity <= self.dense_slots:
             in_tiles = self.has_kernels and all(tensor.name != "latent" for tensor in self.cache)

@@ -99,7 +99,7 @@ def dense_while_short(graph: Graph, slots: int) -> onnx.ModelProto:
 
     Short are `slots` slots, or a layer's k if that is more. Up to k slots everything visible is selected anyway: only
     the time changes. Index queries, which nothing else reads, are then not computed; index keys are cached as ever.
-    Slots decide, not tokens, because dense Attention takes time and memory for all slots.
+    Slots decide, not tokens, because ONNX Runtime's Attention takes time and memory for all slots.
 
     For graphs that can_attend_densely.
     """
@@ -306,11 +306,11 @@ def _take_kernels(graph: onnx.GraphProto) -> bool:
 
 
 def _attends_to_all_before(attention: NodeProto) -> bool:
-    """Whether it is dense causal attention over a cache of keys and one of values, without a mask."""
-    causal = any(attribute.name == "is_causal" and attribute.i == 1 for attribute in attention.attribute)
-    given = [bool(value) for value in attention.input]
-    plain = given == [True, True, True, False, False, False, True]
-    return causal and plain and not _over_latent_rows([attention])
+    """Whether it is dense causal attention over a cache of keys and one of values, without a mask or another option."""
+    options = {attribute.name for attribute in attention.attribute} == {"is_causal", "scale"}
+    given = [bool(value) for value in attention.input] == [True, True, True, False, False, False, True]
+    plain = options and given and len(attention.output) == 1
+    return plain and _attribute(attention, "is_causal") == 1 and not _over_latent_rows([attention])
 
 
 def _own_attention(attention: NodeProto) -> NodeProto:

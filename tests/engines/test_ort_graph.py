@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -59,14 +60,26 @@ def test_a_layer_attends_to_everything_up_to_its_own_k(tmp_path: Path) -> None:
         assert found == limits
 
 
+PLAIN = {"inputs": ["q", "keys", "values", "", "", "", "lengths"], "outputs": ["out"], "is_causal": 1, "scale": 1.0}
+
+
 @pytest.mark.parametrize(
-    "inputs",
-    [["q", "keys", "values", "mask", "", "", "lengths"], ["q", "rows", "rows", "", "", "", "lengths"]],
-    ids=["under a mask", "over latent rows"],
+    "other",
+    [
+        {"inputs": ["q", "keys", "values", "mask", "", "", "lengths"]},
+        {"inputs": ["q", "rows", "rows", "", "", "", "lengths"]},
+        {"is_causal": 0},
+        {"softcap": 30.0},
+        {"outputs": ["out", "", "", "scores"]},
+    ],
+    ids=["under a mask", "over latent rows", "of later tokens", "with a cap", "that gives its scores"],
 )
-def test_attention_that_our_kernel_does_not_do_is_left_to_onnx_runtime(inputs: list[str]) -> None:
-    attention = helper.make_node("Attention", inputs, ["out"], is_causal=1, scale=1.0)
-    assert not with_cpu_kernels(helper.make_model(helper.make_graph([attention], "attention", [], [])))
+def test_attention_that_our_kernel_does_not_do_is_left_to_onnx_runtime(other: dict[str, Any]) -> None:
+    def taken(**options: Any) -> bool:
+        attention = helper.make_node("Attention", **options)
+        return with_cpu_kernels(helper.make_model(helper.make_graph([attention], "attention", [], [])))
+
+    assert taken(**PLAIN) and not taken(**PLAIN | other)
 
 
 def test_heads_that_group_query_attention_refuses_are_left_to_attention(export: Path) -> None:

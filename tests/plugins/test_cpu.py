@@ -249,6 +249,24 @@ def test_dense_attention_of_any_shape(
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("group", [200, 520])
+def test_dense_attention_of_more_heads_than_a_block_has(kernels: str, group: int) -> None:
+    q, k, v = dense_problem(1, 3, 70, 1, group, 16, [70], seed=2)
+    got = run(kernels, "DenseAttention", [q, k, v, torch.tensor([70])], scale=0.25)
+    torch.testing.assert_close(got, dense_reference(q, k, v, [70], 0.25), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_row_that_outweighs_all_others_is_found_wherever_it_stands(kernels: str) -> None:
+    q, values = torch.ones(1, 1, 1, 4), torch.arange(130.0)[None, None, :, None].expand(1, 1, 130, 4).contiguous()
+    for row in range(130):
+        keys = torch.zeros(1, 1, 130, 4)
+        keys[0, 0, row, 0] = 300
+        got = run(kernels, "DenseAttention", [q, keys, values, torch.tensor([130])], scale=1.0)
+        torch.testing.assert_close(got, torch.full((1, 1, 1, 4), float(row)))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e6])
 def test_a_token_does_not_reach_those_before_it(kernels: str, bad: float) -> None:
     """Not even through a weight of zero. Token 40 is in the middle of a block of queries and of a tile of keys."""
