@@ -80,8 +80,9 @@ class CacheTensor:
         return self.row_bytes / self.stride
 
 
-FEED_FORWARD_BYTES = 4 * 6 * 4
-"""For each number of a hidden state: some four intermediate states in fp32, up to six times as wide (of Qwen2.5)."""
+FEED_FORWARD_BYTES = 6 * 6 * 4
+"""For each number of a hidden state: six states in fp32, up to six times as wide (of Qwen2.5), the layer's others
+among them. Of Qwen2.5-0.5B's sizes 129 KB a query, where 108 and 150 were measured in calls of 1,024 and 4,096."""
 
 
 @dataclass(frozen=True)

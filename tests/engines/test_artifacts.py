@@ -239,18 +239,18 @@ def test_the_workspace_is_attention_s_or_the_feed_forward_s(export: Path):
     """The kernels work on candidates and indices alone, and have no scores."""
     graphs = open_export(export).graphs
     sparse, dense = graphs["sparse"], graphs["dense"]
-    feed_forward = 4 * 6 * 4 * toy.E
-    scores, rows = 100 * (2 * toy.HI + 3) * 4, 2 * 16 * toy.HKV * toy.D * 4 * 2
-    assert sparse.workspace_bytes_per_query(100) == scores + rows > feed_forward
-    many = replace(sparse, topk=(300, 300), for_kernels=True)
-    assert many.workspace_bytes_per_query(400) == 300 * (8 + 4) > feed_forward
-    assert replace(sparse, for_kernels=True).workspace_bytes_per_query(100) == feed_forward
-    scores = 2 * 100 * toy.HQ * 4
-    assert dense.workspace_bytes_per_query(100) == scores > feed_forward == dense.workspace_bytes_per_query(9)
+    feed_forward = 6 * 6 * 4 * toy.E
+    scores, rows = 200 * (2 * toy.HI + 3) * 4, 2 * 16 * toy.HKV * toy.D * 4 * 2
+    assert sparse.workspace_bytes_per_query(200) == scores + rows > feed_forward
+    many = replace(sparse, topk=(400, 400), for_kernels=True)
+    assert many.workspace_bytes_per_query(500) == 400 * (8 + 4) > feed_forward
+    assert replace(sparse, for_kernels=True).workspace_bytes_per_query(200) == feed_forward
+    scores = 2 * 200 * toy.HQ * 4
+    assert dense.workspace_bytes_per_query(200) == scores > feed_forward == dense.workspace_bytes_per_query(9)
     own = replace(dense, for_kernels=True)
-    assert own.workspace_bytes_per_query(100) == feed_forward
+    assert own.workspace_bytes_per_query(200) == feed_forward
     latent = replace(own, cache=(replace(own.cache[0], name="latent"),))
-    assert latent.workspace_bytes_per_query(100) == scores, "ONNX Runtime attends to those"
+    assert latent.workspace_bytes_per_query(200) == scores, "ONNX Runtime attends to those"
 
 
 def test_k_per_layer_decides_bytes_and_the_least_capacity(tmp_path: Path, runners):
